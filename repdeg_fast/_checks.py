@@ -1,0 +1,26 @@
+"""Argument checks that several functions share. Each error names the argument, what was given and what was expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """``value`` is a strided tensor of one of the four floating dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {value.layout}; call .to_dense()")
+
+
+def check_positive(name: str, value: float) -> None:
+    """``value`` is a finite number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")

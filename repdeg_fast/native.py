@@ -1,0 +1,239 @@
+"""Compile, cache and load the C++ and CUDA kernels of ``csrc/``.
+
+Two libraries, so that a CPU user never waits for nvcc: ``cpu`` (schemas, C++ kernels) and ``cuda`` (CUDA kernels).
+Each is compiled on first use with ninja through :mod:`torch.utils.cpp_extension` and kept in a folder named after
+everything that decides its contents; a file lock lets one process compile while the others wait.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+LIBRARIES = ("cpu", "cuda")
+_TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # stable ABI of torch 2.10: one build serves all later ones
+
+
+def operators(op: str, *functions: str) -> SimpleNamespace:
+    """The native kernels of ``op``: ``operators("cosreg", "forward").forward`` is the C++ operator cosreg_forward."""
+    namespace = torch.ops.repdeg_fast_native
+    return SimpleNamespace(**{name: getattr(namespace, f"{op}_{name}").default for name in functions})
+
+
+def unavailable(library: str) -> str | None:
+    """Why ``library`` cannot serve on this machine, with the remedy, or ``None``. Compiles nothing."""
+    if library in _failures:
+        return _failures[library]
+    if library == "cuda" and (reason := _cuda_unavailable()):
+        return reason
+    if library in _loaded or _library_path(library).exists():
+        return None
+    return _compiler_missing(library)
+
+
+def load(library: str) -> ModuleType:
+    """The loaded library, compiled first if need be. Raises ``RuntimeError`` with the reason and the remedy."""
+    if library not in _loaded:
+        if library == "cuda":
+            load("cpu")  # holds the operator schemas that the CUDA kernels are registered for
+        if reason := unavailable(library):
+            raise RuntimeError(reason)
+        try:
+            _loaded[library] = _build_and_import(library)
+        except Exception as error:
+            _failures[library] = f"compiling the {library} kernels failed; {_remedy(library)}. {error}"
+            raise RuntimeError(_failures[library]) from error
+    return _loaded[library]
+
+
+def build_info(library: str = "cpu") -> dict[str, str]:
+    """Compiler, flags, instruction set and CUDA architectures that the loaded ``library`` was built with."""
+    return dict(load(library).build_info())
+
+
+def state(library: str) -> str:
+    """``"loaded"``, ``"compiled"``, ``"will be compiled on first use"``, or why it is not available."""
+    if library in _loaded:
+        return "loaded"
+    if reason := unavailable(library):
+        return reason
+    return "compiled" if _library_path(library).exists() else "will be compiled on first use"
+
+
+_loaded: dict[str, ModuleType] = {}
+_failures: dict[str, str] = {}
+
+
+def _remedy(library: str) -> str:
+    return {
+        "cpu": "install a C++17 compiler (g++ or clang++; CXX names another) and ninja",
+        "cuda": "install the CUDA toolkit of torch's CUDA version (CUDA_HOME names it) and ninja",
+    }[library]
+
+
+def _cuda_unavailable() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch has no CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return None
+
+
+@functools.cache
+def _compiler_missing(library: str) -> str | None:
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler!r} is not on PATH); {_remedy('cpu')}"
+    if library == "cuda" and cpp_extension.CUDA_HOME is None:
+        return f"no nvcc; {_remedy('cuda')}"
+    with _ninja_on_path():
+        if not cpp_extension.is_ninja_available():
+            return f"no ninja; {_remedy(library)}"
+    return None
+
+
+@functools.cache
+def source_root() -> Path:
+    """``csrc/``: beside the package in a source tree, inside it once installed."""
+    package = Path(__file__).parent
+    for root in (package / "csrc", package.parent / "csrc"):
+        if (root / "registration.cpp").exists():
+            return root
+    raise RuntimeError("the C++ sources (repdeg_fast/csrc) are missing; reinstall repdeg-fast")
+
+
+def sources(library: str) -> list[Path]:
+    root = source_root()
+    if library == "cpu":
+        return [root / "bindings.cpp", root / "registration.cpp", *sorted(root.glob("cpu/*.cpp"))]
+    return [root / "bindings.cpp", *sorted(root.glob("cuda/*.cu"))]
+
+
+def compile_flags() -> list[str]:
+    """No ``-ffast-math``: NaN and Inf must pass through. ``omp simd`` is what lets sums be vectorized instead."""
+    native = "-mcpu=native" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "-march=native"
+    return ["-O3", native, "-fopenmp-simd", "-fno-math-errno", _TORCH_TARGET]
+
+
+def cuda_flags() -> list[str]:
+    return ["-O3", "-lineinfo", "-DUSE_CUDA", _TORCH_TARGET]
+
+
+def _cuda_architectures() -> str:
+    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return listed
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+
+
+@functools.cache
+def _instruction_set() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+@functools.cache
+def _library_path(library: str) -> Path:
+    """Where the compiled library lies: a folder named after sources, flags, torch, Python and the host's ISA."""
+    digest = hashlib.sha256()
+    for path in sorted(source_root().rglob("*")):
+        if path.suffix in {".cpp", ".cu", ".h", ".cuh"}:
+            digest.update(path.name.encode() + path.read_bytes())
+    facts = [library, *compile_flags(), torch.__version__, sysconfig.get_config_var("EXT_SUFFIX"), _instruction_set()]
+    if library == "cuda":
+        facts += [*cuda_flags(), str(torch.version.cuda), _cuda_architectures()]
+    digest.update("\0".join(map(str, facts)).encode())
+    return cache_root() / digest.hexdigest()[:16] / f"repdeg_fast_{library}.so"
+
+
+def cache_root() -> Path:
+    """``REPDEG_FAST_CACHE_DIR``, else ``repdeg_fast`` under the user's cache folder."""
+    if chosen := os.environ.get("REPDEG_FAST_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repdeg_fast"
+
+
+def _build_and_import(library: str) -> ModuleType:
+    path = _library_path(library)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(path.parent / "lock"):
+            if not path.exists():  # another process may have compiled it while this one waited
+                return _compile(library, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compile(library: str, path: Path) -> ModuleType:
+    """Build in a folder of its own, then move the result into place, so that a killed build leaves nothing half-made."""
+    import pybind11
+    from torch.utils import cpp_extension
+
+    print(f"repdeg_fast: compiling the {library} kernels (once)...", end=" ", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    build = path.parent / "build"
+    shutil.rmtree(build, ignore_errors=True)
+    build.mkdir()
+    architectures = _cuda_architectures() if library == "cuda" else ""
+    flags = " ".join(compile_flags() + (cuda_flags() if library == "cuda" else []))
+    (build / "build_config.h").write_text(
+        f'#define REPDEG_FAST_FLAGS "{flags}"\n#define REPDEG_FAST_CUDA_ARCHITECTURES "{architectures}"\n'
+    )
+    with _ninja_on_path():
+        module = cpp_extension.load(
+            name=path.stem,
+            sources=[str(source) for source in sources(library)],
+            extra_cflags=compile_flags(),
+            extra_cuda_cflags=cuda_flags(),
+            extra_include_paths=[str(build), pybind11.get_include()],
+            build_directory=str(build),
+        )
+    os.replace(build / path.name, path)
+    shutil.rmtree(build, ignore_errors=True)
+    print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return module
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock file; the system releases it when the process ends, so a killed build never blocks the next."""
+    import fcntl
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """Make the ninja of this environment visible even when the environment was not activated."""
+    import ninja
+
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = before + os.pathsep + ninja.BIN_DIR
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
