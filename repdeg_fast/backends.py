@@ -103,7 +103,7 @@ def use_backend(name: str) -> Iterator[None]:
     A backward pass uses the backend of its forward pass, wherever it runs. The setting holds for the whole process.
 
     Raises:
-        ValueError: for an unknown name. A backend that cannot serve raises ``RuntimeError`` when an operation is called.
+        ValueError: for an unknown name. A backend that cannot serve raises ``RuntimeError`` at the call.
     """
     global _override
     before, _override = _override, check_name(name)

@@ -187,7 +187,7 @@ def _build_and_import(library: str) -> ModuleType:
 
 
 def _compile(library: str, path: Path) -> ModuleType:
-    """Build in a folder of its own, then move the result into place, so that a killed build leaves nothing half-made."""
+    """Build in a folder of its own, then move the result into place: a killed build leaves nothing half-made."""
     import pybind11
     from torch.utils import cpp_extension
 

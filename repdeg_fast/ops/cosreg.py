@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ operation = Operation(
 
 @torch.library.custom_op("repdeg_fast::cosreg", mutates_args=())
 def cosreg(
-    weight: Tensor, row_weight: Optional[Tensor], eps: float, backend: str
+    weight: Tensor, row_weight: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """R (), column sum (d,), inverse norms (N,) and total weight ()."""
     _check_row_weight(row_weight)
@@ -47,7 +47,7 @@ def cosreg(
 
 
 @cosreg.register_fake
-def _(weight: Tensor, row_weight: Optional[Tensor], eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(weight: Tensor, row_weight: Tensor | None, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, d = weight.shape
     empty = lambda *shape: weight.new_empty(shape, dtype=arithmetic_dtype(weight))  # noqa: E731
     return empty(), empty(d), empty(n), empty()
@@ -57,10 +57,10 @@ def _(weight: Tensor, row_weight: Optional[Tensor], eps: float, backend: str) ->
 def cosreg_backward(
     grad_value: Tensor,
     weight: Tensor,
-    row_weight: Optional[Tensor],
+    row_weight: Tensor | None,
     column_sum: Tensor,
     inverse_norm: Tensor,
-    total_weight: Optional[Tensor],
+    total_weight: Tensor | None,
     eps: float,
     backend: str,
 ) -> Tensor:
@@ -97,7 +97,7 @@ forbid_double_backward(cosreg_backward, "cosine_regularization")
 
 @torch.library.custom_op("repdeg_fast::cosreg_add_", mutates_args={"grad"})
 def cosreg_add_(
-    grad: Tensor, weight: Tensor, coefficient: float, row_weight: Optional[Tensor], eps: float, backend: str
+    grad: Tensor, weight: Tensor, coefficient: float, row_weight: Tensor | None, eps: float, backend: str
 ) -> Tensor:
     """Add coefficient · ∂R/∂W to ``grad`` and return R: both passes in one call, no graph, nothing of size N×d."""
     _check_row_weight(row_weight)
@@ -109,9 +109,7 @@ def cosreg_add_(
 
 
 @cosreg_add_.register_fake
-def _(
-    grad: Tensor, weight: Tensor, coefficient: float, row_weight: Optional[Tensor], eps: float, backend: str
-) -> Tensor:
+def _(grad: Tensor, weight: Tensor, coefficient: float, row_weight: Tensor | None, eps: float, backend: str) -> Tensor:
     return weight.new_empty((), dtype=arithmetic_dtype(weight))
 
 

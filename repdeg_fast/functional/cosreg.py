@@ -1,4 +1,4 @@
-"""The public functions: arguments checked, then handed to :mod:`repdeg_fast.ops`."""
+"""CosReg: arguments checked, then handed to :mod:`repdeg_fast.ops.cosreg`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def cosine_regularization(
     Computed in O(N·d) without the N×N matrix; saves one value a row and one a column for the backward pass.
 
     Args:
-        weight: (N, d), float32, float64, bfloat16 or float16, any strides; usually a word embedding. A zero row (padding)
-            contributes nothing and gets a zero gradient; NaN and Inf come out as NaN.
+        weight: (N, d), float32, float64, bfloat16 or float16, any strides; usually a word embedding. A zero row
+            (padding) contributes nothing and gets a zero gradient; NaN and Inf come out as NaN.
         row_weight: (N,), at least 0, for example token frequencies; gets no gradient.
         eps: smallest norm that is divided by.
 
