@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. Installed as ``repdeg_fast.triton_kernels``."""
