@@ -1,0 +1,96 @@
+"""Compile kernels without a GPU and read what the compiled code needs: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_MEMORY_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a block
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel needs. ``spilled`` is in bytes a thread (on AMD: spilled registers)."""
+
+    registers: int
+    spilled: int
+    shared_bytes: int
+    matrix_instruction: str
+    assembly: str
+
+
+def specializations() -> Iterator[Any]:
+    """Every specialization that a module of ``triton_kernels`` lists."""
+    package = importlib.import_module("repdeg_fast.triton_kernels")
+    for module_info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"repdeg_fast.triton_kernels.{module_info.name}")
+        yield from getattr(module, "specializations", tuple)()
+
+
+def compile_triton(specialization: Any, target: str) -> Resources:
+    """Compile one :class:`~repdeg_fast.triton_kernels.tuning.Specialization` for ``target`` (one of ``TARGETS``)."""
+    import triton
+    from triton.compiler import ASTSource
+
+    kernel, constants = specialization.kernel, specialization.constants
+    signature = {name: specialization.types.get(name, "constexpr") for name in kernel.arg_names}
+    missing = [name for name in kernel.arg_names if signature[name] == "constexpr" and name not in constants]
+    if missing:
+        raise ValueError(f"{kernel.__name__}: neither a type nor a constant for {', '.join(missing)}")
+    aligned = [
+        (index,)
+        for index, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name in specialization.divisible
+    ]
+    source = ASTSource(kernel, signature, constants, dict.fromkeys(aligned, [["tt.divisibility", 16]]))
+    options = {"num_warps": specialization.num_warps, "num_stages": specialization.num_stages}
+    compiled = triton.compile(source, target=_gpu_target(target), options=options)
+    shared = compiled.metadata.shared
+    if target.startswith("gfx"):
+        return _amd_resources(compiled.asm["amdgcn"], shared)
+    return _nvidia_resources(compiled.asm["cubin"], compiled.asm["ptx"], shared)
+
+
+def _gpu_target(target: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    if target.startswith("gfx"):
+        return GPUTarget("hip", target, 64)
+    return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+
+
+def _amd_resources(assembly: str, shared: int) -> Resources:
+    def count(field: str) -> int:
+        found = re.search(rf"\.{field}:\s*(\d+)", assembly)
+        return int(found.group(1)) if found else 0
+
+    matrix = "mfma" if "v_mfma" in assembly else ""
+    return Resources(count("vgpr_count"), count("vgpr_spill_count"), shared, matrix, assembly)
+
+
+def _nvidia_resources(cubin: bytes, ptx: str, shared: int) -> Resources:
+    """Spills are local memory: stack that the kernel's own code did not ask for, which Triton's never does."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [str(_cuobjdump()), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    matrix = next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "")
+    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], shared, matrix, ptx)
+
+
+def _cuobjdump() -> Path:
+    """The disassembler that Triton's package carries."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
