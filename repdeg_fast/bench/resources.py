@@ -45,12 +45,12 @@ def compile_triton(specialization: Any, target: str) -> Resources:
     missing = [name for name in kernel.arg_names if signature[name] == "constexpr" and name not in constants]
     if missing:
         raise ValueError(f"{kernel.__name__}: neither a type nor a constant for {', '.join(missing)}")
-    aligned = [
-        (index,)
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or name in specialization.divisible
-    ]
-    source = ASTSource(kernel, signature, constants, dict.fromkeys(aligned, [["tt.divisibility", 16]]))
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": specialization.num_warps, "num_stages": specialization.num_stages}
     compiled = triton.compile(source, target=_gpu_target(target), options=options)
     shared = compiled.metadata.shared
