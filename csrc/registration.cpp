@@ -13,4 +13,12 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
       "philox_words(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
   m.def(
       "philox_gumbel(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
+  m.def(
+      "admin_norm_forward(Tensor x, Tensor branch, Tensor? omega, Tensor? weight, Tensor? bias, Tensor? branch_bias,"
+      " Tensor? seed, float dropout, float eps, bool center) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "admin_norm_backward(Tensor(a!) grad_x, Tensor(b!)? grad_branch, Tensor(c!)? grad_omega,"
+      " Tensor(d!)? grad_weight, Tensor(e!)? grad_bias, Tensor(f!)? grad_branch_bias, Tensor grad_y, Tensor? y,"
+      " Tensor? x, Tensor? branch, Tensor? omega, Tensor? weight, Tensor? bias, Tensor? branch_bias, Tensor? seed,"
+      " Tensor? mean, Tensor rstd, float dropout, bool center) -> ()");
 }
