@@ -79,7 +79,7 @@ def bench(
     weights: Weights = "",
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file, after each case.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Write plots (PNG) into this folder.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Time for each provider and pass of a case.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for each provider and pass of a case, about.")] = 1.5,
 ) -> None:
     """Measure operations against their peers, side by side: time, share of the roof, memory, and the value."""
     with _clear_errors():
@@ -93,9 +93,9 @@ def bench(
         report.print_notes(console, rows)
         for op in dict.fromkeys(row.suite.op for row in rows) if plot else ():
             for path in plots.plot_run([row for row in rows if row.suite.op == op], plot or Path()):
-                console.print(f"plot: {path}")
+                console.print(f"plot: {path}", soft_wrap=True)
         if json:
-            console.print(f"figures: {json}")
+            console.print(f"figures: {json}", soft_wrap=True)
     if any(row.wrong or (row.failed and row.provider.ours) for row in rows):
         raise typer.Exit(1)
 
@@ -106,9 +106,13 @@ def _run(selections: list[Selection], device: torch.device, seconds: float, json
         for selection in selections:
             for found in runner.run(selection.suite, selection.cases, selection.providers, device, seconds, tick):
                 rows += found
-                console.print(report.table(found))
+                if found[0].case.group is None:
+                    console.print(report.table(found))
                 if json:
                     report.write_json(rows, json)
+            for group in dict.fromkeys(case.group for case in selection.cases if case.group):
+                of_group = [row for row in rows if (row.suite, row.case.group) == (selection.suite, group)]
+                console.print(report.sweep_table(of_group))
     return rows
 
 
@@ -139,7 +143,7 @@ def profile(
             console.print(profiling.table(selection.suite, chosen, profiles, target))
             timelines = {p.provider.name: p.timeline for p in profiles if p.timeline}
             if timelines:
-                path = out / f"{op}-{chosen.name}-memory.png"
+                path = out / f"{op}-{chosen.name}-timeline.png"
                 title = f"{op} · {chosen} on {target.type}: bytes beyond the inputs"
                 console.print(f"timeline: {plots.plot_timelines(timelines, title, path)}")
             for found in profiles:

@@ -23,6 +23,8 @@ _MEMORY_SHARE = 0.8  # of the free memory that one provider may ask for
 
 def unfit(provider: Provider, case: Case, inputs: Inputs, device: torch.device) -> str | None:
     """Why ``provider`` cannot run this case here: its own reason, too little memory, or too long a wait."""
+    if case.group and not provider.in_sweeps:
+        return "grows too fast to be part of a sweep; see the other cases"
     if (reason := provider.unavailable(inputs)) or provider.needs is None:
         return reason
     needs, free = provider.needs(case), free_bytes(device)

@@ -45,7 +45,7 @@ def record(step: Step, device: torch.device) -> Timeline:
     step.reset()
     _synchronize(device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        with phase("forward"):
+        with phase("both passes" if step.graph_free else "forward"):
             output = step.forward()
         if step.backward:
             with phase("backward"):

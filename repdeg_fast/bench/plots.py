@@ -12,7 +12,8 @@ from repdeg_fast.bench.runner import Row
 from repdeg_fast.bench.suite import PASSES, Case, InputError
 
 _OURS = "#1f6fb4"
-_OTHERS = "#b9b9b9"
+_OTHERS = "#9a9a9a"
+_PHASES = {"forward": "#f2c14e", "backward": "#7fb77e", "both passes": "#c08fd0"}
 
 
 def pyplot() -> Any:
@@ -118,20 +119,23 @@ def _plot_sweep(rows: Sequence[Row], path: Path) -> Path:
     plt = pyplot()
     suite = rows[0].suite
     passes = [pass_ for pass_ in PASSES if any(row.pass_ == pass_ for row in rows)]
-    figure, axes = plt.subplots(1, len(passes), figsize=(7 * len(passes), 5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(passes), figsize=(6 * len(passes) + 2, 5), squeeze=False, layout="constrained")
+    names = _unique(row.provider.name for row in rows)
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
     for axis, pass_ in zip(axes[0], passes, strict=True):
         of_pass = [row for row in rows if row.pass_ == pass_]
         for name in _unique(row.provider.name for row in of_pass):
             points = sorted((suite.size(row.case), row.ms) for row in of_pass if row.provider.name == name)
             style = "o-" if name.startswith("ours") else "s--"
-            axis.plot(*zip(*points, strict=True), style, label=name, linewidth=1.6, markersize=5)
+            axis.plot(*zip(*points, strict=True), style, color=colours[name], label=name, linewidth=1.6, markersize=5)
         sizes = sorted({suite.size(row.case) for row in of_pass})
         lowest = min(row.ms or 1 for row in of_pass if suite.size(row.case) == sizes[0])
         guide = [0.5 * lowest * size / sizes[0] for size in sizes]
         axis.plot(sizes, guide, ":", color="black", label=f"in proportion to {suite.size_label}")
         axis.set(xscale="log", yscale="log", xlabel=suite.size_label, ylabel="ms, median", title=pass_)
         axis.grid(alpha=0.25, which="both")
-        axis.legend(frameon=False)
+    handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
     figure.suptitle(f"{suite.op}: how the cost grows with {suite.size_label}, on {_where(rows[0])}", fontweight="bold")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -148,14 +152,15 @@ def plot_timelines(timelines: dict[str, Timeline], title: str, path: Path) -> Pa
         ms = [0.0, *(point[0] for point in timeline.points)]
         sizes = [0.0, *(point[1] / 1e6 for point in timeline.points)]
         axis.fill_between(ms, sizes, step="post", color=_OURS if name.startswith("ours") else _OTHERS, alpha=0.8)
-        for phase, (start, end) in timeline.phases.items():
-            axis.axvspan(start, end, color="#000000", alpha=0.04)
-            axis.axvline(start, color="black", linewidth=0.8, linestyle=":")
-            axis.text(start, 1.0, f" {phase}", transform=axis.get_xaxis_transform(), va="top", color="#333333")
+        for phase, span in timeline.phases.items():
+            axis.axvspan(*span, color=_PHASES[phase], alpha=0.25, linewidth=0, zorder=0)
         axis.set_title(f"{name}: peak {format_bytes(timeline.peak())}", loc="left")
         axis.set_ylabel("MB")
         axis.set_ylim(bottom=0)
         axis.margins(x=0.01)
+    seen = _unique(phase for timeline in timelines.values() for phase in timeline.phases)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=_PHASES[phase], alpha=0.25) for phase in seen]
+    figure.legend(patches, seen, loc="outside lower center", ncols=len(seen), frameon=False)
     axes[-1, 0].set_xlabel("ms (under the profiler, slower than alone)")
     figure.suptitle(title, fontweight="bold")
     figure.savefig(path, dpi=120)

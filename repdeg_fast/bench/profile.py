@@ -76,13 +76,13 @@ def table(suite: Suite, case: Case, profiles: Sequence[Profile], device: torch.d
         if timeline is None:
             out.add_row(name, *["–"] * 5, f"[dim]{profile.reason}[/]")
             continue
-        forward_end = timeline.phases["forward"][1]
+        first = next(iter(timeline.phases))  # forward; or both passes, where one call does them
         backward = "backward" in timeline.phases
         out.add_row(
             name,
-            format_bytes(timeline.peak("forward")),
+            format_bytes(timeline.peak(first)),
             "–" if profile.provider.graph_free else format_bytes(profile.saved),
-            format_bytes(timeline.at(forward_end)),
+            format_bytes(timeline.at(timeline.phases[first][1])),
             format_bytes(timeline.peak("backward")) if backward else "–",
             format_bytes(timeline.points[-1][1] if timeline.points else 0),
             "adds to the gradient that is there: both passes in one call" if profile.provider.graph_free else "",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from repdeg_fast.bench.runner import Row
+from repdeg_fast.bench.suite import dtype_name
 
 _MARKS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
@@ -37,11 +41,46 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         if row.samples:
             out.add_row(*_figures(row, with_tokens), style="bold" if row.provider.ours else None)
-        else:
-            empty = ["–"] * (len(out.columns) - 3)
-            reason = f"[red]{row.reason}[/]" if row.failed else f"[dim]{row.reason}[/]"
-            out.add_row(row.provider.name, short_pass(row.pass_), *empty, reason)
+        elif row.pass_ == row.provider.passes[0]:  # once for all its passes
+            out.add_row(row.provider.name, *["–"] * (len(out.columns) - 2), _reason(row))
     return out
+
+
+def sweep_table(rows: Sequence[Row]) -> Table:
+    """The cases of one group side by side, and the power of the size that the time of each provider grows with."""
+    suite, group = rows[0].suite, rows[0].case.group
+    cases = sorted({row.case for row in rows}, key=suite.size)
+    title = f"{suite.op} · {group}: ms against {suite.size_label}, {dtype_name(cases[0].dtype)} on {rows[0].device}"
+    caption = f"growth: p where the time grows like ({suite.size_label})^p, by least squares; 1 is linear, more where small cases lie in a cache"
+    out = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    out.add_column("provider", no_wrap=True)
+    out.add_column("pass", no_wrap=True)
+    for case in cases:
+        out.add_column(f"{suite.size(case):,}", justify="right")
+    out.add_column("growth", justify="right")
+    out.add_column("why not measured", overflow="fold")
+    for first in (row for row in rows if row.case is cases[0]):
+        line = {row.case: row for row in rows if (row.provider, row.pass_) == (first.provider, first.pass_)}
+        if any(row.samples for row in line.values()):
+            reasons = [f"{row.case.name}: {_reason(row)}" for row in line.values() if row.reason]
+            style = "bold" if first.provider.ours else None
+            times = [_ms(line[case].ms) for case in cases]
+            name = [first.provider.name, short_pass(first.pass_)]
+            out.add_row(*name, *times, _growth(list(line.values())), "\n".join(reasons), style=style)
+        elif first.pass_ == first.provider.passes[0]:
+            out.add_row(first.provider.name, *["–"] * (len(cases) + 2), _reason(first))
+    return out
+
+
+def _growth(rows: Sequence[Row]) -> str:
+    measured = [(math.log(row.suite.size(row.case)), math.log(row.ms)) for row in rows if row.ms]
+    if len(measured) < 2:
+        return "–"
+    return f"{statistics.linear_regression(*zip(*measured, strict=True)).slope:.2f}"
+
+
+def _reason(row: Row) -> str:
+    return f"[{'red' if row.failed else 'dim'}]{escape(row.reason or '')}[/]"
 
 
 def _figures(row: Row, with_tokens: bool) -> list[str]:
@@ -73,7 +112,8 @@ def print_notes(console: Console, rows: Sequence[Row]) -> None:
     console.print(f"[dim]{named}; THP_MEM_ALLOC_ENABLE {'set' if versions['THP_MEM_ALLOC_ENABLE'] else 'not set'}[/]")
     console.print(
         "[dim]GB/s, TFLOP/s and % roof count the bytes and operations that the pass needs, whoever does it; the roof is"
-        " a copy and a GEMM measured in this run (small cases lie in a cache and may pass it). peak: beyond the"
+        " a copy and a GEMM measured in this run (small cases lie in a cache and may pass it; so may, on a CPU, passes"
+        " that mostly read, since a store there first reads what it overwrites). peak: beyond the"
         " inputs, fresh gradients included. saved: kept by autograd between the passes."
         + (
             " Speedups on the CPU are medians of the ratios within interleaved rounds, so they need not equal the"
@@ -114,4 +154,6 @@ def _ms(value: float | None) -> str:
 def _times(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:,.0f}×" if value >= 100 else f"{value:.2f}×"
+    if value >= 100:
+        return f"{value:,.0f}×"
+    return f"{value:.2f}×" if value >= 0.1 else f"{value:.1g}×"

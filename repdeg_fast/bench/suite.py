@@ -67,6 +67,7 @@ class Provider:
     ours: bool = False
     unavailable: Callable[[Inputs], str | None] = lambda inputs: None
     needs: Callable[[Case], Work] | None = None
+    in_sweeps: bool = True  # False: grows too fast to be part of one
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,6 +120,7 @@ def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
 def _listing(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if not shapes:
         return "no tensors at all"
-    items = [f"{name} {list(shape)}" for name, shape in sorted(shapes.items())]
+    matrices_first = sorted(shapes, key=lambda name: (len(shapes[name]) != 2, name))
+    items = [f"{name} {list(shapes[name])}" for name in matrices_first]
     more = f", and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
     return ", ".join(items[:_LISTED]) + more

@@ -44,7 +44,7 @@ CASES = [
     _vocabulary("amos-base", 32768, 768, default_on=("cuda",)),
     _vocabulary("xlm-r", 250002, 768, default_on=("cuda",)),
     _vocabulary("gemma", 256000, 2304, dtype=torch.bfloat16, default_on=("cuda",)),
-    *(_vocabulary(f"sweep-{rows}", rows, 256, group="sweep") for rows in (4096, 16384, 65536, 262144)),
+    *(_vocabulary(f"sweep-{rows}", rows, 128, group="sweep") for rows in (4096, 16384, 65536, 262144)),
 ]
 
 
@@ -101,7 +101,7 @@ def _compiled_closed_form(inputs: Inputs) -> Callable[[], Tensor]:
 
 
 PROVIDERS = [
-    Provider("literal", _of_weight(reference.cosine_regularization), needs=_literal_needs),
+    Provider("literal", _of_weight(reference.cosine_regularization), needs=_literal_needs, in_sweeps=False),
     Provider("eager", _of_weight(reference.closed_form)),
     Provider("compile", _compiled_closed_form),
     *per_backend(
