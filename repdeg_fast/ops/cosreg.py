@@ -12,28 +12,30 @@ from repdeg_fast.ops._common import forbid_double_backward
 from repdeg_fast.reference.cosreg import arithmetic_dtype
 
 
-def _triton_limit(weight: Tensor) -> str | None:
+def _registers_limit(weight: Tensor, most: int) -> str | None:
     if weight.dtype == torch.float64:
         return "float64 is for the reference and cpu backends"
-    if weight.shape[1] > 16384:
-        return f"rows of at most 16,384 values fit in registers, got {weight.shape[1]:,}"
+    if weight.shape[1] > most:
+        return f"holds rows of at most {most:,} values in registers, got {weight.shape[1]:,}"
     return None
 
 
-def _cuda_limit(weight: Tensor) -> str | None:
-    if weight.dtype == torch.float64:
-        return "float64 is for the reference and cpu backends"
-    if weight.shape[1] > 24576:
-        return f"rows of at most 24,576 values fit in registers, got {weight.shape[1]:,}"
-    if weight.stride(1) != 1 or (weight.stride(0) * weight.element_size()) % 16 or weight.data_ptr() % 16:
-        return "needs contiguous rows that start on 16-byte boundaries"
-    return None
+def _triton_limit(weight: Tensor, *_: Tensor) -> str | None:
+    return _registers_limit(weight, 16384)
+
+
+def _cuda_limit(*matrices: Tensor) -> str | None:
+    for matrix in matrices:
+        row_bytes = [size * matrix.element_size() for size in (matrix.shape[1], matrix.stride(0))]
+        if matrix.stride(1) != 1 or matrix.data_ptr() % 16 or any(size % 16 for size in row_bytes):
+            return "needs contiguous rows of a multiple of 16 bytes that start on 16-byte boundaries"
+    return _registers_limit(matrices[0], 12288)
 
 
 operation = Operation(
     "cosreg",
     functions=("forward", "backward"),
-    backends={"cpu": lambda weight: None, "triton": _triton_limit, "cuda": _cuda_limit},
+    backends={"cpu": lambda *_: None, "triton": _triton_limit, "cuda": _cuda_limit},
 )
 
 
@@ -101,7 +103,7 @@ def cosreg_add_(
 ) -> Tensor:
     """Add coefficient · ∂R/∂W to ``grad`` and return R: both passes in one call, no graph, nothing of size N×d."""
     _check_row_weight(row_weight)
-    kernels = operation.kernels(backend, weight)
+    kernels = operation.kernels(backend, weight, grad)
     value, column_sum, inverse_norm, total_weight = kernels.forward(weight, row_weight, eps)
     scale = torch.full_like(value, coefficient)
     kernels.backward(grad, scale, weight, row_weight, column_sum, inverse_norm, total_weight, eps, True)
