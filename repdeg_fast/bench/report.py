@@ -51,7 +51,7 @@ def sweep_table(rows: Sequence[Row]) -> Table:
     suite, group = rows[0].suite, rows[0].case.group
     cases = sorted({row.case for row in rows}, key=suite.size)
     title = f"{suite.op} · {group}: ms against {suite.size_label}, {dtype_name(cases[0].dtype)} on {rows[0].device}"
-    caption = f"growth: p where the time grows like ({suite.size_label})^p, by least squares; 1 is linear, more where small cases lie in a cache"
+    caption = f"growth: p where the time grows like ({suite.size_label})^p, by least squares; 1 is linear"
     out = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     out.add_column("provider", no_wrap=True)
     out.add_column("pass", no_wrap=True)

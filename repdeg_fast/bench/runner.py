@@ -105,7 +105,7 @@ def _run_case(
     exact = suite.exact(inputs)
     rows, steps = [], []
     for provider in providers:
-        call, common = _prepare(suite, case, provider, inputs, exact, device)
+        call, common = prepare(suite, case, provider, inputs, exact, device)
         for pass_ in provider.passes:
             work = suite.work(case, pass_, provider.graph_free)
             row = Row(suite, case, provider, pass_, str(device.type), versions, work.bytes, work.flops, **common)
@@ -132,7 +132,7 @@ def _run_case(
     return rows
 
 
-def _prepare(
+def prepare(
     suite: Suite, case: Case, provider: Provider, inputs: Inputs, exact: Tensor, device: torch.device
 ) -> tuple[Callable[[], Tensor] | None, dict[str, Any]]:
     """The provider's function, called once and checked, with what is common to its rows; no function and the reason
