@@ -9,4 +9,8 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
   m.def(
       "cosreg_backward(Tensor(a!) grad_weight, Tensor grad_value, Tensor weight, Tensor? row_weight,"
       " Tensor column_sum, Tensor inverse_norm, Tensor? total_weight, float eps, bool accumulate) -> ()");
+  m.def(
+      "philox_words(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
+  m.def(
+      "philox_gumbel(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
 }
