@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -90,28 +93,29 @@ def run_stage(stage: str, name: str, seconds: float) -> str:
     print(f"== {stage}: at most {seconds:.0f} s", flush=True)
     start = time.monotonic()
     with open(RESULTS / f"{name}.{stage}.log", "w") as log:
-        process = subprocess.Popen(commands[stage], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        ended = _copy_output(process, log, start + seconds)
+        ended = run_limited(commands[stage], log, seconds)
     outcome = f"{ended} after {time.monotonic() - start:.0f} s"
     print(f"== {stage}: {outcome}", flush=True)
     return outcome
 
 
-def _copy_output(process: subprocess.Popen, log: object, deadline: float) -> str:
-    import threading
-
+def run_limited(command: list[str], log: TextIO, seconds: float) -> str:
+    """Run a command, copying its output as it comes, and kill it and all it started after ``seconds``."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     stopped = threading.Event()
 
     def stop() -> None:
         stopped.set()
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
 
-    timer = threading.Timer(max(0.0, deadline - time.monotonic()), stop)
+    timer = threading.Timer(seconds, stop)
     timer.start()
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", flush=True)
-        print(line, end="", file=log, flush=True)  # type: ignore[call-overload]
+        print(line, end="", file=log, flush=True)
     code = process.wait()
     timer.cancel()
     return "stopped at its time limit" if stopped.is_set() else "passed" if code == 0 else f"failed (exit {code})"

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,19 +29,21 @@ def row(**changes):
     }
 
 
-def test_a_stage_is_stopped_at_its_limit_and_keeps_what_it_printed(monkeypatch):
-    code = "import time; print('a figure', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+def test_a_stage_is_stopped_at_its_limit_and_keeps_what_it_printed():
+    code = """
+import subprocess, sys, time
+print("a figure", flush=True)
+subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])  # must not outlive the stage
+"""
     log, start = io.StringIO(), time.monotonic()
-    assert gpu._copy_output(process, log, start + 2) == "stopped at its time limit"
+    assert gpu.run_limited([sys.executable, "-c", code], log, 2) == "stopped at its time limit"
     assert time.monotonic() - start < 10
     assert log.getvalue() == "a figure\n"
 
 
 @pytest.mark.parametrize(("code", "outcome"), [(0, "passed"), (3, "failed (exit 3)")])
 def test_outcomes(code, outcome):
-    process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"], stdout=subprocess.PIPE, text=True)
-    assert gpu._copy_output(process, io.StringIO(), time.monotonic() + 30) == outcome
+    assert gpu.run_limited([sys.executable, "-c", f"raise SystemExit({code})"], io.StringIO(), 30) == outcome
 
 
 def test_report(tmp_path, monkeypatch):
