@@ -52,7 +52,7 @@ class Operation:
             if reason := self.unavailable(backend, device, *tensors):
                 raise RuntimeError(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
             return backend
-        reasons = []
+        reasons: list[str] = []
         for candidate in PREFERENCE.get(device, ("reference",)):
             reason = self.unavailable(candidate, device, *tensors)
             if reason is None:
