@@ -2,7 +2,12 @@
 
 from repdeg_fast import backends, nn
 from repdeg_fast.backends import use_backend
-from repdeg_fast.functional import add_cosine_regularization_, cosine_regularization
+from repdeg_fast.functional import (
+    add_cosine_regularization_,
+    cosine_regularization,
+    linear_cross_entropy,
+    multi_layer_mlm_loss,
+)
 from repdeg_fast.nn import CosineRegularization
 
 __version__ = "0.1.0"
@@ -11,6 +16,8 @@ __all__ = [
     "add_cosine_regularization_",
     "backends",
     "cosine_regularization",
+    "linear_cross_entropy",
+    "multi_layer_mlm_loss",
     "nn",
     "use_backend",
 ]
