@@ -29,7 +29,7 @@ def _triton_limit(hidden_states: Tensor, weight: Tensor) -> str | None:
 
 operation = Operation(
     "linear_cross_entropy",
-    functions=("rows",),
+    functions=("rows", "add", "advise"),
     backends={"cpu": lambda hidden_states, weight: None, "triton": _triton_limit},
 )
 
@@ -251,7 +251,7 @@ def _function(name: str, backend: str, hidden_states: Tensor, weight: Tensor) ->
     kernels = operation.kernels(backend, hidden_states, weight)
     if hasattr(kernels, name):
         return getattr(kernels, name)
-    return functools.partial(getattr(_vocabulary_chunks, name), kernels.rows)
+    return functools.partial(getattr(_vocabulary_chunks, name), kernels)
 
 
 def _check_target(target: Tensor, vocabulary: int, ignore_index: int) -> None:
