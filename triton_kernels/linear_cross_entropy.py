@@ -293,7 +293,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and log-sum-exp of every row. ``enabled``: a flag on the device; where it is 0 the results are arbitrary."""
     n, vocabulary = len(hidden_states), len(weight)
-    tile = forward_tile(hidden_states)
+    tile, _ = _tiles(hidden_states)
     blocks = triton.cdiv(n, tile.own)
     part_columns, parts = _parts(vocabulary, tile.loop, blocks, hidden_states)
     part_lse, part_label, part_sum = (
@@ -369,7 +369,7 @@ def _launch_backward(
     target, bias, lse, grad_loss, grad_lse = inputs
     ignore_index, label_smoothing, softcap = options
     hidden_states, vocabulary = (y, len(x)) if over_vocabulary else (x, len(y))
-    tile, d = backward_tile(hidden_states), x.shape[1]
+    (_, tile), d = _tiles(hidden_states), x.shape[1]
     slices = triton.cdiv(d, tile.width) if grad_x is not None else 1
     blocks = triton.cdiv(len(x), tile.own)
     # a grid too small for the device is cut along the loop as well; its parts are added up afterwards
@@ -391,55 +391,53 @@ def _launch_backward(
                 gradient.copy_(partial.sum(dim=0))
 
 
-def forward_tile(hidden_states: Tensor) -> MatmulTile:
-    return _FORWARD_TILES[_family(hidden_states)]
+# (forward, backward) for each chip and width of operand: the largest tiles for which ptxas spills nothing
+# (tests/test_ahead_of_time.py compiles them). fp32 is multiplied on tensor cores as three tf32 products, which take
+# more registers. "sm_80" stands for all NVIDIA chips that are not named.
+TILES = {
+    ("sm_80", 16): (MatmulTile(128, 64, 64, 0, 8, 3), MatmulTile(64, 64, 64, 256, 8, 3)),
+    ("sm_90", 16): (MatmulTile(128, 128, 64, 0, 8, 3), MatmulTile(64, 64, 64, 256, 8, 3)),
+    ("sm_100", 16): (MatmulTile(128, 64, 64, 0, 8, 3), MatmulTile(64, 64, 64, 256, 8, 3)),
+    ("gfx942", 16): (MatmulTile(128, 128, 64, 0, 8, 2), MatmulTile(64, 64, 32, 128, 4, 2)),
+    ("sm_80", 32): (MatmulTile(64, 64, 32, 0, 8, 2), MatmulTile(64, 32, 32, 64, 8, 2)),
+    ("sm_90", 32): (MatmulTile(128, 64, 32, 0, 8, 2), MatmulTile(64, 64, 32, 128, 8, 2)),
+    ("sm_100", 32): (MatmulTile(128, 64, 32, 0, 8, 2), MatmulTile(64, 64, 32, 64, 8, 2)),
+    ("gfx942", 32): (MatmulTile(64, 64, 32, 0, 4, 2), MatmulTile(64, 32, 32, 64, 4, 2)),
+}
 
 
-def backward_tile(hidden_states: Tensor) -> MatmulTile:
-    return _BACKWARD_TILES[_family(hidden_states)]
+def _tiles(hidden_states: Tensor) -> tuple[MatmulTile, MatmulTile]:
+    return TILES[_chip(hidden_states.device), 8 * hidden_states.element_size()]
 
 
-def _family(hidden_states: Tensor) -> str:
-    """Which tiles: fp32 is multiplied without tensor cores, Hopper's read both operands from shared memory and leave
-    registers for a larger tile, and AMD has a third of the shared memory."""
-    if hidden_states.dtype == torch.float32:
-        return "fp32"
+def _chip(device: torch.device) -> str:
     if torch.version.hip:
-        return "amd"
-    hopper = hidden_states.is_cuda and torch.cuda.get_device_capability(hidden_states.device)[0] == 9
-    return "hopper" if hopper else "16-bit"
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-# The largest tiles for which ptxas spills nothing (tests/test_ahead_of_time.py).
-_FORWARD_TILES = {
-    "16-bit": MatmulTile(128, 64, 64, 0, num_warps=8, num_stages=3),
-    "hopper": MatmulTile(128, 128, 64, 0, num_warps=8, num_stages=3),
-    "amd": MatmulTile(128, 128, 64, 0, num_warps=8, num_stages=2),
-    "fp32": MatmulTile(64, 64, 32, 0, num_warps=4, num_stages=2),
-}
-_BACKWARD_TILES = {
-    "16-bit": MatmulTile(64, 64, 64, 256, num_warps=8, num_stages=3),
-    "hopper": MatmulTile(64, 64, 64, 256, num_warps=8, num_stages=3),
-    "amd": MatmulTile(64, 64, 32, 128, num_warps=4, num_stages=2),
-    "fp32": MatmulTile(64, 32, 32, 64, num_warps=8, num_stages=2),
-}
-_CHIPS = {"16-bit": ("sm_80", "sm_100"), "hopper": ("sm_90",), "amd": ("gfx942",), "fp32": ()}  # none named: all
+def _precision(chip: str) -> str:
+    """How fp32 is multiplied. PyTorch's default, "highest", asks for fp32 results: three tf32 products give them to
+    about 1e-6."""
+    if chip == "gfx942":
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _matmul_constants(hidden_states: Tensor, tile: MatmulTile) -> dict[str, Any]:
-    # "highest" is PyTorch's default: fp32 means fp32
-    exact = torch.get_float32_matmul_precision() == "highest"
     return {
-        "DTYPE": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
-            hidden_states.dtype
-        ],
-        "PRECISION": "ieee" if exact else "tf32",
+        "DTYPE": _TRITON_TYPES[hidden_states.dtype],
+        "PRECISION": _precision(_chip(hidden_states.device)),
         "OWN": tile.own,
         "LOOP": tile.loop,
         "K": tile.k,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
+
+
+_TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _parts(length: int, step: int, programs: int, tensor: Tensor) -> tuple[int, int]:
@@ -464,11 +462,13 @@ def specializations() -> Iterator[Specialization]:
         yield Specialization(
             _scale_kernel, {"x": f"*{dtype}", "scale": "*fp32", "n": "i32"}, {"BLOCK": _SCALE_BLOCK}, label=dtype
         )
-    for dtype, family in (("bf16", "16-bit"), ("bf16", "hopper"), ("fp16", "hopper"), ("bf16", "amd"), ("fp32", "fp32")):
-        for full in (False, True):
-            yield _forward_specialization(dtype, family, full)
-            for over_vocabulary in (False, True):
-                yield _backward_specialization(dtype, family, over_vocabulary, full)
+    for (chip, bits), (forward_tile, backward_tile) in TILES.items():
+        dtypes = ("fp32",) if bits == 32 else ("bf16", "fp16") if chip == "sm_90" else ("bf16",)
+        for dtype in dtypes:
+            for full in (False, True) if (chip, dtype) == ("sm_90", "bf16") else (True,):
+                yield _forward_specialization(dtype, chip, forward_tile, full)
+                for over_vocabulary in (False, True):
+                    yield _backward_specialization(dtype, chip, backward_tile, over_vocabulary, full)
 
 
 def _rows_specialization(dtype: str, full: bool) -> Specialization:
@@ -483,47 +483,42 @@ def _rows_specialization(dtype: str, full: bool) -> Specialization:
     )  # fmt: skip
 
 
-def _forward_specialization(dtype: str, family: str, full: bool) -> Specialization:
+def _forward_specialization(dtype: str, chip: str, tile: MatmulTile, full: bool) -> Specialization:
     integers = ("n", "vocabulary", "positions", "d", "part_columns", "hidden_row", "weight_row")
     types = dict.fromkeys(("part_lse", "part_label", "part_sum"), "*fp32") | dict.fromkeys(integers, "i32")
     types |= {"hidden_states": f"*{dtype}", "weight": f"*{dtype}", "target": "*i64", "softcap": "fp32"}
-    flags = {"HAS_BIAS": full, "SOFTCAP": full, "SMOOTHING": full, "PREDICATED": full}
-    strides = {"hidden_column": 1, "weight_column": 1}
-    constants = flags | strides | _optional(types, full, bias=f"*{dtype}", enabled="*i32")
-    return _matmul_specialization(_forward_kernel, dtype, family, _FORWARD_TILES, types, constants, full)
+    constants: dict[str, Any] = {"hidden_column": 1, "weight_column": 1}
+    constants |= dict.fromkeys(("HAS_BIAS", "SOFTCAP", "SMOOTHING", "PREDICATED"), full)
+    constants |= _optional(types, full, bias=f"*{dtype}", enabled="*i32")
+    return _matmul_specialization(_forward_kernel, dtype, chip, tile, types, constants, full)
 
 
-def _backward_specialization(dtype: str, family: str, over_vocabulary: bool, full: bool) -> Specialization:
-    integers = (
-        "owners", "loopers", "vocabulary", "positions", "d", "part_loopers", "ignore_index", "x_row", "y_row",
-        "grad_loss_stride",
-    )  # fmt: skip
-    types = dict.fromkeys(("lse", "grad_loss"), "*fp32") | dict.fromkeys(("x", "y", "grad_x"), f"*{dtype}")
-    types |= dict.fromkeys(integers, "i32") | dict.fromkeys(("label_smoothing", "softcap"), "fp32")
-    types |= {"target": "*i64"}
-    flags = {
-        "VOCABULARY": over_vocabulary, "HAS_BIAS": full, "HAS_GRAD_X": True, "HAS_GRAD_LSE": full, "SOFTCAP": full,
-        "HAS_GRAD_BIAS": full and over_vocabulary, "PREDICATED": full,
-    }  # fmt: skip
-    constants = flags | {"x_column": 1, "y_column": 1, "WIDTH": _BACKWARD_TILES[family].width}
+def _backward_specialization(
+    dtype: str, chip: str, tile: MatmulTile, over_vocabulary: bool, full: bool
+) -> Specialization:
+    integers = ("owners", "loopers", "vocabulary", "positions", "d", "part_loopers", "ignore_index", "x_row", "y_row")
+    types = dict.fromkeys((*integers, "grad_loss_stride"), "i32")
+    types |= dict.fromkeys(("lse", "grad_loss"), "*fp32") | dict.fromkeys(("x", "y", "grad_x"), f"*{dtype}")
+    types |= {"target": "*i64", "label_smoothing": "fp32", "softcap": "fp32"}
+    constants: dict[str, Any] = {"x_column": 1, "y_column": 1, "WIDTH": tile.width}
+    constants |= {"VOCABULARY": over_vocabulary, "HAS_GRAD_X": True, "HAS_GRAD_BIAS": full and over_vocabulary}
+    constants |= dict.fromkeys(("HAS_BIAS", "HAS_GRAD_LSE", "SOFTCAP", "PREDICATED"), full)
     constants |= _optional(types, full, bias=f"*{dtype}", enabled="*i32", grad_lse="*fp32")
     constants |= _optional(types, full and over_vocabulary, grad_bias=f"*{dtype}")
-    label = "vocabulary" if over_vocabulary else "rows"
-    return _matmul_specialization(_backward_kernel, dtype, family, _BACKWARD_TILES, types, constants, full, label)
+    label = "vocabulary " if over_vocabulary else "rows "
+    return _matmul_specialization(_backward_kernel, dtype, chip, tile, types, constants, full, label)
 
 
 def _matmul_specialization(
-    kernel: Any, dtype: str, family: str, tiles: dict[str, MatmulTile], types: dict[str, str],
-    constants: dict[str, Any], full: bool, label: str = "",
+    kernel: Any, dtype: str, chip: str, tile: MatmulTile, types: dict[str, str], constants: dict[str, Any],
+    full: bool, label: str = "",
 ) -> Specialization:  # fmt: skip
-    tile = tiles[family]
     element = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
-    constants |= {"DTYPE": element, "PRECISION": "ieee", "OWN": tile.own, "LOOP": tile.loop, "K": tile.k}
+    constants |= {"DTYPE": element, "PRECISION": _precision(chip), "OWN": tile.own, "LOOP": tile.loop, "K": tile.k}
     return Specialization(
         kernel, types, constants, tile.num_warps, tile.num_stages,
         divisible=("d", "hidden_row", "weight_row", "x_row", "y_row"),
-        label=" ".join(filter(None, (dtype, label, "all options" if full else "plain"))),
-        targets=_CHIPS[family],
+        label=f"{dtype} {label}{'all options' if full else 'plain'}", targets=(chip,),
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from repdeg_fast.reference.linear_cross_entropy import Gradients, arithmetic_dty
 
 TILE = 4096  # rows of the weight that are converted at a time: 6 MB in bf16 at d = 768
 LIMIT = {"cpu": 64 << 20, "cuda": 512 << 20}  # bytes of buffers; the GEMMs of a GPU need more rows to be efficient
+FEWEST_ROWS = 16  # of logits that are held at once, however large the vocabulary
 ALIGNMENT = 64  # bytes: rows of logits that start on a cache line make MKL's h Eᵀ a quarter faster
 
 
@@ -124,7 +125,7 @@ def backward(
     grad_hidden, grad_weight, grad_bias = _gradients(kernels, hidden_states, weight, wide, needs)
     values = None if bias is None else bias.to(wide).contiguous()
     tiles = list(_ranges(vocabulary, TILE))
-    chunks = list(_ranges(n, _limit(weight) // (TILE * dtype.itemsize)))
+    chunks = list(_ranges(n, max(_limit(weight) // (TILE * dtype.itemsize), FEWEST_ROWS)))
     hidden_sum = _Sum(kernels, grad_hidden, wide, len(tiles))
     logits = _buffer(kernels, hidden_states, chunks[0][1] if chunks else 0, min(TILE, vocabulary), dtype)
     for begin, end in tiles:
@@ -194,7 +195,7 @@ def chunk_rows(
     wide_copy = vocabulary * width * accumulate_dtype.itemsize
     if grad_weight and _needs_sum(weight.dtype, accumulate_dtype) and rows * row_bytes <= wide_copy:
         return rows
-    chunks = max(1, -(-rows * row_bytes // max(limit, 16 * row_bytes)))
+    chunks = max(1, -(-rows * row_bytes // max(limit, FEWEST_ROWS * row_bytes)))
     return max(1, -(-rows // chunks))
 
 
@@ -279,5 +280,5 @@ def _part(vector: Tensor | None, part: slice) -> Tensor | None:
 
 
 def _ranges(length: int, step: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, length, max(step, 1)):
+    for first in range(0, length, step):
         yield first, min(first + step, length)
