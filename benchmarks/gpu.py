@@ -64,14 +64,14 @@ def gpu_name() -> str | None:
     return found.replace(" ", "_").replace("/", "_") or None
 
 
-def commands(stage: str, name: str) -> list[str]:
-    """What a stage runs, for each of these lines: the figures do not wait for the plots, nor need them."""
-    tests, figures, plots = ROOT / "tests", RESULTS / f"{name}.json", RESULTS / name
-    return {
-        "check": [f"pytest {tests} -m gpu -q -rfE -p no:cacheprovider"],
-        "bench": [f"repdeg_fast bench --device cuda --json {figures}" + (f" --plot {plots}" if _can_plot() else "")],
-        "profile": [f"repdeg_fast profile --op {op} --device cuda --out {plots}" for op in OPS if _can_plot()],
-    }[stage]
+def commands(stage: str, name: str) -> list[list[str]]:
+    """The modules that a stage runs one after the other. Figures do not wait for the plots, nor need them."""
+    cli, figures, plots = ["repdeg_fast", stage, "--device", "cuda"], RESULTS / f"{name}.json", str(RESULTS / name)
+    if stage == "check":
+        return [["pytest", str(ROOT / "tests"), "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider"]]
+    if stage == "bench":
+        return [[*cli, "--json", str(figures), *(["--plot", plots] if _can_plot() else [])]]
+    return [[*cli, "--op", op, "--out", plots] for op in OPS if _can_plot()]
 
 
 def run_stage(stage: str, name: str, seconds: float) -> str:
@@ -82,7 +82,7 @@ def run_stage(stage: str, name: str, seconds: float) -> str:
     with open(RESULTS / f"{name}.{stage}.log", "w") as log:
         for command in commands(stage, name):
             remaining = seconds - (time.monotonic() - start)
-            outcome = run_limited([sys.executable, "-m", *command.split()], log, max(1.0, remaining))
+            outcome = run_limited([sys.executable, "-m", *command], log, max(1.0, remaining))
             ended = ended if outcome == "passed" else outcome
     outcome = f"{ended} after {time.monotonic() - start:.0f} s"
     print(f"== {stage}: {outcome}", flush=True)
