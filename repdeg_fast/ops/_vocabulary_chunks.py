@@ -184,8 +184,8 @@ def chunk_rows(
 ) -> int:
     """How many rows of logits are held at once: as many as LIMIT allows, in chunks of about equal size.
 
-    All rows, if a second chunk would cost more memory than it spares: a 16-bit weight gradient that is summed over
-    chunks needs a wide copy of itself.
+    All rows, if cutting them would take no less memory: a 16-bit weight gradient that is summed over chunks needs a
+    wide copy of itself.
     """
     vocabulary, width = weight.shape
     row_bytes = _aligned(vocabulary, dtype) * dtype.itemsize
@@ -193,7 +193,7 @@ def chunk_rows(
     if not _is_operand(weight, dtype):
         limit -= 2 * TILE * width * dtype.itemsize  # one converted tile of the weight, one of its gradient
     wide_copy = vocabulary * width * accumulate_dtype.itemsize
-    if grad_weight and _needs_sum(weight.dtype, accumulate_dtype) and rows * row_bytes <= wide_copy:
+    if grad_weight and _needs_sum(weight.dtype, accumulate_dtype) and rows * row_bytes <= wide_copy + limit:
         return rows
     chunks = max(1, -(-rows * row_bytes // max(limit, FEWEST_ROWS * row_bytes)))
     return max(1, -(-rows // chunks))
