@@ -194,18 +194,16 @@ def _check_tensors(
     if bias is not None:
         check_floating("bias", bias)
         if bias.shape != (vocabulary,):
-            raise ValueError(f"bias: expected shape ({vocabulary},), one value a row of weight, got {tuple(bias.shape)}")
+            raise ValueError(
+                f"bias: expected shape ({vocabulary},), one value a row of weight, got {tuple(bias.shape)}"
+            )
     others: dict[str, Any] = {"weight": weight, "target": target, "bias": bias}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != hidden_states.device:
-            raise ValueError(
-                f"{name}: expected device {hidden_states.device} like hidden_states, got {tensor.device}"
-            )
+            raise ValueError(f"{name}: expected device {hidden_states.device} like hidden_states, got {tensor.device}")
     hidden_states = _operand(hidden_states, weight, bias)
     if accumulate_dtype not in (torch.float32, weight.dtype):
-        raise ValueError(
-            f"accumulate_dtype: expected float32, or {weight.dtype} like weight, got {accumulate_dtype}"
-        )
+        raise ValueError(f"accumulate_dtype: expected float32, or {weight.dtype} like weight, got {accumulate_dtype}")
     if padding_idx is not None:
         if not -vocabulary <= padding_idx < vocabulary:
             raise ValueError(f"padding_idx: expected a row of weight, from 0 to {vocabulary - 1}, got {padding_idx}")

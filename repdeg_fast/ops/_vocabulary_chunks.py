@@ -16,6 +16,7 @@ tile by tile, never as a whole.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,7 +138,9 @@ def backward(
             z, hidden = logits[: last - first, : end - begin], _operand(hidden_states[chunk], dtype)
             torch.mm(hidden, part.t(), out=z)
             inputs = (target, _part(values, columns), grad_loss[chunk], _part(grad_lse, chunk))
-            kernels.rows(z, lse[chunk], None, _part(grad_bias, columns), *inputs, vocabulary, first, begin, *options, first > 0)
+            kernels.rows(
+                z, lse[chunk], None, _part(grad_bias, columns), *inputs, vocabulary, first, begin, *options, first > 0
+            )
             if grad_hidden is not None:
                 hidden_sum.add(z, part, begin == 0, chunk)
             if grad_weight is not None:
@@ -179,9 +182,7 @@ def operand_dtype(hidden_states: Tensor) -> torch.dtype:
     return dtype
 
 
-def chunk_rows(
-    rows: int, weight: Tensor, dtype: torch.dtype, accumulate_dtype: torch.dtype, grad_weight: bool
-) -> int:
+def chunk_rows(rows: int, weight: Tensor, dtype: torch.dtype, accumulate_dtype: torch.dtype, grad_weight: bool) -> int:
     """How many rows of logits are held at once: as many as LIMIT allows, in chunks of about equal size.
 
     All rows, if cutting them would take no less memory: a 16-bit weight gradient that is summed over chunks needs a
@@ -208,13 +209,13 @@ class _Sum:
         if gradient is not None and parts > 1 and _needs_sum(gradient.dtype, wide):
             self.total = _large_pages(kernels, gradient.new_empty(gradient.shape, dtype=wide))
 
-    def add(self, a: Tensor, b: Tensor, first: bool, part: slice = slice(None)) -> None:  # noqa: B008
+    def add(self, a: Tensor, b: Tensor, first: bool, part: slice = slice(None)) -> None:
         """total[part] += a @ b, or = where `first`."""
         assert self.total is not None
         total = self.total[part]
         if total.dtype == a.dtype:
             torch.mm(a, b, out=total) if first else torch.addmm(total, a, b, out=total)
-        elif total.is_cuda and total.dtype == torch.float32:
+        elif total.dtype == torch.float32 and _adds_to_fp32(total.device, a.dtype):
             wide = torch.float32
             torch.mm(a, b, wide, out=total) if first else torch.addmm(total, a, b, wide, out=total)
         else:
@@ -222,17 +223,28 @@ class _Sum:
             total.copy_(product) if first else self.accumulate(total, product)
 
     def finish(self) -> None:
-        if self.gradient is not None and self.total is not self.gradient:
+        if self.gradient is not None and self.total is not None and self.total is not self.gradient:
             self.gradient.copy_(self.total)
+
+
+@functools.cache
+def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch's GEMM adds 16-bit products to an fp32 sum: on a GPU only, and not in every version."""
+    if device.type != "cuda":
+        return False
+    total, factor = (torch.zeros(16, 16, dtype=t, device=device) for t in (torch.float32, dtype))
+    try:
+        torch.addmm(total, factor, factor, torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _needs_sum(dtype: torch.dtype, wide: torch.dtype) -> bool:
     return torch.promote_types(dtype, wide) != dtype
 
 
-def _gradients(
-    kernels: Any, hidden_states: Tensor, weight: Tensor, wide: torch.dtype, needs: list[bool]
-) -> Gradients:
+def _gradients(kernels: Any, hidden_states: Tensor, weight: Tensor, wide: torch.dtype, needs: list[bool]) -> Gradients:
     """Where the needed gradients go; zeros, should there be no row at all."""
     fresh = torch.Tensor.new_empty if len(hidden_states) else torch.Tensor.new_zeros
     return (
