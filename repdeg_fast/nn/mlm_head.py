@@ -235,8 +235,8 @@ def _check_layers(hidden_states: Tensor | Sequence[Tensor], target: Tensor) -> l
         check_floating(f"hidden_states[{i}]", layer)
         if layer.shape[:-1] != target.shape or layer.shape != layers[0].shape:
             raise ValueError(
-                f"hidden_states[{i}]: expected shape {(*target.shape, layers[0].shape[-1])}, that of target and the width "
-                f"of hidden_states[0], got {tuple(layer.shape)}; a single layer is passed as [hidden_states]"
+                f"hidden_states[{i}]: expected shape {(*target.shape, layers[0].shape[-1])}, that of target and the "
+                f"width of hidden_states[0], got {tuple(layer.shape)}; a single layer is passed as [hidden_states]"
             )
     return layers
 
