@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repdeg_fast.reference.linear_cross_entropy import Gradients, arithmetic_dtype
+from repdeg_fast.reference.linear_cross_entropy import Gradients, arithmetic_dtype, scale_or_repeat_
 
 TILE = 4096  # rows of the weight that are converted at a time: 6 MB in bf16 at d = 768
 LIMIT = {"cpu": 64 << 20, "cuda": 512 << 20}  # bytes of buffers; the GEMMs of a GPU need more rows to be efficient
@@ -144,6 +144,28 @@ def backward(
         weight_sum.finish()
     hidden_sum.finish()
     return grad_hidden, grad_weight, _like(grad_bias, bias)
+
+
+def rescale_(
+    kernels: Any,
+    gradients: list[Tensor | None],
+    grad_heads: Tensor,  # (K,)
+    grad_loss: Tensor,  # (N,)
+    hidden_states: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    needs: list[bool],
+    accumulate_dtype: torch.dtype,
+) -> None:
+    """See the reference."""
+    options = (ignore_index, label_smoothing, softcap)
+    inputs = (hidden_states, weight, target, bias)
+    again = lambda: _over_rows(kernels, grad_loss, *inputs, options, needs, accumulate_dtype)[2]  # noqa: E731
+    scale_or_repeat_(gradients, grad_heads, again)
 
 
 def operand_dtype(hidden_states: Tensor) -> torch.dtype:

@@ -191,19 +191,14 @@ def linear_cross_entropy_rescale_(
     backend: str,
 ) -> None:
     """Turn the gradients of Σ loss, made in the forward pass, into those of Σ grad_loss·loss, in place."""
-    scale, *others = grad_loss.tolist()
-    gradients = [gradient for gradient in (grad_hidden, grad_weight, grad_bias) if gradient.numel()]
-    if all(other == scale for other in others):
-        for gradient in gradients if scale != 1 else ():
-            gradient.mul_(scale)
-        return
     inputs, options = (hidden_states, weight, target, bias), (ignore_index, label_smoothing, softcap)
+    made = [g if need else None for g, need in zip((grad_hidden, grad_weight, grad_bias), needs, strict=True)]
+    grad_rows = _row_gradients(grad_loss, target, heads, ignore_index, reduction, grad_loss)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        grad_rows = _row_gradients(grad_loss, target, heads, ignore_index, reduction, grad_loss)
-        forward_backward = _function("forward_backward", backend, hidden_states, weight)
-        _, _, again = forward_backward(grad_rows, *inputs, *options, needs, accumulate_dtype)
-    for gradient, right in zip(gradients, filter(torch.numel, _filled(again, hidden_states, padding_idx)), strict=True):
-        gradient.copy_(right)
+        rescale_ = _function("rescale_", backend, hidden_states, weight)
+        rescale_(made, grad_loss, grad_rows, *inputs, *options, needs, accumulate_dtype)
+    if padding_idx is not None and needs[1]:
+        grad_weight[padding_idx] = 0
 
 
 @linear_cross_entropy_rescale_.register_fake
@@ -246,7 +241,7 @@ forbid_double_backward(linear_cross_entropy_backward, "linear_cross_entropy")
 
 
 def _function(name: str, backend: str, hidden_states: Tensor, weight: Tensor) -> Callable[..., Any]:
-    """``forward``, ``backward`` or ``forward_backward`` of the backend that serves this call: its own, or the GEMMs of
+    """``forward``, ``backward``, ``forward_backward`` or ``rescale_`` of the backend that serves this call: its own, or the GEMMs of
     :mod:`_vocabulary_chunks` around its row kernel."""
     kernels = operation.kernels(backend, hidden_states, weight)
     if hasattr(kernels, name):

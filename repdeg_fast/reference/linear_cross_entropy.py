@@ -16,6 +16,8 @@ Every backend has the three functions below, and sums in fp32 (fp64 for doubles)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,41 @@ def forward_backward(
     loss, lse = forward(hidden_states, weight, target, bias, *options)
     inputs = (hidden_states, weight, target, bias, lse)
     return loss, lse, backward(grad_loss, None, *inputs, *options, needs, accumulate_dtype)
+
+
+def rescale_(
+    gradients: list[Tensor | None],  # of Σ loss, from forward_backward
+    grad_heads: Tensor,  # (K,)
+    grad_loss: Tensor,  # (N,), what it means for the rows
+    hidden_states: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    needs: list[bool],
+    accumulate_dtype: torch.dtype,
+) -> None:
+    """Turn the gradients into those of Σ grad_heads·loss: one scale if all heads have the same, else made again."""
+    inputs, options = (hidden_states, weight, target, bias), (ignore_index, label_smoothing, softcap)
+    again = lambda: forward_backward(grad_loss, *inputs, *options, needs, accumulate_dtype)[2]  # noqa: E731
+    scale_or_repeat_(gradients, grad_heads, again)
+
+
+def scale_or_repeat_(
+    gradients: list[Tensor | None], grad_heads: Tensor, make_again: Callable[[], Gradients]
+) -> None:
+    """What :func:`rescale_` does where the values of ``grad_heads`` may be looked at."""
+    scale, *others = grad_heads.tolist()
+    if all(other == scale for other in others):
+        for gradient in gradients if scale != 1 else ():
+            if gradient is not None:
+                gradient.mul_(scale)
+    else:
+        for gradient, right in zip(gradients, make_again(), strict=True):
+            if gradient is not None and right is not None:
+                gradient.copy_(right)
 
 
 def _logits(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> Tensor:
