@@ -52,9 +52,9 @@ class Operation:
             if reason := self.unavailable(backend, device, *tensors):
                 raise RuntimeError(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
             return backend
-        reasons = []
+        reasons: list[str] = []
         for candidate in PREFERENCE.get(device, ("reference",)):
-            reason = self.unavailable(candidate, device, *tensors)
+            reason = self.unavailable(candidate, device, *tensors) or _load_failure(candidate)
             if reason is None:
                 if candidate == "reference" and reasons:
                     _announce(f"repdeg_fast: {self.name} on {device} falls back to plain PyTorch: {'; '.join(reasons)}")
@@ -141,6 +141,16 @@ def _triton_unavailable(device: str) -> str | None:
         return "runs on CPU tensors only in the interpreter; set TRITON_INTERPRET=1 before importing repdeg_fast"
     if device not in ("cpu", "cuda"):
         return f"has no support for {device} tensors"
+    return None
+
+
+def _load_failure(backend: str) -> str | None:
+    """Compile and load a native backend if that has not been done; why it failed, or ``None``."""
+    if backend in native.LIBRARIES:
+        try:
+            native.load(backend)
+        except RuntimeError as error:
+            return str(error)
     return None
 
 

@@ -254,11 +254,12 @@ def _backends_table() -> Table:
 
 
 def _device(name: str) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"device: got {name!r}; there are cpu and cuda")
-    if name.startswith("cuda") and (reason := native.unavailable("cuda")) and not torch.cuda.is_available():
-        raise InputError(f"device: {name} is not there: {reason}")
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: cuda is not there: {native.unavailable('cuda')}")
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"device: got {name!r}; there are cpu and cuda (CUDA_VISIBLE_DEVICES chooses among several)")
     return torch.device(name)
 
 
@@ -267,7 +268,10 @@ def _with_weights(selections: list[Selection], specification: str, cases: str) -
     if not specification:
         return selections
     name, weight = checkpoints.load(*checkpoints.parse(specification))
-    return [replace(s, cases=[*(s.cases if cases else []), s.suite.case_of_weights(name, weight)]) for s in selections]
+    return [
+        replace(s, cases=[*(s.cases if cases else []), s.suite.case_of_weights(name.replace("/", "."), weight)])
+        for s in selections
+    ]
 
 
 def _with_dtype(selection: Selection, dtype: str) -> Selection:

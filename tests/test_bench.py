@@ -197,6 +197,7 @@ def test_tables_hold_every_provider(rows):
     text = console.export_text()
     assert all(row.provider.name in text for row in rows)
     assert f"{rows[0].exact:.12f}" in text
+    assert "forward+backward: ours-graph-free is " in text
 
 
 def test_minilm_is_a_case_with_its_known_value():

@@ -186,6 +186,6 @@ def plot(name: str, weight: Tensor, found: Inspection, path: Path) -> Path:
     spectrum.legend(frameon=False)
     figure.suptitle(f"{name}, {found.rows:,} × {found.columns:,}", fontweight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
     return path

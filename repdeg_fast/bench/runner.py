@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,8 +68,8 @@ class Row:
             "saved_bytes": self.saved_bytes,
             "speedup_vs_eager": self.speedup_vs_eager,
             "versions": self.versions,
-            "value": self.value,
-            "reason": self.reason,
+            "value": None if self.value is None or math.isnan(self.value) else self.value,  # JSON has no NaN
+            "reason": f"wrong value {self.value!r}: float64 gives {self.exact!r}" if self.wrong else self.reason,
         }
 
 
