@@ -8,11 +8,12 @@ from repdeg_fast.functional import (
     linear_cross_entropy,
     multi_layer_mlm_loss,
 )
-from repdeg_fast.nn import CosineRegularization
+from repdeg_fast.nn import CosineRegularization, MultiLayerMLMHead
 
 __version__ = "0.1.0"
 __all__ = [
     "CosineRegularization",
+    "MultiLayerMLMHead",
     "add_cosine_regularization_",
     "backends",
     "cosine_regularization",

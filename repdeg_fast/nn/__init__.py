@@ -1,5 +1,6 @@
 """Modules."""
 
 from repdeg_fast.nn.cosreg import CosineRegularization
+from repdeg_fast.nn.mlm_head import MultiLayerMLMHead
 
-__all__ = ["CosineRegularization"]
+__all__ = ["CosineRegularization", "MultiLayerMLMHead"]
