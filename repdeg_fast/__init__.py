@@ -2,17 +2,26 @@
 
 from repdeg_fast import backends, nn
 from repdeg_fast.backends import use_backend
-from repdeg_fast.functional import add_cosine_regularization_, admin_norm, cosine_regularization
-from repdeg_fast.nn import AdminNorm, CosineRegularization
+from repdeg_fast.functional import (
+    add_cosine_regularization_,
+    admin_norm,
+    cosine_regularization,
+    linear_cross_entropy,
+    multi_layer_mlm_loss,
+)
+from repdeg_fast.nn import AdminNorm, CosineRegularization, MultiLayerMLMHead
 
 __version__ = "0.1.0"
 __all__ = [
     "AdminNorm",
     "CosineRegularization",
+    "MultiLayerMLMHead",
     "add_cosine_regularization_",
     "admin_norm",
     "backends",
     "cosine_regularization",
+    "linear_cross_entropy",
+    "multi_layer_mlm_loss",
     "nn",
     "use_backend",
 ]

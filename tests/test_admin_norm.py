@@ -148,7 +148,7 @@ def test_strides(place, view):
 
 
 def test_the_mask_is_philox(place):
-    """The branch's gradient is zero exactly where the reference's mask drops, also beyond the first rows and columns."""
+    """The branch's gradient is zero exactly where the reference's mask drops, beyond the first rows and columns too."""
     tensors = inputs(70, 104, device=place.device)
     for seed in (SEED, -SEED, torch.tensor([SEED], device=place.device)):
         number = seed.item() if isinstance(seed, torch.Tensor) else seed

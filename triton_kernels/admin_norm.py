@@ -5,8 +5,8 @@ dx and df. A row of up to ``_WHOLE`` columns is held in registers from its load 
 the parameters once a program and keeps the program's share of their gradients in registers, so that only (programs × d)
 partial sums go through memory; a second launch adds them up. No float atomics: the same input gives the same bits.
 
-Longer rows are read twice: forward goes over a row in chunks, first for its mean and variance (the second reading mostly
-hits the cache); backward takes the row means of its gradient in a launch of their own.
+Longer rows are read twice: forward goes over a row in chunks, first for its mean and variance (the second reading
+mostly hits the cache); backward takes the row means of its gradient in a launch of their own.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def _parameter(name: str, value: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _omega(omega: Tensor | float | None, x: Tensor) -> Tensor | None:
-    """(d,), contiguous, in the arithmetic dtype. One value is spread over the columns; autograd adds its gradient up."""
+    """(d,), contiguous, in the arithmetic dtype. One value is spread over the columns."""
     if omega is None:
         return None
     if not isinstance(omega, Tensor):

@@ -2,5 +2,6 @@
 
 from repdeg_fast.nn.admin_norm import AdminNorm
 from repdeg_fast.nn.cosreg import CosineRegularization
+from repdeg_fast.nn.mlm_head import MultiLayerMLMHead
 
-__all__ = ["AdminNorm", "CosineRegularization"]
+__all__ = ["AdminNorm", "CosineRegularization", "MultiLayerMLMHead"]

@@ -46,8 +46,8 @@ def admin_norm(
     save_input: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, d), μ (N,) and 1/σ (N,). ``x`` and ``branch``: (N, d), rows of unit stride; parameters: (d,), contiguous, in
-    the arithmetic dtype; ``seed`` where ``dropout`` > 0. ``save_input`` says what the backward pass keeps.
+    """y (N, d), μ (N,) and 1/σ (N,). ``x`` and ``branch``: (N, d), rows of unit stride; parameters: (d,),
+    contiguous, in the arithmetic dtype; ``seed`` where ``dropout`` > 0. ``save_input``: what the backward pass keeps.
     """
     kernels = operation.kernels(backend, x, branch)
     return kernels.forward(x, branch, omega, weight, bias, branch_bias, seed, dropout, eps, center)
@@ -131,8 +131,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None,
     gradients = admin_norm_backward(grad_y, *saved, ctx.dropout, ctx.center, ctx.wanted, ctx.backend)
     omega, seed = saved[3], saved[7]
     grad_x, grad_branch, *sums = (
-        gradient if there else None
-        for gradient, there in zip(gradients, _there(omega, seed, ctx.wanted), strict=True)
+        gradient if there else None for gradient, there in zip(gradients, _there(omega, seed, ctx.wanted), strict=True)
     )
     return grad_x, grad_x if grad_branch is None else grad_branch, *sums, *(None,) * 6
 
