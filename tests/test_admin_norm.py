@@ -147,6 +147,15 @@ def test_strides(place, view):
     assert max(relative_error(gradients[name], true_gradients[name]) for name in tensors) <= 1e-5
 
 
+def test_parameters_that_are_views_into_a_flat_buffer(place):
+    tensors = inputs(6, 64, device=place.device)
+    flat = torch.rand(4 * 64 + 1, device=place.device) + 0.5
+    views = flat[1:].view(4, 64)
+    assert_matches(
+        tensors | {name: view.detach().requires_grad_() for name, view in zip(PARAMETERS, views, strict=True)}
+    )
+
+
 def test_the_mask_is_philox(place):
     """The branch's gradient is zero exactly where the reference's mask drops, beyond the first rows and columns too."""
     tensors = inputs(70, 104, device=place.device)
@@ -273,6 +282,15 @@ def test_compiles_as_one_graph(save):
     eager, x.grad = x.grad, None
     torch.compile(step, fullgraph=True, backend="aot_eager")(x, seed).square().sum().backward()
     assert relative_error(x.grad, eager) <= 1e-6
+
+
+def test_compiles_with_parameters_made_in_the_graph():
+    x, branch, weight = torch.randn(4, 24), torch.randn(4, 24), torch.randn(24, requires_grad=True)
+    step = lambda weight: admin_norm(x, branch, weight=2 + weight.tanh())  # noqa: E731
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(weight).square().sum(), weight)
+    (eager,) = torch.autograd.grad(step(weight).square().sum(), weight)
+    assert relative_error(gradient, eager) <= 1e-6
 
 
 def test_exports():

@@ -25,7 +25,8 @@ _FORWARD_WHOLE = 8192  # columns; longer rows spill
 _BACKWARD_WHOLE = 4096
 _CHUNK = 2048
 _SPLIT_COLUMNS = 256  # of a program, where backward does not hold whole rows
-_PROGRAMS = 8  # a multiprocessor
+_FORWARD_WARPS = 32  # a multiprocessor: what its registers hold
+_BACKWARD_WARPS = 16  # likewise; a program more would also be a row of partial sums more
 _REDUCE_COLUMNS = 32
 _REDUCE_PROGRAMS = 64
 
@@ -286,7 +287,7 @@ def forward(
             _long_forward_kernel[(n,)](*arguments, CENTER=center, COLUMNS=_CHUNK, num_warps=_CHUNK // 256)
         return y, mean, rstd
     tile = _tile(d)
-    _forward_kernel[(_programs(x, tile, n),)](
+    _forward_kernel[(_programs(x, tile, n, _FORWARD_WARPS),)](
         *arguments, CENTER=center, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps
     )
     return y, mean, rstd
@@ -303,7 +304,7 @@ def backward(
     whole = d <= _BACKWARD_WHOLE
     tile = _tile(d) if whole else _tile(_SPLIT_COLUMNS)
     column_blocks = triton.cdiv(d, tile.columns)
-    programs = triton.cdiv(_programs(grad_y, tile, n), column_blocks)
+    programs = triton.cdiv(_programs(grad_y, tile, n * column_blocks, _BACKWARD_WARPS), column_blocks)
     partial = rstd.new_empty(programs, 4, d)
     means = None if whole else rstd.new_empty(n, 2)
     inputs = (grad_y, y, x, branch, omega, weight, bias, branch_bias, seed, mean, rstd)
@@ -327,8 +328,8 @@ def _tile(d: int) -> RowTile:
     return RowTile(max(1, 1024 // columns), columns, min(16, max(4, columns // 256)))
 
 
-def _programs(like: Tensor, tile: RowTile, n: int) -> int:
-    return max(1, min(triton.cdiv(n, tile.rows), persistent_programs(like, _PROGRAMS)))
+def _programs(like: Tensor, tile: RowTile, rows: int, warps: int) -> int:
+    return max(1, min(triton.cdiv(rows, tile.rows), persistent_programs(like, max(1, warps // tile.num_warps))))
 
 
 def _stride(tensor: Tensor | None) -> int:

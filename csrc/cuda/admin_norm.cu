@@ -431,7 +431,8 @@ __global__ void __launch_bounds__(kReduceColumns * kReduceLanes)
   if (!out) return;
   double sum = 0;
   if (column < d)
-    for (int r = lane; r < partials; r += kReduceLanes) sum += partial[(int64_t(r) * kParameters + parameter) * d + column];
+    for (int r = lane; r < partials; r += kReduceLanes)
+      sum += partial[(int64_t(r) * kParameters + parameter) * d + column];
   lanes[lane][x] = sum;
   __syncthreads();
   if (lane > 0 || column >= d) return;
@@ -491,8 +492,8 @@ std::tuple<Tensor, Tensor, Tensor> admin_norm_forward(const Tensor& x, const Ten
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
   const int64_t n = x.size(0), d = x.size(1);
-  Tensor y = torch::stable::new_empty(x, {n, d});
-  Tensor mean = torch::stable::new_empty(x, {n}, ScalarType::Float), rstd = torch::stable::new_empty(x, {n}, ScalarType::Float);
+  Tensor y = torch::stable::new_empty(x, {n, d}), mean = torch::stable::new_empty(x, {n}, ScalarType::Float);
+  Tensor rstd = torch::stable::new_empty(x, {n}, ScalarType::Float);
   float *mu = static_cast<float*>(mean.data_ptr()), *r = static_cast<float*>(rstd.data_ptr());
   dispatch_floating(x.scalar_type(), "admin_norm_forward", [&](auto type) {
     using T = decltype(type);

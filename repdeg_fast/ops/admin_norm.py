@@ -50,7 +50,8 @@ def admin_norm(
     contiguous, in the arithmetic dtype; ``seed`` where ``dropout`` > 0. ``save_input``: what the backward pass keeps.
     """
     kernels = operation.kernels(backend, x, branch)
-    return kernels.forward(x, branch, omega, weight, bias, branch_bias, seed, dropout, eps, center)
+    parameters = map(_aligned, (omega, weight, bias, branch_bias))
+    return kernels.forward(x, branch, *parameters, seed, dropout, eps, center)
 
 
 @admin_norm.register_fake
@@ -85,7 +86,7 @@ def admin_norm_backward(
     matrices = [matrix for matrix in (grad_y, y, x, branch) if matrix is not None]
     operation.kernels(backend, *matrices).backward(
         *(gradient if there else None for gradient, there in zip(gradients, _there(omega, seed, wanted), strict=True)),
-        grad_y, y, x, branch, omega, weight, bias, branch_bias, seed, mean, rstd, dropout, center,
+        grad_y, y, x, branch, *map(_aligned, (omega, weight, bias, branch_bias)), seed, mean, rstd, dropout, center,
     )  # fmt: skip
     return gradients
 
@@ -96,6 +97,11 @@ def _(
     seed: Tensor | None, mean: Any, rstd: Tensor, dropout: float, center: bool, wanted: list[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _empty_gradients(grad_y, omega, seed, rstd, wanted)
+
+
+def _aligned(parameter: Tensor | None) -> Tensor | None:
+    """Kernels read parameters 16 bytes at a time; a view into a flat buffer may start anywhere."""
+    return parameter if parameter is None or parameter.data_ptr() % 16 == 0 else parameter.clone()
 
 
 def _there(omega: Tensor | None, seed: Tensor | None, wanted: list[bool]) -> list[bool]:
