@@ -23,10 +23,10 @@ constexpr int64_t kMinRows = 32;     // a block
 
 // A parameter's d values; `absent` throughout where it is not given.
 template <typename A>
-std::vector<A> parameter(const MaybeTensor& given, int64_t d, A absent) {
-  if (!given) return std::vector<A>(d, absent);
+Buffer<A> parameter(const MaybeTensor& given, int64_t d, A absent) {
+  if (!given) return Buffer<A>(d, absent);
   const A* data = static_cast<const A*>(given->data_ptr());
-  return std::vector<A>(data, data + d);
+  return Buffer<A>(data, data + d);
 }
 
 // One row's dropout: 1/(1−p) where a value is kept, 0 where it is dropped; all ones without dropout.
@@ -58,8 +58,8 @@ class Keep {
   uint64_t seed_;
   float p_;
   A scale_;
-  std::vector<uint32_t> words_;
-  std::vector<A> values_;
+  Buffer<uint32_t> words_;
+  Buffer<A> values_;
 };
 
 // z = x ⊙ ω + k ⊙ (f + b); returns its sum.
@@ -103,11 +103,11 @@ void forward(Tensor& y_tensor, Tensor& mean, Tensor& rstd, const Tensor& x_tenso
   using A = typename Arithmetic<T>::type;
   const Rows<T> y_rows(y_tensor), x_rows(x_tensor), f_rows(branch);
   const int64_t n = x_rows.rows, d = x_rows.columns;
-  const std::vector<A> omega = parameter(omega_tensor, d, A(1)), weight = parameter(weight_tensor, d, A(1)),
+  const Buffer<A> omega = parameter(omega_tensor, d, A(1)), weight = parameter(weight_tensor, d, A(1)),
                        bias = parameter(bias_tensor, d, A(0)), branch_bias = parameter(branch_bias_tensor, d, A(0));
   torch::stable::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
     Keep<A> keep(seed, dropout, d);
-    std::vector<A> buffer(d);
+    Buffer<A> buffer(d);
     A* z = buffer.data();
     for (int64_t row = begin; row < end; ++row) {
       const int64_t next = std::min(row + 1, n - 1);
@@ -152,7 +152,7 @@ class ParameterSums {
 
  private:
   int64_t rows_, d_, step_;
-  std::vector<A> partial_;
+  Buffer<A> partial_;
 };
 
 // n = (y − β)/γ.
@@ -214,7 +214,7 @@ class MaybeRows {
 
  private:
   std::optional<Rows<T>> rows_;
-  std::vector<T> stand_in_;
+  Buffer<T> stand_in_;
 };
 
 template <typename T>
@@ -228,9 +228,9 @@ void backward(Tensor& grad_x, const MaybeTensor& grad_branch, const MaybeTensor&
   using Sums = ParameterSums<A>;
   const Rows<T> dy_rows(grad_y), dx_rows(grad_x);
   const int64_t rows = dy_rows.rows, d = dy_rows.columns;
-  const std::vector<A> omega = parameter(omega_tensor, d, A(1)), weight = parameter(weight_tensor, d, A(1)),
+  const Buffer<A> omega = parameter(omega_tensor, d, A(1)), weight = parameter(weight_tensor, d, A(1)),
                        bias = parameter(bias_tensor, d, A(0)), branch_bias = parameter(branch_bias_tensor, d, A(0));
-  std::vector<A> inverse_weight(d);  // 0 where γ is 0 and y says nothing of n
+  Buffer<A> inverse_weight(d);  // 0 where γ is 0 and y says nothing of n
   for (int64_t i = 0; i < d; ++i) inverse_weight[i] = weight[i] == 0 ? A(0) : 1 / weight[i];
   const A* mean = mean_tensor ? static_cast<const A*>(mean_tensor->data_ptr()) : nullptr;
   const A* rstd = static_cast<const A*>(rstd_tensor.data_ptr());
@@ -239,7 +239,7 @@ void backward(Tensor& grad_x, const MaybeTensor& grad_branch, const MaybeTensor&
   torch::stable::parallel_for(0, sums.blocks(), 1, [&](int64_t begin, int64_t end) {
     MaybeRows<T> df_rows(grad_branch, d), y_rows(y, d), x_rows(x, d), f_rows(branch, d);
     Keep<A> keep_rows(seed, dropout, d);
-    std::vector<A> buffer(d);
+    Buffer<A> buffer(d);
     A* n = buffer.data();
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t row = sums.first_row(block); row < sums.first_row(block + 1); ++row) {

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #ifdef __linux__
@@ -41,6 +42,23 @@ template <typename A>
 inline void store(A* p, typename Vector<A>::type v) {
   *reinterpret_cast<typename Vector<A>::type*>(p) = v;
 }
+
+// Storage that starts on a cache line, as rows of tensors mostly do: vectors that straddle two lines cost double.
+template <typename A>
+struct CacheLineAllocator {
+  using value_type = A;
+  static constexpr std::align_val_t kLine{64};
+  CacheLineAllocator() = default;
+  template <typename B>
+  CacheLineAllocator(const CacheLineAllocator<B>&) {}
+  A* allocate(size_t n) { return static_cast<A*>(::operator new(n * sizeof(A), kLine)); }
+  void deallocate(A* p, size_t) { ::operator delete(p, kLine); }
+  bool operator==(const CacheLineAllocator&) const { return true; }
+  bool operator!=(const CacheLineAllocator&) const { return false; }
+};
+
+template <typename A>
+using Buffer = std::vector<A, CacheLineAllocator<A>>;
 
 // x·y. Four independent accumulators hide the latency of the multiply-add.
 template <typename A>
