@@ -2,7 +2,7 @@
 
 from repdeg_fast import backends, nn
 from repdeg_fast.backends import use_backend
-from repdeg_fast.functional import add_cosine_regularization_, cosine_regularization
+from repdeg_fast.functional import add_cosine_regularization_, cosine_regularization, gradient_reversal, gumbel_mix
 from repdeg_fast.nn import CosineRegularization
 
 __version__ = "0.1.0"
@@ -11,6 +11,8 @@ __all__ = [
     "add_cosine_regularization_",
     "backends",
     "cosine_regularization",
+    "gradient_reversal",
+    "gumbel_mix",
     "nn",
     "use_backend",
 ]

@@ -1,5 +1,6 @@
 """The public functions: arguments checked, then handed to :mod:`repdeg_fast.ops`. One file an operation."""
 
 from repdeg_fast.functional.cosreg import add_cosine_regularization_, cosine_regularization
+from repdeg_fast.functional.gumbel_mix import gradient_reversal, gumbel_mix
 
-__all__ = ["add_cosine_regularization_", "cosine_regularization"]
+__all__ = ["add_cosine_regularization_", "cosine_regularization", "gradient_reversal", "gumbel_mix"]

@@ -1,0 +1,353 @@
+// Gumbel sampling and its straight-through gradient on the CPU. Mathematics: repdeg_fast/reference/gumbel_mix.py.
+//
+// Forward is one GEMM, a chunk of the vocabulary at a time, and one pass over its output in L2: bias, noise made from
+// a counter, running maximum with its token, running sum of exponentials.
+//
+// Backward makes the same logits again, a second GEMM. It then needs E[v] and F[v] only where y_v counts: at τ = 0.3 the
+// noise alone leaves about one token in ten above 2⁻²⁴/V, all others together weigh less than the rounding of Σ y = 1.
+// So instead of two more GEMMs (F[v]·r and dz·E) the tokens that count are collected and worked on four at a time, out
+// of a slab of E and F that stays in L2 for all rows. Where every token counts (τ ≫ 1) this costs about what the
+// GEMMs would. dz needs δ, which is known only at the end of the row; dh̄ = (Σ y F·r E − δ Σ y E)/τ is linear in it, so
+// both sums are kept and nothing is swept twice.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "gemm.h"
+#include "noise.h"
+
+namespace repdeg_fast {
+namespace {
+
+constexpr int64_t kBufferBytes = 32 << 20;  // logits, and converted operands, of one chunk of the vocabulary
+constexpr int64_t kAlign = 16;  // columns; rows of logits that start on a cache line also make MKL's h Eᵀ faster
+constexpr int64_t kSlab = 256;  // rows of E and F that stay in L2 while all rows of hidden states pass: 768 KB at d = 768
+constexpr int64_t kGroup = 4;   // tokens that share one pass over a row's sums
+
+int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
+
+// How the vocabulary is cut: chunks of about equal size whose buffers take kBufferBytes.
+int64_t chunk_columns(int64_t vocabulary, int64_t values_per_column, int64_t value_bytes) {
+  const int64_t most = std::max<int64_t>(kSlab, kBufferBytes / value_bytes / std::max<int64_t>(values_per_column, 1));
+  const int64_t chunks = (vocabulary + most - 1) / most;
+  return aligned((vocabulary + chunks - 1) / chunks);
+}
+
+// z of a chunk of the vocabulary for all rows, padded with −∞ to whole vectors.
+template <typename A>
+struct Chunk {
+  A* data;
+  int64_t stride, first, columns;  // `first` is a multiple of four: it starts a Philox call
+  const A* bias;                   // padded likewise; null: none
+
+  A* row(int64_t i) const { return data + i * stride; }
+
+  // z + g of a row in place; returns the largest (NaN apart).
+  A perturb(int64_t i, uint64_t seed) const {
+    constexpr int64_t L = Vector<A>::lanes, kBlock = 1024;
+    alignas(64) uint32_t words[kBlock];
+    A* z = row(i);
+    for (int64_t c = columns; c < aligned(columns); ++c) z[c] = -INFINITY;
+    auto most = broadcast(A(-INFINITY));
+    for (int64_t block = 0; block < columns; block += kBlock) {
+      const int64_t n = std::min(kBlock, aligned(columns) - block);
+      fill_words(words, seed, uint32_t(i), kGumbelStream, uint32_t((first + block) / 4), n);
+      for (int64_t c = 0; c < n; c += L) {
+        auto s = load(z + block + c);
+        if (bias) s += load(bias + first + block + c);
+        s += gumbel_noise<A>(words + c);
+        store(z + block + c, s);
+        most = s > most ? s : most;
+      }
+    }
+    A result = most[0];
+    for (int64_t k = 1; k < L; ++k) result = std::max(result, A(most[k]));
+    return result;
+  }
+};
+
+// Operands of one call, the same in both directions.
+template <typename A>
+struct Vocabulary {
+  static constexpr ScalarType wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  const Tensor &weight, &embedding;
+  ScalarType narrow;  // what the products with the weight are taken of
+  bool uses_embedding;
+  Tensor hidden, logits;
+  std::vector<A> bias;
+  int64_t size, columns;
+
+  Vocabulary(const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias_tensor,
+             const Tensor& embedding, bool uses_embedding)
+      : weight(weight),
+        embedding(embedding),
+        narrow(mixed.scalar_type()),
+        uses_embedding(uses_embedding),
+        hidden(operand(mixed, narrow, wide)),
+        logits(mixed),
+        size(weight.size(0)) {
+    int64_t values = mixed.size(0);
+    if (!is_operand(weight, wide) || narrow != wide) values += weight.size(1);
+    if (uses_embedding && !is_operand(embedding, wide)) values += embedding.size(1);
+    columns = chunk_columns(size, values, sizeof(A));
+    logits = torch::stable::new_empty(mixed, {mixed.size(0), columns}, wide);
+    if (!bias_tensor) return;
+    const A* given = static_cast<const A*>(bias_tensor->data_ptr());
+    bias.assign(given, given + size);
+    bias.resize(aligned(size) + kAlign);
+  }
+
+  // f(chunk of logits, its rows of E, its rows of F) for each chunk in turn.
+  template <typename F>
+  void each_chunk(F&& f) {
+    for (int64_t first = 0; first < size; first += columns) {
+      const int64_t n = std::min(columns, size - first);
+      const Tensor e = operand(rows_of(weight, first, n), narrow, wide);
+      const Tensor rows = rows_of(embedding, first, n);
+      multiply(torch::stable::narrow(logits, 1, 0, n), hidden, transposed(e));
+      f(Chunk<A>{static_cast<A*>(logits.data_ptr()), columns, first, n, bias.empty() ? nullptr : bias.data()}, e,
+        uses_embedding ? operand(rows, rows.scalar_type(), wide) : rows);
+    }
+  }
+};
+
+// What forward knows of a row after some of the vocabulary: the largest z + g, Σ exp((z + g − largest)/τ).
+template <typename A>
+struct RowState {
+  A most = -INFINITY, sum = 0;
+
+  A origin() const { return most == -INFINITY ? A(0) : most; }  // −∞ − −∞ would be NaN
+
+  // Take in n values; where `keep`, exp((z + g − largest)/τ) replaces them. Returns what earlier sums are scaled by.
+  A take(A* s, int64_t n, A most_here, A inverse_temperature, bool keep, int64_t first, int64_t* token) {
+    constexpr int64_t L = Vector<A>::lanes;
+    const A before = most;
+    if (most_here > most) {
+      most = most_here;
+      *token = first + (std::find(s, s + n, most_here) - s);
+    }
+    const A zero = origin();
+    typename Vector<A>::type total[2] = {};
+    for (int64_t c = 0; c < aligned(n); c += L) {
+      const auto p = exp((load(s + c) - zero) * inverse_temperature);
+      if (keep) store(s + c, p);
+      total[c / L % 2] += p;
+    }
+    const A scale = std::exp((before - zero) * inverse_temperature);
+    sum *= scale;
+    for (int64_t k = 0; k < L; ++k) sum += total[0][k] + total[1][k];
+    return scale;
+  }
+};
+
+template <typename A>
+void forward(Tensor& token_ids, Tensor& lse, const std::optional<Tensor>& soft, const Tensor& mixed,
+             const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& embedding, uint64_t seed,
+             A inverse_temperature) {
+  const int64_t m = mixed.size(0);
+  Vocabulary<A> vocabulary(mixed, weight, bias, embedding, soft.has_value());
+  std::vector<RowState<A>> state(m);
+  int64_t* tokens = static_cast<int64_t*>(token_ids.data_ptr());
+  std::fill(tokens, tokens + m, int64_t(0));
+  const Tensor part = soft ? torch::stable::empty_like(*soft) : lse;
+  A* sums = soft ? static_cast<A*>(soft->data_ptr()) : nullptr;
+  const A* added = static_cast<const A*>(part.data_ptr());
+  const int64_t width = soft ? soft->size(1) : 0;
+  if (soft) std::fill(sums, sums + m * width, A(0));
+  std::vector<A> scale(m);
+  vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor&, const Tensor& f) {
+    torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const A most = z.perturb(i, seed);
+        scale[i] = state[i].take(z.row(i), z.columns, most, inverse_temperature, soft.has_value(), z.first, tokens + i);
+      }
+    });
+    if (!soft) return;
+    multiply(part, torch::stable::narrow(vocabulary.logits, 1, 0, z.columns), f);
+    torch::stable::parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = i * width; j < (i + 1) * width; ++j) sums[j] = sums[j] * scale[i] + added[j];
+    });
+  });
+  A* out = static_cast<A*>(lse.data_ptr());
+  for (int64_t i = 0; i < m; ++i) {
+    out[i] = state[i].origin() * inverse_temperature + std::log(state[i].sum);
+    for (int64_t j = i * width; j < (i + 1) * width; ++j) sums[j] /= state[i].sum;
+  }
+}
+
+// Tokens of one slab that count for one row: which, and their y.
+template <typename A>
+struct Tokens {
+  int64_t count = 0;
+  int32_t index[kSlab + kGroup];
+  A y[kSlab + kAlign];
+
+  // Those of the n ≤ kSlab values s with s/τ − lse at least `smallest`.
+  void collect(const A* s, int64_t n, A inverse_temperature, A lse, A smallest) {
+    constexpr int64_t L = Vector<A>::lanes;
+    count = 0;
+    for (int64_t c = 0; c < n; c += L) {
+      const auto exponent = load(s + c) * inverse_temperature - lse;
+      const auto counts = exponent >= smallest;
+      for (int64_t k = 0; k < L; ++k) {  // no branch: one in ten counts, in no order
+        index[count] = int32_t(c + k);
+        y[count] = exponent[k];
+        count -= counts[k];
+      }
+    }
+    for (int64_t c = 0; c < count; c += L) store(y + c, exp(load(y + c)));
+    for (int64_t k = count; k < count + kGroup; ++k) {  // whole groups: a token that is there, with weight 0
+      index[k] = count ? index[count - 1] : 0;
+      y[k] = 0;
+    }
+  }
+};
+
+// F·r of four rows of F.
+template <typename A>
+void products(const A* const* f, const A* r, int64_t d, A* out) {
+  constexpr int64_t L = Vector<A>::lanes;
+  typename Vector<A>::type sum[kGroup] = {};
+  int64_t i = 0;
+  for (; i + L <= d; i += L)
+    for (int64_t k = 0; k < kGroup; ++k) sum[k] += load(f[k] + i) * load(r + i);
+  for (int64_t k = 0; k < kGroup; ++k) {
+    out[k] = 0;
+    for (int64_t l = 0; l < L; ++l) out[k] += sum[k][l];
+    for (int64_t j = i; j < d; ++j) out[k] += f[k][j] * r[j];
+  }
+}
+
+// a += Σ p E and b += Σ q E over four rows of E.
+template <typename A>
+void add_rows(const A* const* e, const A* p, const A* q, int64_t d, A* a, A* b) {
+  constexpr int64_t L = Vector<A>::lanes;
+  int64_t i = 0;
+  for (; i + L <= d; i += L) {
+    auto u = load(a + i), v = load(b + i);
+    for (int64_t k = 0; k < kGroup; ++k) {
+      const auto x = load(e[k] + i);
+      u += p[k] * x;
+      v += q[k] * x;
+    }
+    store(a + i, u);
+    store(b + i, v);
+  }
+  for (; i < d; ++i)
+    for (int64_t k = 0; k < kGroup; ++k) {
+      a[i] += p[k] * e[k][i];
+      b[i] += q[k] * e[k][i];
+    }
+}
+
+// The three sums of a row that dh̄ is made of.
+template <typename A>
+struct RowSums {
+  A* weighted;  // Σ y (F·r − origin) E
+  A* plain;     // Σ y E
+  A* delta;     // Σ y (F·r − origin)
+
+  void take(const Tokens<A>& tokens, const Rows<A>& e, const Rows<A>& f, const A* r, A origin) {
+    for (int64_t t = 0; t < tokens.count; t += kGroup) {
+      const A *e_rows[kGroup], *f_rows[kGroup];
+      for (int64_t k = 0; k < kGroup; ++k) {
+        e_rows[k] = e.row(tokens.index[t + k]);
+        f_rows[k] = f.row(tokens.index[t + k]);
+      }
+      A product[kGroup];
+      products(f_rows, r, f.columns, product);
+      for (int64_t k = 0; k < kGroup; ++k) {
+        product[k] = (product[k] - origin) * tokens.y[t + k];
+        *delta += product[k];
+      }
+      add_rows(e_rows, product, tokens.y + t, e.columns, weighted, plain);
+    }
+  }
+
+  void finish(A inverse_temperature, int64_t d) {
+    for (int64_t j = 0; j < d; ++j) weighted[j] = (weighted[j] - *delta * plain[j]) * inverse_temperature;
+  }
+};
+
+template <typename A>
+void backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_embedding, const Tensor& grad,
+              const Tensor& origin_tensor, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
+              const Tensor& embedding, const Tensor& lse_tensor, uint64_t seed, A inverse_temperature) {
+  const int64_t m = mixed.size(0), d = mixed.size(1);
+  Vocabulary<A> vocabulary(mixed, weight, bias, embedding, grad_mixed.has_value());
+  const Tensor upstream = operand(grad, grad.scalar_type(), Vocabulary<A>::wide);
+  const Rows<A> r(upstream);
+  const A* lse = static_cast<const A*>(lse_tensor.data_ptr());
+  const A* origin = static_cast<const A*>(origin_tensor.data_ptr());
+  const A smallest = std::log(std::numeric_limits<A>::epsilon() / 2 / A(weight.size(0)));
+  std::vector<A> plain(grad_mixed ? m * d : 0), delta(m);
+  A* weighted = grad_mixed ? static_cast<A*>(grad_mixed->data_ptr()) : nullptr;
+  if (grad_mixed) std::fill(weighted, weighted + m * d, A(0));
+  const auto sums = [&](int64_t i) { return RowSums<A>{weighted + i * d, plain.data() + i * d, &delta[i]}; };
+
+  vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor& e_tensor, const Tensor& f_tensor) {
+    torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) z.perturb(i, seed);
+      if (!grad_mixed) return;
+      const Rows<A> e(e_tensor), f(f_tensor);
+      Tokens<A> tokens;
+      for (int64_t slab = 0; slab < z.columns; slab += kSlab) {
+        const int64_t n = std::min(kSlab, z.columns - slab);
+        const Rows<A> e_slab = e.from(slab), f_slab = f.from(slab);
+        for (int64_t i = begin; i < end; ++i) {
+          tokens.collect(z.row(i) + slab, n, inverse_temperature, lse[i], smallest);
+          sums(i).take(tokens, e_slab, f_slab, r.row(i), origin[i]);
+        }
+      }
+    });
+    if (!grad_embedding) return;
+    torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      constexpr int64_t L = Vector<A>::lanes;
+      for (int64_t i = begin; i < end; ++i)
+        for (A* s = z.row(i); s < z.row(i) + z.columns; s += L) store(s, exp(load(s) * inverse_temperature - lse[i]));
+    });
+    const Tensor y = torch::stable::narrow(vocabulary.logits, 1, 0, z.columns);
+    const Tensor out = rows_of(*grad_embedding, z.first, z.columns);
+    if (out.scalar_type() == Vocabulary<A>::wide) return multiply(out, transposed(y), upstream);
+    Tensor rounded = out;
+    torch::stable::copy_(rounded, torch::stable::matmul(transposed(y), upstream));
+  });
+  for (int64_t i = 0; grad_mixed && i < m; ++i) {
+    if (!std::isfinite(lse[i])) delta[i] = NAN;  // no token counts where the logits are NaN
+    sums(i).finish(inverse_temperature, d);
+  }
+}
+
+uint64_t key_of(const Tensor& seed) { return uint64_t(*static_cast<const int64_t*>(seed.data_ptr())); }
+
+void gumbel_mix_forward(Tensor token_ids, Tensor lse, const std::optional<Tensor>& soft_embeddings, const Tensor& mixed,
+                        const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& embedding,
+                        const Tensor& seed, double temperature) {
+  if (lse.scalar_type() == ScalarType::Double)
+    return forward<double>(token_ids, lse, soft_embeddings, mixed, weight, bias, embedding, key_of(seed),
+                           1 / temperature);
+  forward<float>(token_ids, lse, soft_embeddings, mixed, weight, bias, embedding, key_of(seed), float(1 / temperature));
+}
+
+void gumbel_mix_backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_embedding,
+                         const Tensor& grad_embeddings, const Tensor& origin, const Tensor& mixed, const Tensor& weight,
+                         const std::optional<Tensor>& bias, const Tensor& embedding, const Tensor& lse,
+                         const Tensor& seed, double temperature) {
+  if (lse.scalar_type() == ScalarType::Double)
+    return backward<double>(grad_mixed, grad_embedding, grad_embeddings, origin, mixed, weight, bias, embedding, lse,
+                            key_of(seed), 1 / temperature);
+  backward<float>(grad_mixed, grad_embedding, grad_embeddings, origin, mixed, weight, bias, embedding, lse,
+                  key_of(seed), float(1 / temperature));
+}
+
+}  // namespace
+}  // namespace repdeg_fast
+
+STABLE_TORCH_LIBRARY_IMPL(repdeg_fast_native, CPU, m) {
+  m.impl("gumbel_mix_forward", TORCH_BOX(&repdeg_fast::gumbel_mix_forward));
+  m.impl("gumbel_mix_backward", TORCH_BOX(&repdeg_fast::gumbel_mix_backward));
+}

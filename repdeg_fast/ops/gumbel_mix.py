@@ -1,0 +1,148 @@
+"""The operator behind Gumbel mixing. Mathematics: :mod:`repdeg_fast.reference.gumbel_mix`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repdeg_fast.backends import Operation
+from repdeg_fast.ops._common import forbid_double_backward
+from repdeg_fast.reference.cosreg import arithmetic_dtype
+from repdeg_fast.reference.gumbel_mix import mix, mix_backward
+
+
+def _triton_limit(hidden_states: Tensor, *_: Tensor) -> str | None:
+    if hidden_states.dtype == torch.float64:
+        return "float64 is for the reference and cpu backends"
+    return None
+
+
+operation = Operation(
+    "gumbel_mix", functions=("forward", "backward"), backends={"cpu": lambda *_: None, "triton": _triton_limit}
+)
+
+
+@torch.library.custom_op("repdeg_fast::gumbel_mix", mutates_args=())
+def gumbel_mix(
+    hidden_states: Tensor,
+    mixture_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    seed: Tensor,
+    temperature: float,
+    hard: bool,
+    gradient_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids (M,), embeddings (M, d_f) and log Σ exp((z + g)/τ) (M,)."""
+    token_ids, _, lse = _fake(hidden_states, mixture_logits, weight, bias, embedding)
+    mixed = mix(hidden_states, mixture_logits)
+    soft = None if hard else lse.new_empty(len(mixed), embedding.shape[1])
+    bias = None if bias is None else bias.to(lse.dtype).contiguous()
+    kernels = operation.kernels(backend, hidden_states, weight, embedding)
+    kernels.forward(token_ids, lse, soft, mixed, weight, bias, embedding, seed, temperature)
+    value = embedding.index_select(0, token_ids) if soft is None else soft.to(embedding.dtype)
+    # a token was drawn even where a logit is NaN; the embedding says so
+    return token_ids, value.masked_fill_(~lse.isfinite()[:, None], float("nan")), lse
+
+
+@gumbel_mix.register_fake
+def _fake(
+    hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = hidden_states.shape[1]
+    return (
+        hidden_states.new_empty(rows, dtype=torch.int64),
+        embedding.new_empty(rows, embedding.shape[1]),
+        hidden_states.new_empty(rows, dtype=arithmetic_dtype(hidden_states)),
+    )
+
+
+@torch.library.custom_op("repdeg_fast::gumbel_mix_backward", mutates_args=())
+def gumbel_mix_backward(
+    grad_embeddings: Tensor,
+    hidden_states: Tensor,
+    mixture_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    token_ids: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    temperature: float,
+    hard: bool,
+    gradient_scale: float,
+    needs_mixture: bool,
+    needs_embedding: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the mixture logits and of the embedding; an empty tensor for one that is not needed."""
+    grad_mixture, grad_embedding = lse.new_empty(0), lse.new_empty(0)
+    if needs_embedding and hard:
+        grad_embedding = torch.ops.aten.embedding_dense_backward(grad_embeddings, token_ids, len(weight), -1, False)
+    elif needs_embedding:
+        grad_embedding = torch.empty_like(embedding)
+    if needs_mixture or (needs_embedding and not hard):
+        mixed = mix(hidden_states, mixture_logits)
+        grad_mixed = torch.empty_like(mixed, dtype=lse.dtype) if needs_mixture else None
+        grad_soft = grad_embedding if needs_embedding and not hard else None
+        bias = None if bias is None else bias.to(lse.dtype).contiguous()
+        origin = (grad_embeddings * embedding.index_select(0, token_ids)).sum(dim=1, dtype=lse.dtype)
+        operation.kernels(backend, hidden_states, weight, embedding).backward(
+            grad_mixed, grad_soft, grad_embeddings, origin, mixed, weight, bias, embedding, lse, seed, temperature
+        )
+        if grad_mixed is not None:
+            grad_mixture = mix_backward(grad_mixed.mul_(gradient_scale), hidden_states, mixture_logits)
+    return grad_mixture, grad_embedding
+
+
+@gumbel_mix_backward.register_fake
+def _(
+    grad_embeddings: Tensor,
+    hidden_states: Tensor,
+    mixture_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    token_ids: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    temperature: float,
+    hard: bool,
+    gradient_scale: float,
+    needs_mixture: bool,
+    needs_embedding: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return (
+        mixture_logits.new_empty(mixture_logits.shape) if needs_mixture else lse.new_empty(0),
+        embedding.new_empty(embedding.shape) if needs_embedding else lse.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.temperature, ctx.hard, ctx.gradient_scale, ctx.backend = inputs
+    token_ids, _, lse = output
+    hidden_states, mixture_logits, weight, bias, embedding, seed = tensors
+    ctx.save_for_backward(hidden_states, mixture_logits, weight, bias, embedding, token_ids, lse, seed)
+    ctx.mark_non_differentiable(token_ids, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, _: None, grad_embeddings: Tensor | None, __: None) -> tuple[Tensor | None, ...]:
+    needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[4])
+    if grad_embeddings is None or not any(needs):
+        return (None,) * 10
+    gradients = gumbel_mix_backward(
+        grad_embeddings.contiguous(),
+        *ctx.saved_tensors, ctx.temperature, ctx.hard, ctx.gradient_scale, *needs, ctx.backend,
+    )  # fmt: skip
+    grad_mixture, grad_embedding = (grad if need else None for grad, need in zip(gradients, needs, strict=True))
+    return None, grad_mixture, None, None, grad_embedding, None, None, None, None, None
+
+
+gumbel_mix.register_autograd(_backward, setup_context=_setup_context)
+forbid_double_backward(gumbel_mix_backward, "gumbel_mix")
