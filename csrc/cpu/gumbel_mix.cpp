@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kBufferBytes = 32 << 20;  // logits, and converted operands, of one chunk of the vocabulary
 constexpr int64_t kAlign = 16;  // columns; rows of logits that start on a cache line also make MKL's h Eᵀ faster
-constexpr int64_t kSlab = 256;  // rows of E and F that stay in L2 while all rows of hidden states pass: 768 KB at d = 768
+constexpr int64_t kSlab = 128;  // rows of E and F that stay in L2 while all rows of hidden states pass: 768 KB at d = 768
 constexpr int64_t kGroup = 4;   // tokens that share one pass over a row's sums
 
 int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
@@ -207,42 +207,59 @@ struct Tokens {
   }
 };
 
-// F·r of four rows of F.
+// Four rows that are read together. Pointers and factors are copied into locals: the compiler must see that no store
+// to the sums changes them, or it loads them again each time.
 template <typename A>
-void products(const A* const* f, const A* r, int64_t d, A* out) {
-  constexpr int64_t L = Vector<A>::lanes;
-  typename Vector<A>::type sum[kGroup] = {};
-  int64_t i = 0;
-  for (; i + L <= d; i += L)
-    for (int64_t k = 0; k < kGroup; ++k) sum[k] += load(f[k] + i) * load(r + i);
-  for (int64_t k = 0; k < kGroup; ++k) {
-    out[k] = 0;
-    for (int64_t l = 0; l < L; ++l) out[k] += sum[k][l];
-    for (int64_t j = i; j < d; ++j) out[k] += f[k][j] * r[j];
-  }
-}
+struct Group {
+  const A* row[kGroup];
 
-// a += Σ p E and b += Σ q E over four rows of E.
-template <typename A>
-void add_rows(const A* const* e, const A* p, const A* q, int64_t d, A* a, A* b) {
-  constexpr int64_t L = Vector<A>::lanes;
-  int64_t i = 0;
-  for (; i + L <= d; i += L) {
-    auto u = load(a + i), v = load(b + i);
-    for (int64_t k = 0; k < kGroup; ++k) {
-      const auto x = load(e[k] + i);
-      u += p[k] * x;
-      v += q[k] * x;
-    }
-    store(a + i, u);
-    store(b + i, v);
+  Group(const Rows<A>& rows, const int32_t* index) {
+    for (int64_t k = 0; k < kGroup; ++k) row[k] = rows.row(index[k]);
   }
-  for (; i < d; ++i)
-    for (int64_t k = 0; k < kGroup; ++k) {
-      a[i] += p[k] * e[k][i];
-      b[i] += q[k] * e[k][i];
+
+  // row[k]·r
+  void products(const A* r, int64_t d, A* out) const {
+    constexpr int64_t L = Vector<A>::lanes;
+    const A *x0 = row[0], *x1 = row[1], *x2 = row[2], *x3 = row[3];
+    typename Vector<A>::type s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    int64_t i = 0;
+    for (; i + L <= d; i += L) {
+      const auto v = load(r + i);
+      s0 += load(x0 + i) * v;
+      s1 += load(x1 + i) * v;
+      s2 += load(x2 + i) * v;
+      s3 += load(x3 + i) * v;
     }
-}
+    A sum[kGroup] = {};
+    for (; i < d; ++i)
+      for (int64_t k = 0; k < kGroup; ++k) sum[k] += row[k][i] * r[i];
+    for (int64_t l = 0; l < L; ++l) {
+      sum[0] += s0[l];
+      sum[1] += s1[l];
+      sum[2] += s2[l];
+      sum[3] += s3[l];
+    }
+    std::copy(sum, sum + kGroup, out);
+  }
+
+  // a += Σ p[k] row[k] and b += Σ q[k] row[k]
+  void add_to(A* a, const A* p, A* b, const A* q, int64_t d) const {
+    constexpr int64_t L = Vector<A>::lanes;
+    const A *x0 = row[0], *x1 = row[1], *x2 = row[2], *x3 = row[3];
+    const A p0 = p[0], p1 = p[1], p2 = p[2], p3 = p[3], q0 = q[0], q1 = q[1], q2 = q[2], q3 = q[3];
+    int64_t i = 0;
+    for (; i + L <= d; i += L) {
+      const auto v0 = load(x0 + i), v1 = load(x1 + i), v2 = load(x2 + i), v3 = load(x3 + i);
+      store(a + i, load(a + i) + p0 * v0 + p1 * v1 + p2 * v2 + p3 * v3);
+      store(b + i, load(b + i) + q0 * v0 + q1 * v1 + q2 * v2 + q3 * v3);
+    }
+    for (; i < d; ++i)
+      for (int64_t k = 0; k < kGroup; ++k) {
+        a[i] += p[k] * row[k][i];
+        b[i] += q[k] * row[k][i];
+      }
+  }
+};
 
 // The three sums of a row that dh̄ is made of.
 template <typename A>
@@ -253,18 +270,13 @@ struct RowSums {
 
   void take(const Tokens<A>& tokens, const Rows<A>& e, const Rows<A>& f, const A* r, A origin) {
     for (int64_t t = 0; t < tokens.count; t += kGroup) {
-      const A *e_rows[kGroup], *f_rows[kGroup];
-      for (int64_t k = 0; k < kGroup; ++k) {
-        e_rows[k] = e.row(tokens.index[t + k]);
-        f_rows[k] = f.row(tokens.index[t + k]);
-      }
       A product[kGroup];
-      products(f_rows, r, f.columns, product);
+      Group<A>(f, tokens.index + t).products(r, f.columns, product);
       for (int64_t k = 0; k < kGroup; ++k) {
         product[k] = (product[k] - origin) * tokens.y[t + k];
         *delta += product[k];
       }
-      add_rows(e_rows, product, tokens.y + t, e.columns, weighted, plain);
+      Group<A>(e, tokens.index + t).add_to(weighted, product, plain, tokens.y + t, e.columns);
     }
   }
 
