@@ -41,7 +41,7 @@ def _tile(dtype: torch.dtype) -> Tile:
     products run without matrix units, from registers, and get smaller tiles."""
     if dtype == torch.float32:
         return Tile(32, 64, 32, 4, 2)
-    return Tile(64, 128, 64, 8, 3)
+    return Tile(64, 128, 32, 8, 4)
 
 
 # a[rows] · b[columns]ᵀ, b rounded to the dtype of a; out of bounds: zeros.
@@ -156,7 +156,7 @@ def _weights_kernel(
         mixed, weight, bias, tl.load(seed), rows, tile * COLUMNS, m, v, depth,
         mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride, EVEN, COLUMNS, DEPTH,
     )  # fmt: skip
-    row_lse = tl.load(lse + rows, mask=rows < m, other=0.0)
+    row_lse = tl.load(lse + rows, mask=rows < m, other=float("inf"))
     y = tl.exp(s * inverse_temperature - row_lse[:, None])
     at = rows.to(tl.int64)[:, None] * chunk_columns + (columns - chunk_first)[None, :]
     inside = (rows < m)[:, None] & (columns < v)[None, :]
