@@ -52,9 +52,9 @@ class Operation:
             if reason := self.unavailable(backend, device, *tensors):
                 raise RuntimeError(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
             return backend
-        reasons = []
+        reasons: list[str] = []
         for candidate in PREFERENCE.get(device, ("reference",)):
-            reason = self.unavailable(candidate, device, *tensors)
+            reason = self.unavailable(candidate, device, *tensors) or _load_failure(candidate)
             if reason is None:
                 if candidate == "reference" and reasons:
                     _announce(f"repdeg_fast: {self.name} on {device} falls back to plain PyTorch: {'; '.join(reasons)}")
@@ -74,26 +74,20 @@ class Operation:
 
 
 _operations: dict[str, Operation] = {}
-_override: str | None = None
 
 
-def check_name(backend: str) -> str:
+def _checked_name(source: str, backend: str) -> str:
     if backend not in (*BACKENDS, "auto"):
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or auto, got {backend!r}")
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)} or auto, got {backend!r}")
     return backend
+
+
+_requested = _checked_name("REPDEG_FAST_BACKEND", os.environ.get("REPDEG_FAST_BACKEND", "auto"))
 
 
 def requested() -> str:
     """The backend asked for by :func:`use_backend` or ``REPDEG_FAST_BACKEND``, else ``"auto"``."""
-    return _override or _from_environment()
-
-
-@functools.cache
-def _from_environment() -> str:
-    name = os.environ.get("REPDEG_FAST_BACKEND", "auto")
-    if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"REPDEG_FAST_BACKEND: expected one of {', '.join(BACKENDS)} or auto, got {name!r}")
-    return name
+    return _requested
 
 
 @contextmanager
@@ -105,12 +99,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: for an unknown name. A backend that cannot serve raises ``RuntimeError`` at the call.
     """
-    global _override
-    before, _override = _override, check_name(name)
+    global _requested
+    before, _requested = _requested, _checked_name("name", name)
     try:
         yield
     finally:
-        _override = before
+        _requested = before
 
 
 def status() -> dict[str, dict[str, dict[str, str | None]]]:
@@ -147,6 +141,16 @@ def _triton_unavailable(device: str) -> str | None:
         return "runs on CPU tensors only in the interpreter; set TRITON_INTERPRET=1 before importing repdeg_fast"
     if device not in ("cpu", "cuda"):
         return f"has no support for {device} tensors"
+    return None
+
+
+def _load_failure(backend: str) -> str | None:
+    """Compile and load a native backend if that has not been done; why it failed, or ``None``."""
+    if backend in native.LIBRARIES:
+        try:
+            native.load(backend)
+        except RuntimeError as error:
+            return str(error)
     return None
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from repdeg_fast import native
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_MEMORY_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a block
 
@@ -76,17 +78,38 @@ def _amd_resources(assembly: str, shared: int) -> Resources:
     return Resources(count("vgpr_count"), count("vgpr_spill_count"), shared, matrix, assembly)
 
 
+def compile_cuda(source: Path, target: str, folder: Path) -> dict[str, Resources]:
+    """Compile one ``.cu`` file with nvcc for ``target``; returns what each of its kernels needs."""
+    from torch.utils import cpp_extension
+
+    cubin = folder / f"{source.stem}.{target}.cubin"
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    command = ["nvcc", *native.cuda_flags(), "-std=c++20", *includes, f"-arch={target}", "-cubin", "-o", str(cubin)]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{source.name} does not compile for {target}:\n{done.stderr}")
+    return {name: Resources(*usage, "", "") for name, usage in _resource_usage(cubin).items()}
+
+
 def _nvidia_resources(cubin: bytes, ptx: str, shared: int) -> Resources:
-    """Spills are local memory: stack that the kernel's own code did not ask for, which Triton's never does."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run(
-            [str(_cuobjdump()), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+        ((registers, spilled, _),) = _resource_usage(Path(file.name)).values()
     matrix = next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "")
-    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], shared, matrix, ptx)
+    return Resources(registers, spilled, shared, matrix, ptx)
+
+
+def _resource_usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
+    """Registers, spilled bytes and static shared memory of each kernel in a cubin. Spills are the stack and local
+    memory: our kernels ask for none of their own."""
+    command = [str(_cuobjdump()), "-res-usage", str(cubin)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for name, line in re.findall(r"Function (\S+):\s*\n(.*)", report):
+        usage = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+        found[name] = (usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"])
+    return found
 
 
 def _cuobjdump() -> Path:

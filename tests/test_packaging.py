@@ -1,0 +1,61 @@
+"""A wheel built from the tree works outside the tree and owns one import name."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with the unpacked wheel, first on the path of a process that sees the environment's other packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # from a copy: setuptools packs whatever an earlier build left in build/
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "benchmarks")
+    tree = shutil.copytree(ROOT, folder / "tree", ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, "."]
+    subprocess.run(command, cwd=tree, check=True, timeout=300)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_contents(site):
+    top = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
+    assert top == {"repdeg_fast"}
+    installed = {str(path.relative_to(site / "repdeg_fast")) for path in (site / "repdeg_fast").rglob("*")}
+    in_tree = [path for folder in ("csrc", "triton_kernels") for path in (ROOT / folder).rglob("*.[chp]*")]
+    in_tree += (ROOT / "repdeg_fast").rglob("*.py")
+    missing = {
+        str(path.relative_to(ROOT)).removeprefix("repdeg_fast/") for path in in_tree if "__pycache__" not in path.parts
+    } - installed
+    assert not missing
+    assert "py.typed" in installed
+
+
+def test_runs_outside_the_tree(site, tmp_path):
+    code = """
+import importlib.util, torch, repdeg_fast
+print(repdeg_fast.__file__)
+with repdeg_fast.use_backend("cpu"):
+    print(repdeg_fast.cosine_regularization(torch.eye(3) + 1).item())
+print(importlib.util.find_spec("triton_kernels"), importlib.util.find_spec("csrc"))
+from repdeg_fast import triton_kernels
+print(triton_kernels.__file__)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(site), "REPDEG_FAST_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    where, value, names, kernels = result.stdout.splitlines()
+    assert where.startswith(str(site))
+    assert float(value) == pytest.approx(5 / 9, rel=1e-6)
+    assert names == "None None"
+    assert kernels.startswith(str(site))
