@@ -3,11 +3,12 @@
 from repdeg_fast import backends, nn
 from repdeg_fast.backends import use_backend
 from repdeg_fast.functional import add_cosine_regularization_, cosine_regularization, gradient_reversal, gumbel_mix
-from repdeg_fast.nn import CosineRegularization
+from repdeg_fast.nn import CosineRegularization, GumbelMixture
 
 __version__ = "0.1.0"
 __all__ = [
     "CosineRegularization",
+    "GumbelMixture",
     "add_cosine_regularization_",
     "backends",
     "cosine_regularization",

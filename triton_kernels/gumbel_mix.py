@@ -90,7 +90,8 @@ def _perturbed_logits(
 # Neighbouring programs share the split, so each tile of the weight is read from L2 by all but the first.
 @triton.jit
 def _forward_kernel(
-    partial_most, partial_token, partial_sum, mixed, weight, bias, seed, inverse_temperature, m, v, depth, split_columns,
+    partial_most, partial_token, partial_sum, mixed, weight, bias, seed, inverse_temperature,
+    m, v, depth, split_columns,
     mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride,
     EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -268,39 +269,59 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b).to(total.dtype)
 
 
+_PARTIALS = {"partial_most": "*fp32", "partial_token": "*i32", "partial_sum": "*fp32"}
+
+
 def specializations() -> Iterator[Specialization]:
     """What the launchers above ask the compiler for."""
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-        tile = _tile(dtype)
-        for biased in (True, False):
-            yield _specialization(_forward_kernel, name, tile, biased, {"split_columns": "i32"})
-            for weighted in (True, False):
-                types = {"embedding": f"*{name}", "lse": "*fp32", "y_out": f"*{name}"}
-                types |= dict.fromkeys(("embedding_depth", "chunk_first", "chunk_columns"), "i32")
-                types |= dict.fromkeys(("embedding_stride", "grad_stride"), "i32")
-                if weighted:
-                    types |= {"weighted": f"*{name}", "delta": "*fp32", "grad": f"*{name}", "origin": "*fp32"}
-                yield _specialization(_weights_kernel, name, tile, biased, types)
-    partials = {"partial_most": "*fp32", "partial_token": "*i32", "partial_sum": "*fp32"}
-    types = partials | {"token_ids": "*i64", "lse": "*fp32", "inverse_temperature": "fp32", "m": "i32", "splits": "i32"}
+        for bias in (None, "*fp32"):
+            yield _forward_specialization(name, _tile(dtype), bias)
+            for weighted in (False, True):
+                yield _weights_specialization(name, _tile(dtype), bias, weighted)
+    types = {
+        **_PARTIALS,
+        "token_ids": "*i64",
+        "lse": "*fp32",
+        "inverse_temperature": "fp32",
+        "m": "i32",
+        "splits": "i32",
+    }
     yield Specialization(_combine_kernel, types, {"SPLITS": 8, "ROWS": _COMBINE_ROWS})
 
 
-def _specialization(kernel: object, name: str, tile: Tile, biased: bool, types: dict[str, str]) -> Specialization:
-    types |= dict.fromkeys(("mixed", "weight"), f"*{name}") | {"seed": "*i64", "inverse_temperature": "fp32"}
+def _logits_types(name: str, bias: str | None) -> dict[str, str]:
+    """Of the arguments that both kernels make logits from."""
+    types = dict.fromkeys(("mixed", "weight"), f"*{name}") | {"seed": "*i64", "inverse_temperature": "fp32"}
     types |= dict.fromkeys(("m", "v", "depth", "mixed_stride", "weight_stride"), "i32")
-    types |= {"partial_most": "*fp32", "partial_token": "*i32", "partial_sum": "*fp32"} | ({"bias": "*fp32"} if biased else {})
-    names = kernel.arg_names  # type: ignore[attr-defined]
-    constants: dict[str, object] = {
-        "EVEN": True, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth,
-        "mixed_depth_stride": 1, "weight_depth_stride": 1, "embedding_depth_stride": 1,
-        "bias": None, "weighted": None, "delta": None, "grad": None, "origin": None,
-    }  # fmt: skip
-    types = {key: value for key, value in types.items() if key in names}
-    constants = {key: value for key, value in constants.items() if key in names and key not in types}
-    divisible = tuple(key for key in ("depth", "embedding_depth", "split_columns", "chunk_first") if key in types)
-    divisible += tuple(key for key in types if key.endswith("_stride"))
-    return Specialization(
-        kernel, types, constants, tile.num_warps, tile.num_stages, divisible=divisible,
-        label=f"{name}{' bias' if biased else ''}{' weighted' if 'weighted' in types else ''}",
-    )  # fmt: skip
+    return types | ({"bias": bias} if bias else {})
+
+
+def _logits_constants(tile: Tile, bias: str | None) -> dict[str, object]:
+    constants: dict[str, object] = {"EVEN": True, "mixed_depth_stride": 1, "weight_depth_stride": 1}
+    constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    return constants if bias else constants | {"bias": None}
+
+
+def _forward_specialization(name: str, tile: Tile, bias: str | None) -> Specialization:
+    types = _logits_types(name, bias) | _PARTIALS | {"split_columns": "i32"}
+    divisible = ("depth", "mixed_stride", "weight_stride", "split_columns")
+    label = name + (" bias" if bias else "")
+    constants = _logits_constants(tile, bias)
+    return Specialization(_forward_kernel, types, constants, tile.num_warps, tile.num_stages, divisible, label)
+
+
+def _weights_specialization(name: str, tile: Tile, bias: str | None, weighted: bool) -> Specialization:
+    types = _logits_types(name, bias) | {"embedding": f"*{name}", "lse": "*fp32", "y_out": f"*{name}"}
+    types |= dict.fromkeys(
+        ("embedding_depth", "chunk_first", "chunk_columns", "embedding_stride", "grad_stride"), "i32"
+    )
+    constants = _logits_constants(tile, bias) | {"embedding_depth_stride": 1}
+    if weighted:
+        types |= {"weighted": f"*{name}", "delta": "*fp32", "grad": f"*{name}", "origin": "*fp32"}
+    else:
+        constants |= dict.fromkeys(("weighted", "delta", "grad", "origin"))
+    strides = ("mixed_stride", "weight_stride", "embedding_stride", "grad_stride")
+    divisible = ("depth", "embedding_depth", "chunk_first", *strides)
+    label = name + (" bias" if bias else "") + (" weighted" if weighted else "")
+    return Specialization(_weights_kernel, types, constants, tile.num_warps, tile.num_stages, divisible, label)

@@ -6,9 +6,9 @@
 // Backward makes the same logits again, a second GEMM. It then needs E[v] and F[v] only where y_v counts: at τ = 0.3 the
 // noise alone leaves about one token in ten above 2⁻²⁴/V, all others together weigh less than the rounding of Σ y = 1.
 // So instead of two more GEMMs (F[v]·r and dz·E) the tokens that count are collected and worked on four at a time, out
-// of a slab of E and F that stays in L2 for all rows. Where every token counts (τ ≫ 1) this costs about what the
-// GEMMs would. dz needs δ, which is known only at the end of the row; dh̄ = (Σ y F·r E − δ Σ y E)/τ is linear in it, so
-// both sums are kept and nothing is swept twice.
+// of a slab of E and F that stays in L2 for all rows. dz needs δ, which is known only at the end of the row, but
+// dh̄ = (Σ y F·r E − δ Σ y E)/τ is linear in it: both sums are kept and nothing is swept twice. The price is paid where
+// every token counts (τ of 1 and more): three products a token instead of a GEMM's two.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -296,10 +296,12 @@ void backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tenso
   const A* lse = static_cast<const A*>(lse_tensor.data_ptr());
   const A* origin = static_cast<const A*>(origin_tensor.data_ptr());
   const A smallest = std::log(std::numeric_limits<A>::epsilon() / 2 / A(weight.size(0)));
-  std::vector<A> plain(grad_mixed ? m * d : 0), delta(m);
+  const Tensor plain_tensor = torch::stable::new_zeros(lse_tensor, {grad_mixed ? m : 0, d});
+  A* plain = static_cast<A*>(plain_tensor.data_ptr());
   A* weighted = grad_mixed ? static_cast<A*>(grad_mixed->data_ptr()) : nullptr;
   if (grad_mixed) std::fill(weighted, weighted + m * d, A(0));
-  const auto sums = [&](int64_t i) { return RowSums<A>{weighted + i * d, plain.data() + i * d, &delta[i]}; };
+  std::vector<A> delta(m);
+  const auto sums = [&](int64_t i) { return RowSums<A>{weighted + i * d, plain + i * d, &delta[i]}; };
 
   vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor& e_tensor, const Tensor& f_tensor) {
     torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {

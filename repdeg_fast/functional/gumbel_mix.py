@@ -60,7 +60,7 @@ def gumbel_mix(
     check_positive("temperature", temperature)
     if not math.isfinite(gradient_scale):
         raise ValueError(f"gradient_scale: expected a finite number, got {gradient_scale}")
-    token_ids, embeddings, _ = _gumbel_mix.gumbel_mix(
+    embeddings, token_ids, _ = _gumbel_mix.gumbel_mix(
         hidden_states, mixture_logits, weight, bias, embedding, seed_tensor(seed, hidden_states.device),
         float(temperature), hard, float(gradient_scale), backends.requested(),
     )  # fmt: skip
@@ -80,7 +80,7 @@ class _ScaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.scale, None
 
 
@@ -90,7 +90,9 @@ def _check(
     for name, value in (("hidden_states", hidden_states), ("weight", weight), ("embedding", embedding)):
         check_floating(name, value)
     if hidden_states.dim() != 3 or 0 in (hidden_states.shape[0], hidden_states.shape[2]):
-        raise ValueError(f"hidden_states: expected shape (K, M, d), K and d at least 1, got {tuple(hidden_states.shape)}")
+        raise ValueError(
+            f"hidden_states: expected shape (K, M, d), K and d at least 1, got {tuple(hidden_states.shape)}"
+        )
     heads, rows, width = hidden_states.shape
     if weight.dim() != 2 or weight.shape[1] != width or len(weight) == 0:
         raise ValueError(f"weight: expected shape (V, {width}) like hidden_states, got {tuple(weight.shape)}")
@@ -106,9 +108,10 @@ def _check(
     if any(wide) != all(wide):
         dtypes = f"{hidden_states.dtype}, {weight.dtype} and {embedding.dtype}"
         raise TypeError(f"hidden_states, weight and embedding: expected all or none in float64, got {dtypes}")
-    for name, value in (("weight", weight), ("embedding", embedding), ("bias", bias), ("mixture_logits", mixture_logits)):
-        if value is not None and value.device != hidden_states.device:
-            raise ValueError(f"{name}: expected device {hidden_states.device} like hidden_states, got {value.device}")
+    others = {"weight": weight, "embedding": embedding, "bias": bias, "mixture_logits": mixture_logits}
+    for name, other in others.items():
+        if other is not None and other.device != hidden_states.device:
+            raise ValueError(f"{name}: expected device {hidden_states.device} like hidden_states, got {other.device}")
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:

@@ -37,8 +37,8 @@ def gumbel_mix(
     gradient_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (M,), embeddings (M, d_f) and log Σ exp((z + g)/τ) (M,)."""
-    token_ids, _, lse = _fake(hidden_states, mixture_logits, weight, bias, embedding)
+    """Embeddings (M, d_f), token ids (M,) and log Σ exp((z + g)/τ) (M,)."""
+    _, token_ids, lse = _fake(hidden_states, mixture_logits, weight, bias, embedding)
     mixed = mix(hidden_states, mixture_logits)
     soft = None if hard else lse.new_empty(len(mixed), embedding.shape[1])
     bias = None if bias is None else bias.to(lse.dtype).contiguous()
@@ -46,17 +46,22 @@ def gumbel_mix(
     kernels.forward(token_ids, lse, soft, mixed, weight, bias, embedding, seed, temperature)
     value = embedding.index_select(0, token_ids) if soft is None else soft.to(embedding.dtype)
     # a token was drawn even where a logit is NaN; the embedding says so
-    return token_ids, value.masked_fill_(~lse.isfinite()[:, None], float("nan")), lse
+    return value.masked_fill_(~lse.isfinite()[:, None], float("nan")), token_ids, lse
 
 
 @gumbel_mix.register_fake
 def _fake(
-    hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor, *_: Any
+    hidden_states: Tensor,
+    mixture_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = hidden_states.shape[1]
     return (
-        hidden_states.new_empty(rows, dtype=torch.int64),
         embedding.new_empty(rows, embedding.shape[1]),
+        hidden_states.new_empty(rows, dtype=torch.int64),
         hidden_states.new_empty(rows, dtype=arithmetic_dtype(hidden_states)),
     )
 
@@ -87,14 +92,14 @@ def gumbel_mix_backward(
         grad_embedding = torch.empty_like(embedding)
     if needs_mixture or (needs_embedding and not hard):
         mixed = mix(hidden_states, mixture_logits)
-        grad_mixed = torch.empty_like(mixed, dtype=lse.dtype) if needs_mixture else None
+        grad_mixed = lse.new_empty(mixed.shape) if needs_mixture else None
         grad_soft = grad_embedding if needs_embedding and not hard else None
         bias = None if bias is None else bias.to(lse.dtype).contiguous()
         origin = (grad_embeddings * embedding.index_select(0, token_ids)).sum(dim=1, dtype=lse.dtype)
         operation.kernels(backend, hidden_states, weight, embedding).backward(
             grad_mixed, grad_soft, grad_embeddings, origin, mixed, weight, bias, embedding, lse, seed, temperature
         )
-        if grad_mixed is not None:
+        if grad_mixed is not None and mixture_logits is not None:
             grad_mixture = mix_backward(grad_mixed.mul_(gradient_scale), hidden_states, mixture_logits)
     return grad_mixture, grad_embedding
 
@@ -118,21 +123,23 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return (
-        mixture_logits.new_empty(mixture_logits.shape) if needs_mixture else lse.new_empty(0),
+        lse.new_empty(0)
+        if mixture_logits is None or not needs_mixture
+        else mixture_logits.new_empty(mixture_logits.shape),
         embedding.new_empty(embedding.shape) if needs_embedding else lse.new_empty(0),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.temperature, ctx.hard, ctx.gradient_scale, ctx.backend = inputs
-    token_ids, _, lse = output
+    _, token_ids, lse = output
     hidden_states, mixture_logits, weight, bias, embedding, seed = tensors
     ctx.save_for_backward(hidden_states, mixture_logits, weight, bias, embedding, token_ids, lse, seed)
     ctx.mark_non_differentiable(token_ids, lse)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, _: None, grad_embeddings: Tensor | None, __: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_embeddings: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[4])
     if grad_embeddings is None or not any(needs):
         return (None,) * 10

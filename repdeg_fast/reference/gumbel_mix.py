@@ -40,12 +40,13 @@ def gumbel_mix(
     temperature: float,
     hard: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, differentiable by autograd (a ``gradient_scale`` of 1), K·M·V logits: for tests and benchmarks."""
+    """The definition, differentiable by autograd (``gradient_scale`` 1), K·M·V logits: for tests and benchmarks."""
     logits = hidden_states.detach() @ weight.detach().T
     if bias is not None:
         logits = logits + bias.detach()
     mixed = torch.einsum("mk,kmv->mv", mixture_logits.softmax(dim=1), logits)
-    y = ((mixed + philox.gumbel(seed, range(len(mixed)), range(len(weight)), dtype=mixed.dtype)) / temperature).softmax(1)
+    noise = philox.gumbel(seed, range(len(mixed)), range(len(weight)), dtype=mixed.dtype)
+    y = ((mixed + noise) / temperature).softmax(dim=1)
     token_ids = y.argmax(dim=1)
     if hard:
         y = torch.nn.functional.one_hot(token_ids, len(weight)) - y.detach() + y
@@ -119,7 +120,7 @@ def backward(
             fr = r[part] @ embedding.to(r.dtype).T - origin[part, None]
             delta = (y * fr).sum(dim=1, keepdim=True)
             grad_mixed[part] = (y * (fr - delta) / temperature) @ _operand(weight, mixed)
-    if grad_embedding is not None:
+    if grad_embedding is not None and total is not None:
         grad_embedding.copy_(total)
 
 
