@@ -169,7 +169,7 @@ def _weights_kernel(
         )  # fmt: skip
         y *= fr - tl.load(origin + rows, mask=rows < m, other=0.0)[:, None]
         tl.store(weighted + at, y.to(weighted.dtype.element_ty), mask=inside)
-        tl.store(delta + tile * m + rows, tl.sum(tl.where(inside, y, 0.0), axis=1), mask=rows < m)
+        tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(tl.where(inside, y, 0.0), axis=1), mask=rows < m)
 
 
 def sample(
