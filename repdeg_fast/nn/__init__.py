@@ -1,6 +1,11 @@
 """Modules."""
 
 from repdeg_fast.nn.cosreg import CosineRegularization
+from repdeg_fast.nn.gumbel_mix import GumbelMixture
 from repdeg_fast.nn.mlm_head import MultiLayerMLMHead
 
-__all__ = ["CosineRegularization", "MultiLayerMLMHead"]
+__all__ = [
+    "CosineRegularization",
+    "GumbelMixture",
+    "MultiLayerMLMHead",
+]

@@ -116,9 +116,7 @@ def rescale_(
     scale_or_repeat_(gradients, grad_heads, again)
 
 
-def scale_or_repeat_(
-    gradients: list[Tensor | None], grad_heads: Tensor, make_again: Callable[[], Gradients]
-) -> None:
+def scale_or_repeat_(gradients: list[Tensor | None], grad_heads: Tensor, make_again: Callable[[], Gradients]) -> None:
     """What :func:`rescale_` does where the values of ``grad_heads`` may be looked at."""
     scale, *others = grad_heads.tolist()
     if all(other == scale for other in others):
