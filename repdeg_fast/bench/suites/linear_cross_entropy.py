@@ -207,7 +207,7 @@ def _of_ours(strategy: str, passes: tuple[str, ...]) -> list[Provider]:
 
 
 PROVIDERS = [
-    Provider("gemms", _prepare_gemms, needs=_gemm_needs, floor="three GEMMs alone: a floor, computes no loss"),
+    Provider("gemms", _prepare_gemms, needs=_gemm_needs, floor="a floor: no loss"),
     Provider("eager", _prepare_eager, needs=_logits_needs),
     Provider("compile", lambda inputs: _prepare_eager(inputs, compiled(_head_by_head)), needs=_logits_needs),
     Provider("torch-chunked", _prepare_torch, _IN_FORWARD, unavailable=_torch_has_it),
