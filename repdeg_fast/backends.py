@@ -82,7 +82,7 @@ def _checked_name(source: str, backend: str) -> str:
     return backend
 
 
-_requested = _checked_name("REPDEG_FAST_BACKEND", os.environ.get("REPDEG_FAST_BACKEND", "auto"))
+_requested = _checked_name("REPDEG_FAST_BACKEND", os.environ.get("REPDEG_FAST_BACKEND") or "auto")
 
 
 def requested() -> str:
@@ -108,7 +108,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def status() -> dict[str, dict[str, dict[str, str | None]]]:
-    """For each operation and device type: what serves, and for every backend ``None`` or why it does not.
+    """For each operation and device type: what serves, and for every backend ``None`` or why it does not. A backend
+    that was asked for stands under ``"serves"`` even if it cannot.
 
     ``status()["cosreg"]["cpu"]`` is ``{"serves": "cpu", "reference": None, "cpu": None, "triton": "...", ...}``.
     Compiles nothing.

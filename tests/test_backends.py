@@ -32,6 +32,7 @@ def test_unknown_names():
 def test_environment_variable_and_nesting():
     code = "import repdeg_fast as r; print(r.backends.requested(), r.backends.status()['cosreg']['cpu']['serves'])"
     assert run(code, REPDEG_FAST_BACKEND="reference").stdout.split() == ["reference", "reference"]
+    assert run(code, REPDEG_FAST_BACKEND="").stdout.split()[0] == "auto"
     with repdeg_fast.use_backend("reference"):
         with repdeg_fast.use_backend("auto"):
             assert backends.requested() == "auto"
