@@ -3,6 +3,7 @@ and ``-m interpreter``, because Triton decides at import whether its kernels run
 
 import os
 
+import emulate_cuda
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ PLACES = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("cpu", "cpu"), id="cpu"),
     pytest.param(("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpreter),
+    pytest.param(("cuda", "cpu"), id="cuda-emulated"),
     pytest.param(("reference", "cuda"), id="reference-gpu", marks=pytest.mark.gpu),
     pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
     pytest.param(("cuda", "cuda"), id="cuda-gpu", marks=pytest.mark.gpu),
@@ -28,16 +30,49 @@ def place(request):
     import repdeg_fast
 
     backend, device = request.param
+    if (backend, device) == ("cuda", "cpu"):
+        request.getfixturevalue("emulated_cuda")
     with repdeg_fast.use_backend(backend):
         yield Place(backend, device)
+
+
+@pytest.fixture(scope="session")
+def _cuda_built_for_the_cpu(tmp_path_factory):
+    emulate_cuda.load(tmp_path_factory.mktemp("emulated_cuda"))
+
+
+@pytest.fixture
+def emulated_cuda(_cuda_built_for_the_cpu, monkeypatch):
+    """The ``cuda`` backend takes CPU tensors: its kernels run in emulation."""
+    from repdeg_fast import backends
+
+    implementation, environment = backends._implementation, backends._environment
+
+    def emulated(operation, backend):
+        if backend == "cuda":
+            return emulate_cuda.operators(operation.name, *operation.functions)
+        return implementation(operation, backend)
+
+    monkeypatch.setattr(backends, "_implementation", emulated)
+    monkeypatch.setattr(backends, "_environment", lambda b, d: None if b == "cuda" else environment(b, d))
 
 
 class Place:
     def __init__(self, backend, device):
         self.backend, self.device = backend, device
 
+    def skip_unless_served(self, operation, *tensors):
+        """Some kernels take some layouts only. What they refuse must be an error that says so; then there is no more
+        to test here."""
+        if operation.unavailable(self.backend, self.device, *tensors):
+            with pytest.raises(RuntimeError, match=f"'{self.backend}' cannot serve {operation.name}"):
+                operation.choose(self.backend, *tensors)
+            pytest.skip(operation.unavailable(self.backend, self.device, *tensors))
+
     def dtypes(self):
         """The dtypes that this backend takes. Triton's interpreter multiplies the raw bits of bfloat16."""
+        if self.backend == "cuda":
+            return [torch.float32, torch.bfloat16, torch.float16]
         if self.backend in ("reference", "cpu") and self.device == "cpu":
             return [torch.float32, torch.float64, torch.bfloat16, torch.float16]
         if self.device == "cpu":

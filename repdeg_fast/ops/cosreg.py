@@ -7,21 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repdeg_fast.backends import Operation
+from repdeg_fast.backends import Limit, Operation
 from repdeg_fast.ops._common import forbid_double_backward
 from repdeg_fast.reference.cosreg import arithmetic_dtype
 
 
-def _registers_limit(weight: Tensor, most: int) -> str | None:
-    if weight.dtype == torch.float64:
-        return "float64 is for the reference and cpu backends"
-    if weight.shape[1] > most:
-        return f"holds rows of at most {most:,} values in registers, got {weight.shape[1]:,}"
-    return None
+def _held_in_registers(most: int) -> Limit:
+    """The limit of kernels that hold a row in registers between its two uses."""
 
+    def limit(weight: Tensor, *_: Tensor) -> str | None:
+        if weight.dtype == torch.float64:
+            return "float64 is for the reference and cpu backends"
+        if weight.shape[1] > most:
+            return f"holds rows of at most {most:,} values in registers, got {weight.shape[1]:,}"
+        return None
 
-def _triton_limit(weight: Tensor, *_: Tensor) -> str | None:
-    return _registers_limit(weight, 16384)
+    return limit
 
 
 def _cuda_limit(*matrices: Tensor) -> str | None:
@@ -29,13 +30,13 @@ def _cuda_limit(*matrices: Tensor) -> str | None:
         row_bytes = [size * matrix.element_size() for size in (matrix.shape[1], matrix.stride(0))]
         if matrix.stride(1) != 1 or matrix.data_ptr() % 16 or any(size % 16 for size in row_bytes):
             return "needs contiguous rows of a multiple of 16 bytes that start on 16-byte boundaries"
-    return _registers_limit(matrices[0], 12288)
+    return _held_in_registers(12288)(*matrices)
 
 
 operation = Operation(
     "cosreg",
     functions=("forward", "backward"),
-    backends={"cpu": lambda *_: None, "triton": _triton_limit, "cuda": _cuda_limit},
+    backends={"cpu": lambda *_: None, "triton": _held_in_registers(16384), "cuda": _cuda_limit},
 )
 
 

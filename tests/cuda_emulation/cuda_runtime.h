@@ -1,0 +1,199 @@
+// Enough of CUDA to run our kernels on a CPU, one block after the other: every CUDA thread is a fiber, a barrier is a
+// switch to the next one. Slow, single-threaded, and a check of indexing, reductions and arithmetic on any machine;
+// it says nothing of speed, of memory ordering between blocks, or of races between barriers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#include <math.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define __shared__ static
+
+struct uint4 { uint32_t x, y, z, w; };
+struct uint2 { uint32_t x, y; };
+struct float4 { float x, y, z, w; };
+struct float2 { float x, y; };
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+using cudaStream_t = void*;
+using std::isinf;
+using std::isnan;
+using std::max;
+using std::min;
+
+namespace emulation {
+
+constexpr size_t kStack = 256 << 10;
+
+struct Barrier {
+  int size = 0, arrived = 0, generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  dim3 thread;
+  bool done = false;
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline Fiber* current = nullptr;
+inline dim3 block, block_size, grid_size;
+inline std::vector<Barrier> warp_barriers;
+inline Barrier block_barrier;
+inline std::vector<uint64_t> exchange;        // one value a thread, for shuffles
+inline std::vector<char> dynamic_shared;
+inline std::function<void()> body;
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+
+inline void wait(Barrier& barrier) {
+  const int mine = barrier.generation;
+  if (++barrier.arrived == barrier.size) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+  while (barrier.generation == mine) yield();
+}
+
+inline int thread_index() { return current->thread.x; }
+
+inline void enter() {
+  body();
+  current->done = true;
+  yield();
+}
+
+inline void run_block() {
+  const int threads = block_size.x;
+  fibers = std::vector<Fiber>(threads);
+  warp_barriers.assign((threads + 31) / 32, Barrier{});
+  for (int t = 0; t < threads; ++t) ++warp_barriers[t / 32].size;
+  block_barrier = Barrier{threads};
+  exchange.assign(threads, 0);
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = fibers[t];
+    fiber.thread = dim3(t, 0, 0);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (bool running = true; running;) {
+    running = false;
+    for (Fiber& fiber : fibers) {
+      if (fiber.done) continue;
+      current = &fiber;
+      swapcontext(&scheduler, &fiber.context);
+      running = true;
+    }
+  }
+}
+
+// launch(kernel, grid, block, shared bytes)(arguments): what `kernel<<<...>>>(arguments)` is rewritten to.
+template <typename Kernel>
+auto launch(Kernel kernel, dim3 grid, dim3 threads, size_t shared_bytes = 0, cudaStream_t = nullptr) {
+  return [=](auto... arguments) {
+    STD_TORCH_CHECK(threads.y == 1 && threads.z == 1, "the emulation has one-dimensional blocks only");
+    grid_size = grid;
+    block_size = threads;
+    for (unsigned z = 0; z < grid.z; ++z)
+      for (unsigned y = 0; y < grid.y; ++y)
+        for (unsigned x = 0; x < grid.x; ++x) {
+          block = dim3(x, y, z);
+          dynamic_shared.assign(shared_bytes + 16, char(0xff));  // poison: nothing may be read before it is written
+          body = [&] { kernel(arguments...); };
+          run_block();
+        }
+  };
+}
+
+template <typename T>
+T shuffle(T value, int source_lane) {
+  static_assert(sizeof(T) <= 8);
+  const int index = thread_index(), warp = index / 32;
+  std::memcpy(&exchange[index], &value, sizeof(T));
+  wait(warp_barriers[warp]);
+  T received;
+  std::memcpy(&received, &exchange[warp * 32 + source_lane], sizeof(T));
+  wait(warp_barriers[warp]);
+  return received;
+}
+
+}  // namespace emulation
+
+#define threadIdx (::emulation::current->thread)
+#define blockIdx (::emulation::block)
+#define blockDim (::emulation::block_size)
+#define gridDim (::emulation::grid_size)
+
+inline void __syncthreads() { emulation::wait(emulation::block_barrier); }
+inline void __syncwarp(unsigned = 0) { emulation::wait(emulation::warp_barriers[emulation::thread_index() / 32]); }
+inline void __threadfence() {}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) { return emulation::shuffle(value, (emulation::thread_index() % 32) ^ mask); }
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) { return emulation::shuffle(value, lane); }
+template <typename T>
+T atomicAdd(T* p, T value) { const T before = *p; *p += value; return before; }
+template <typename T>
+T __ldg(const T* p) { return *p; }
+template <typename T>
+T __ldcg(const T* p) { return *p; }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+
+using __nv_bfloat16 = torch::headeronly::BFloat16;
+using __half = torch::headeronly::Half;
+inline float __bfloat162float(__nv_bfloat16 x) { return float(x); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
+inline float __half2float(__half x) { return float(x); }
+inline __half __float2half_rn(float x) { return __half(x); }
+
+// A device with a few multiprocessors, so that small inputs still make persistent blocks loop.
+constexpr int cudaDevAttrMultiProcessorCount = 0;
+inline int cudaGetDevice(int* device) { return *device = 0; }
+inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 3, 0; }
+template <typename Kernel>
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) { return *blocks = 1, 0; }
+template <typename Kernel>
+int cudaFuncSetAttribute(Kernel, int, int) { return 0; }
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
+#undef STD_CUDA_CHECK
+#undef STD_CUDA_KERNEL_LAUNCH_CHECK
+#define STD_CUDA_CHECK(expression) static_cast<void>(expression)
+#define STD_CUDA_KERNEL_LAUNCH_CHECK() static_cast<void>(0)
+
+namespace emulation {
+inline int current_stream(int, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+}  // namespace emulation
