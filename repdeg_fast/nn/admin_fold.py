@@ -20,8 +20,14 @@ class ScaledInputEncoderLayer(nn.TransformerEncoderLayer):
 
     input_scale: nn.Parameter
 
-    def forward(self, src: Tensor, *masks: Tensor | None, **named_masks: Tensor | None) -> Tensor:
-        return super().forward(src * self.input_scale, *masks, **named_masks)
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        return super().forward(src * self.input_scale, src_mask, src_key_padding_mask, is_causal)
 
 
 class ScaledInputDecoderLayer(nn.TransformerDecoderLayer):
@@ -29,8 +35,21 @@ class ScaledInputDecoderLayer(nn.TransformerDecoderLayer):
 
     input_scale: nn.Parameter
 
-    def forward(self, tgt: Tensor, *arguments: Tensor | None, **named: Tensor | None) -> Tensor:
-        return super().forward(tgt * self.input_scale, *arguments, **named)
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        return super().forward(
+            tgt * self.input_scale, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+            tgt_is_causal, memory_is_causal,
+        )  # fmt: skip
 
 
 Layer = AdminEncoderLayer | AdminDecoderLayer
@@ -109,7 +128,7 @@ def _fold_omegas(layer: Layer, norm_before: nn.Module | None) -> None:
                     parameter.mul_(omega)
             reader.div_(omega)
         elif not bool((omega == 1).all()):
-            layer.__class__ = _SCALED[type(layer)]
+            layer.__class__ = _SCALED[type(layer)]  # type: ignore[assignment]
             layer.input_scale = nn.Parameter(omega.clone(), requires_grad=omega.requires_grad)
             reader.div_(omega)
         norm_before = getattr(layer, f"norm{number}")

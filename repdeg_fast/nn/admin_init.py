@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repdeg_fast.nn.admin_norm import AdminNorm
 from repdeg_fast.nn.admin_profile import admin_norms, observe, stack_of, variances
@@ -134,9 +134,12 @@ def deepnorm_constants(encoder_layers: int, decoder_layers: int) -> dict[type[nn
     n, m = encoder_layers, decoder_layers
     if m == 0:
         return {AdminEncoderLayer: ((2 * n) ** 0.25, (8 * n) ** -0.25)}
-    both = (n**4 * m) ** 0.0625
-    encoder = {AdminEncoderLayer: (0.81 * both, 0.87 / both)} if n else {}
-    return {**encoder, AdminDecoderLayer: ((3 * m) ** 0.25, (12 * m) ** -0.25)}
+    constants: dict[type[nn.Module], tuple[float, float]] = {}
+    if n:
+        both = (n**4 * m) ** 0.0625
+        constants[AdminEncoderLayer] = 0.81 * both, 0.87 / both
+    constants[AdminDecoderLayer] = (3 * m) ** 0.25, (12 * m) ** -0.25
+    return constants
 
 
 def _scale_initial_weights(layer: nn.Module, beta: float) -> None:

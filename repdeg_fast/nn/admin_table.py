@@ -87,9 +87,7 @@ class AdminTable(_Table):
             return "–" if value is None else f"{value:.4g}"
 
         rows = [("sub-layer", "Var ω⊙x", "Var f", "ω")]
-        rows += [
-            (r.name, number(r.stream_variance), number(r.branch_variance), number(r.omega)) for r in self.records
-        ]
+        rows += [(r.name, number(r.stream_variance), number(r.branch_variance), number(r.omega)) for r in self.records]
         return f"ADMIN, rule {self.rule!r}\n{_aligned(rows)}"
 
     def _draw(self, axes: Any, figure: Any, stack: str) -> None:

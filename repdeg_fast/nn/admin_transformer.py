@@ -125,6 +125,9 @@ class AdminDecoderLayer(nn.TransformerDecoderLayer):
         x = self.norm2(x, attended)
         return self.norm3(x, self._ff_block(x))
 
+    # torch's own puts ReLU in the place of an activation that is a module when a decoder layer is copied
+    __setstate__ = nn.Module.__setstate__
+
 
 class AdminEncoder(nn.TransformerEncoder):
     """``nn.TransformerEncoder`` of ``num_layers`` copies of an :class:`AdminEncoderLayer`.
@@ -174,14 +177,18 @@ class AdminTransformer(nn.Transformer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_post_ln(norm_first)
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        layer = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first)
+        encoder, decoder = custom_encoder, custom_decoder
+        if encoder is None:
+            norm = nn.LayerNorm(d_model, layer_norm_eps, **factory)
+            encoder = AdminEncoder(AdminEncoderLayer(*layer, **factory), num_encoder_layers, norm)
+        if decoder is None:
+            norm = nn.LayerNorm(d_model, layer_norm_eps, **factory)
+            decoder = AdminDecoder(AdminDecoderLayer(*layer, **factory), num_decoder_layers, norm)
         super().__init__(
-            d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation,
-            custom_encoder, custom_decoder, layer_norm_eps, batch_first, norm_first, bias, device, dtype,
-        )  # fmt: skip
-        for stack, custom in ((self.encoder, custom_encoder), (self.decoder, custom_decoder)):
-            if custom is None:
-                _convert_(stack)
+            d_model, nhead, custom_encoder=encoder, custom_decoder=decoder, batch_first=batch_first
+        )  # which also draws the weights
 
 
 ADMIN_CLASS = {
@@ -207,6 +214,9 @@ def from_torch(module: Module) -> Module:
         TypeError: a subclass of torch's layers, whose ``forward`` may be another.
     """
     converted = copy.deepcopy(module)
+    for original, part in zip(module.modules(), converted.modules(), strict=True):
+        if isinstance(part, nn.TransformerDecoderLayer) and "activation" not in vars(original):
+            vars(part).pop("activation", None)  # ReLU in the place of a module: see AdminDecoderLayer.__setstate__
     if not _convert_(converted):
         raise ValueError(
             f"module: expected nn.TransformerEncoderLayer or nn.TransformerDecoderLayer in it, "
