@@ -52,12 +52,12 @@ class Operation:
             if reason := self.unavailable(backend, device, *tensors):
                 raise RuntimeError(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
             return backend
-        reasons = []
+        reasons: list[str] = []
         for candidate in PREFERENCE.get(device, ("reference",)):
-            reason = self.unavailable(candidate, device, *tensors)
+            reason = self.unavailable(candidate, device, *tensors) or _load_failure(candidate)
             if reason is None:
                 if candidate == "reference" and reasons:
-                    _announce(f"repdeg_fast: {self.name} on {device} falls back to plain PyTorch: {'; '.join(reasons)}")
+                    announce(f"repdeg_fast: {self.name} on {device} falls back to plain PyTorch: {'; '.join(reasons)}")
                 return candidate
             reasons.append(f"{candidate}: {reason}")
         raise AssertionError("the reference always serves")
@@ -144,6 +144,16 @@ def _triton_unavailable(device: str) -> str | None:
     return None
 
 
+def _load_failure(backend: str) -> str | None:
+    """Compile and load a native backend if that has not been done; why it failed, or ``None``."""
+    if backend in native.LIBRARIES:
+        try:
+            native.load(backend)
+        except RuntimeError as error:
+            return str(error)
+    return None
+
+
 @functools.cache
 def _implementation(operation: Operation, backend: str) -> Any:
     if backend == "reference":
@@ -155,6 +165,6 @@ def _implementation(operation: Operation, backend: str) -> Any:
 
 
 @functools.cache
-def _announce(message: str) -> None:
+def announce(message: str) -> None:
     """Once a process for each message (the cache is what remembers)."""
     warnings.warn(message, RuntimeWarning, stacklevel=2)

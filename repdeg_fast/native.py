@@ -35,11 +35,13 @@ def operators(op: str, *functions: str) -> SimpleNamespace:
 
 def unavailable(library: str) -> str | None:
     """Why ``library`` cannot serve on this machine, with the remedy, or ``None``. Compiles nothing."""
+    if library in _loaded:
+        return None
     if library in _failures:
         return _failures[library]
     if library == "cuda" and (reason := _cuda_unavailable()):
         return reason
-    if library in _loaded or _library_path(library).exists():
+    if _library_path(library).exists():
         return None
     return _compiler_missing(library)
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -84,9 +83,18 @@ def test_a_build_that_fails_is_explained(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"compiling the cpu kernels failed; install .*no-such-flag"):
         native.load("cpu")
     assert "no-such-flag" in native.unavailable("cpu")
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        assert backends.status()["cosreg"]["cpu"]["serves"] == "reference"
+    assert backends.status()["cosreg"]["cpu"]["serves"] == "reference"
+    native._library_path.cache_clear()
+
+
+def test_a_build_that_fails_falls_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "compile_flags", lambda: ["-fno-such-flag"])
+    monkeypatch.setenv("REPDEG_FAST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(native, "_failures", {})
+    native._library_path.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"falls back to plain PyTorch: cpu: compiling the cpu kernels failed"):
+        assert repdeg_fast.cosine_regularization(torch.eye(2)).item() == 0
     native._library_path.cache_clear()
 
 

