@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,9 @@ def main() -> None:
     subwords = Subwords([text for pair in pairs for text in pair], options.vocabulary)
     held_out, training = split(pairs, subwords)
     print(f"{len(training):,} to train on, {len(held_out):,} held out, {len(subwords):,} subwords")
+    print(
+        f"a model that knows no more than how frequent each subword is would have loss {frequency_loss(training):.3f}"
+    )
 
     torch.manual_seed(options.seed)
     plain = Translator(len(subwords), build_transformer(options)).to(options.device)
@@ -138,6 +142,13 @@ def split(pairs: list[Pair], subwords: Subwords) -> tuple[list[Example], list[Ex
     examples = [example for example in examples if max(len(example.source), len(example.target)) <= LONGEST]
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
     return [examples[place] for place in order[:HELD_OUT]], [examples[place] for place in order[HELD_OUT:]]
+
+
+def frequency_loss(examples: list[Example]) -> float:
+    """Entropy of the target subwords: the loss at which a model that does not get going stays."""
+    counts = Counter(index for example in examples for index in (*example.target, END))
+    total = sum(counts.values())
+    return -sum(count / total * math.log(count / total) for count in counts.values())
 
 
 def stream(examples: list[Example], options: argparse.Namespace) -> Iterator[Batch]:
@@ -241,10 +252,10 @@ def parse() -> argparse.Namespace:
     add("--heads", type=int, default=4)
     add("--dropout", type=float, default=0.1)
     add("--vocabulary", type=int, default=2000, help="subwords")
-    add("--steps", type=int, default=800)
+    add("--steps", type=int, default=600)
     add("--batch", type=int, default=32, help="pairs in a batch")
     add("--learning-rate", type=float, default=2e-3)
-    add("--warmup", type=int, default=100, help="steps to the full learning rate")
+    add("--warmup", type=int, default=60, help="steps to the full learning rate")
     add("--seed", type=int, default=0)
     add("--translate", type=int, default=200, help=f"held-out pairs to translate, {HELD_OUT} at most")
     add("--threads", type=int, default=2, help="of the CPU")

@@ -3,16 +3,29 @@
 from repdeg_fast import backends, nn
 from repdeg_fast.backends import use_backend
 from repdeg_fast.functional import add_cosine_regularization_, admin_norm, cosine_regularization
-from repdeg_fast.nn import AdminNorm, CosineRegularization
+from repdeg_fast.nn import (
+    AdminNorm,
+    AdminTransformer,
+    CosineRegularization,
+    fold_admin,
+    from_torch,
+    initialize_admin_,
+    residual_dependency,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "AdminNorm",
+    "AdminTransformer",
     "CosineRegularization",
     "add_cosine_regularization_",
     "admin_norm",
     "backends",
     "cosine_regularization",
+    "fold_admin",
+    "from_torch",
+    "initialize_admin_",
     "nn",
+    "residual_dependency",
     "use_backend",
 ]

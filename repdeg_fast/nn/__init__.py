@@ -1,6 +1,31 @@
 """Modules."""
 
+from repdeg_fast.nn.admin_fold import fold_admin
+from repdeg_fast.nn.admin_init import initialize_admin_
 from repdeg_fast.nn.admin_norm import AdminNorm
+from repdeg_fast.nn.admin_profile import residual_dependency
+from repdeg_fast.nn.admin_transformer import (
+    AdminDecoder,
+    AdminDecoderLayer,
+    AdminEncoder,
+    AdminEncoderLayer,
+    AdminTransformer,
+    admin_norm_like,
+    from_torch,
+)
 from repdeg_fast.nn.cosreg import CosineRegularization
 
-__all__ = ["AdminNorm", "CosineRegularization"]
+__all__ = [
+    "AdminDecoder",
+    "AdminDecoderLayer",
+    "AdminEncoder",
+    "AdminEncoderLayer",
+    "AdminNorm",
+    "AdminTransformer",
+    "CosineRegularization",
+    "admin_norm_like",
+    "fold_admin",
+    "from_torch",
+    "initialize_admin_",
+    "residual_dependency",
+]
