@@ -90,8 +90,8 @@ def _read_po(text: str) -> list[Pair]:
 
 
 def _plain(text: str) -> str:
-    """One line, without the marks of keyboard shortcuts (``_File``, ``&File``)."""
-    return " ".join(re.sub(r"(?<!\w)[_&](?=\w)|(?<=\w)[_&](?=\w{2}\w* ?$)", "", text).split())
+    """One line, without the marks of keyboard shortcuts (``_File``, ``&File``) and control characters."""
+    return " ".join(re.sub(r"(?<!\w)[_&](?=\w)|[\x00-\x08\x0e-\x1f]", "", text).split())
 
 
 class Subwords:

@@ -91,6 +91,16 @@ def test_profile_counts_dropout_and_bias_as_part_of_the_branch():
     assert row.stream_variance == pytest.approx(x.var().item(), rel=1e-4)
 
 
+def test_profile_of_a_compiled_model():
+    """Also of one that has run: its compiled code knows no hooks."""
+    model, data = build(), batch()
+    compiled = torch.compile(model, backend="eager")
+    compiled(*data)
+    got = repdeg_fast.initialize_admin_(compiled, data)
+    expected = repdeg_fast.initialize_admin_(model, data)
+    assert [row.omega for row in got.records] == [row.omega for row in expected.records]
+
+
 def test_profile_of_a_single_tensor_and_no_gradient():
     model = AdminEncoder(AdminEncoderLayer(dropout=0.1, **SIZES), 2)
     repdeg_fast.initialize_admin_(model, torch.randn(2, 5, D))

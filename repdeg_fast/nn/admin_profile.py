@@ -86,7 +86,7 @@ def observe(model: nn.Module, batch: Any, visit: Visit) -> None:
 
     handles = [norm.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, norm in norms.items()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code would run without the hooks
             _call(model, batch)
     finally:
         for handle in handles:

@@ -62,6 +62,7 @@ class _Table(ABC):
             raise ImportError("plot needs matplotlib; pip install matplotlib") from missing
         figure = Figure(figsize=(6.0 * len(self.stacks()), 4.5), layout="constrained")
         for axes, stack in zip(figure.subplots(1, len(self.stacks()), squeeze=False)[0], self.stacks(), strict=True):
+            axes.xaxis.get_major_locator().set_params(integer=True)
             self._draw(axes, figure, stack)
             axes.set_title(stack or "model")
         figure.savefig(path, dpi=120)
