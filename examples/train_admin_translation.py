@@ -252,7 +252,7 @@ def parse() -> argparse.Namespace:
     add("--heads", type=int, default=4)
     add("--dropout", type=float, default=0.1)
     add("--vocabulary", type=int, default=2000, help="subwords")
-    add("--steps", type=int, default=600)
+    add("--steps", type=int, default=400)
     add("--batch", type=int, default=32, help="pairs in a batch")
     add("--learning-rate", type=float, default=2e-3)
     add("--warmup", type=int, default=60, help="steps to the full learning rate")

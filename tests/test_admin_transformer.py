@@ -9,6 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import repdeg_fast
+from repdeg_fast.bench import memory
+from repdeg_fast.bench.suite import InputError
+from repdeg_fast.bench.suites import admin_encoder
 from repdeg_fast.nn import (
     AdminDecoder,
     AdminDecoderLayer,
@@ -304,3 +307,25 @@ def test_bad_input():
 def test_public_names():
     assert repdeg_fast.from_torch is from_torch
     assert repdeg_fast.AdminTransformer is AdminTransformer
+
+
+@pytest.mark.parametrize("dropout", [0, 10])
+def test_benchmark_of_a_whole_encoder(dropout):
+    """Every provider trains the same tensors; ADMIN's keep less for the backward pass than torch's layers, by the sums
+    and, with dropout, the masks."""
+    layers, tokens, width = 2, 2 * 16, 32
+    case = admin_encoder._case("tiny", layers, 2, 16, width, dropout=dropout)
+    inputs = admin_encoder.make_inputs(case, torch.device("cpu"))
+    calls = {p.name: p.prepare(inputs) for p in admin_encoder.SUITE.providers if p.name in ("eager", "ours-reference")}
+    saved = {name: memory.saved_bytes(call, inputs) for name, call in calls.items()}
+    sums = (2 * layers - 1) * tokens * width * 4  # the last output is kept too, which nothing after it needs here
+    masks = 2 * layers * tokens * width if dropout else 0
+    assert saved["eager"] - saved["ours-reference"] >= sums + masks
+    if dropout:
+        with pytest.raises(InputError, match="dropout"):
+            admin_encoder.exact(inputs)
+        return
+    for call in calls.values():
+        assert relative_error(call(), admin_encoder.exact(inputs)) < TOLERANCE[torch.float32]
+        call().sum().backward()
+    assert inputs["layers.1.norm2.omega"].grad is not None
