@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repdeg_fast.nn.admin_norm import AdminNorm
+from repdeg_fast.nn.attention import attend, check_plain
 
 Module = TypeVar("Module", bound=nn.Module)
 Activation = str | Callable[[Tensor], Tensor]
@@ -80,8 +81,8 @@ class AdminEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """(S, d), (S, B, d), or (B, S, d) with ``batch_first``; arguments as in ``nn.TransformerEncoderLayer``."""
-        x = self.norm1(src, self._sa_block(src, src_mask, src_key_padding_mask, is_causal))
-        return self.norm2(x, self._ff_block(x))
+        x = self.norm1(src, attend(self.self_attn, src, src, src_mask, src_key_padding_mask, is_causal))
+        return self.norm2(x, feed_forward(self, x))
 
 
 class AdminDecoderLayer(nn.TransformerDecoderLayer):
@@ -120,10 +121,10 @@ class AdminDecoderLayer(nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """(T, d), (T, B, d), or (B, T, d) with ``batch_first``; arguments as in ``nn.TransformerDecoderLayer``."""
-        x = self.norm1(tgt, self._sa_block(tgt, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
-        attended = self._mha_block(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
-        x = self.norm2(x, attended)
-        return self.norm3(x, self._ff_block(x))
+        x = self.norm1(tgt, attend(self.self_attn, tgt, tgt, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
+        seen = attend(self.multihead_attn, x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+        x = self.norm2(x, seen)
+        return self.norm3(x, feed_forward(self, x))
 
     # torch's own puts ReLU in the place of an activation that is a module when a decoder layer is copied
     __setstate__ = nn.Module.__setstate__
@@ -228,8 +229,8 @@ def from_torch(module: Module) -> Module:
 def _convert_(module: nn.Module) -> int:
     """Turn torch's Transformer classes in ``module`` into ADMIN's, in place; returns the number of layers turned.
 
-    Objects change class, as in torch's own ``parametrize`` and ``fully_shard``: what hangs on them (hooks,
-    ``requires_grad``, ties between parameters) stays.
+    Objects change class, as in torch's own ``parametrize`` and ``fully_shard``: what hangs on them (``requires_grad``,
+    ties between parameters, parametrizations) stays.
     """
     parts = [(name, part) for name, part in module.named_modules() if not isinstance(part, _ADMIN_LAYERS)]
     layers = [(name, part) for name, part in parts if isinstance(part, _TORCH_LAYERS)]
@@ -241,6 +242,9 @@ def _convert_(module: nn.Module) -> int:
                 f"another; use repdeg_fast.AdminNorm in it instead"
             )
         _check_post_ln(layer.norm_first, where)
+        for child, attention in layer.named_children():
+            if child.endswith("_attn"):
+                check_plain(f"{where}.{child}", attention)
     for _, part in parts:
         if type(part) in ADMIN_CLASS:
             part.__class__ = ADMIN_CLASS[type(part)]
@@ -252,14 +256,18 @@ def _convert_(module: nn.Module) -> int:
 
 
 def _take_admin_norms(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> None:
-    """Move each sub-layer's dropout and LayerNorm into one AdminNorm. ``dropout1`` … stay as identities, because
-    torch's ``_sa_block`` and its like call them."""
+    """Put one AdminNorm in the place of each sub-layer's dropout and LayerNorm."""
     for number in sublayers(layer):
         norm, dropout = getattr(layer, f"norm{number}"), getattr(layer, f"dropout{number}")
         setattr(layer, f"norm{number}", admin_norm_like(norm, dropout.p))
-        setattr(layer, f"dropout{number}", nn.Identity())
+        delattr(layer, f"dropout{number}")
     if isinstance(layer, nn.TransformerEncoderLayer):
         layer.activation_relu_or_gelu = 0  # keeps nn.TransformerEncoder's nested tensors away: AdminNorm takes none
+
+
+def feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
+    """The last sub-layer's branch."""
+    return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
 
 
 def sublayers(layer: nn.Module) -> range:
