@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -286,6 +286,6 @@ def _check_post_ln(norm_first: bool, where: str = "") -> None:
 def _check_layer(name: str, layer: Any, expected: type[nn.Module]) -> None:
     if not isinstance(layer, expected):
         raise TypeError(
-            f"{name}: expected a repdeg_fast.nn.{cast(type, expected).__name__}, got {type(layer).__name__}; "
+            f"{name}: expected a repdeg_fast.nn.{expected.__name__}, got {type(layer).__name__}; "
             f"repdeg_fast.nn.from_torch converts torch's"
         )
