@@ -23,6 +23,8 @@ from repdeg_fast.nn import (
     from_torch,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+
 D, HEADS, B, S, T = 32, 4, 3, 6, 5
 LAYER = {"d_model": D, "nhead": HEADS, "dim_feedforward": 48, "dropout": 0.0}
 
