@@ -2,11 +2,18 @@
 
 from repdeg_fast import backends, nn
 from repdeg_fast.backends import use_backend
-from repdeg_fast.functional import add_cosine_regularization_, admin_norm, cosine_regularization
+from repdeg_fast.functional import (
+    add_cosine_regularization_,
+    admin_norm,
+    cosine_regularization,
+    linear_cross_entropy,
+    multi_layer_mlm_loss,
+)
 from repdeg_fast.nn import (
     AdminNorm,
     AdminTransformer,
     CosineRegularization,
+    MultiLayerMLMHead,
     fold_admin,
     from_torch,
     initialize_admin_,
@@ -18,6 +25,7 @@ __all__ = [
     "AdminNorm",
     "AdminTransformer",
     "CosineRegularization",
+    "MultiLayerMLMHead",
     "add_cosine_regularization_",
     "admin_norm",
     "backends",
@@ -25,6 +33,8 @@ __all__ = [
     "fold_admin",
     "from_torch",
     "initialize_admin_",
+    "linear_cross_entropy",
+    "multi_layer_mlm_loss",
     "nn",
     "residual_dependency",
     "use_backend",

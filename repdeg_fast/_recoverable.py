@@ -33,7 +33,7 @@ def smallest_ratio(weight: Tensor | None, bias: Tensor | None) -> float:
     again saves the same tensors.
     """
     watched = weight if weight is not None else bias
-    if watched is None or isinstance(watched, FakeTensor):  # a tracer's tensor has no values: the usual case
+    if watched is None or watched.is_meta or isinstance(watched, FakeTensor):  # no values to look at: the usual case
         return 1 / _FLOOR
     if watched.device.type != "cuda":
         return _ratio(weight, bias).item()

@@ -21,16 +21,12 @@ using MaybeTensor = std::optional<Tensor>;
 constexpr int64_t kMaxBlocks = 128;  // partial sums: at most this many rows of d for each parameter
 constexpr int64_t kMinRows = 32;     // a block
 
-// A parameter of d values in arithmetic type; `absent` throughout where it is not given. Any stride: 0 is a scalar ω.
+// A parameter's d values; `absent` throughout where it is not given.
 template <typename A>
 std::vector<A> parameter(const MaybeTensor& given, int64_t d, A absent) {
-  std::vector<A> values(d, absent);
-  if (given) {
-    const A* data = static_cast<const A*>(given->data_ptr());
-    const int64_t stride = given->stride(0);
-    for (int64_t i = 0; i < d; ++i) values[i] = data[i * stride];
-  }
-  return values;
+  if (!given) return std::vector<A>(d, absent);
+  const A* data = static_cast<const A*>(given->data_ptr());
+  return std::vector<A>(data, data + d);
 }
 
 // One row's dropout: 1/(1−p) where a value is kept, 0 where it is dropped; all ones without dropout.

@@ -2,5 +2,12 @@
 
 from repdeg_fast.functional.admin_norm import admin_norm
 from repdeg_fast.functional.cosreg import add_cosine_regularization_, cosine_regularization
+from repdeg_fast.functional.linear_cross_entropy import linear_cross_entropy, multi_layer_mlm_loss
 
-__all__ = ["add_cosine_regularization_", "admin_norm", "cosine_regularization"]
+__all__ = [
+    "add_cosine_regularization_",
+    "admin_norm",
+    "cosine_regularization",
+    "linear_cross_entropy",
+    "multi_layer_mlm_loss",
+]

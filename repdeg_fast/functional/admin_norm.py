@@ -67,22 +67,19 @@ def admin_norm(
     x, branch = _under_autocast(x), _under_autocast(branch)
     _check_activations(x, branch)
     check_options(dropout, eps, norm, save)
-    save_input = torch.is_grad_enabled() and _save_input(save, weight, bias, x.dtype)
-    drops = training and dropout > 0
-    y, _, _ = _admin_norm(
-        _rows(x),
-        _rows(branch),
+    parameters = (
         _omega(omega, x),
         _parameter("weight", weight, x),
         _parameter("bias", bias, x),
         _parameter("branch_bias", branch_bias, x),
-        seed_tensor(seed, x.device) if drops else None,
-        float(dropout) if drops else 0.0,
-        float(eps),
-        norm == "layer",
-        save_input,
-        backends.requested(),
     )
+    dropout = float(dropout) if training else 0.0
+    seed = seed_tensor(seed, x.device) if dropout > 0 else None
+    save_input = torch.is_grad_enabled() and _save_input(save, weight, bias, x.dtype)
+    y, _, _ = _admin_norm(
+        _rows(x), _rows(branch), *parameters, seed, dropout, float(eps), norm == "layer", save_input,
+        backends.requested(),
+    )  # fmt: skip
     return y.view(x.shape)
 
 
@@ -134,7 +131,7 @@ def _parameter(name: str, value: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _omega(omega: Tensor | float | None, x: Tensor) -> Tensor | None:
-    """(d,) in the arithmetic dtype; one value is expanded, which costs no memory, and whose gradient autograd adds."""
+    """(d,), contiguous, in the arithmetic dtype. One value is spread over the columns."""
     if omega is None:
         return None
     if not isinstance(omega, Tensor):
@@ -145,7 +142,7 @@ def _omega(omega: Tensor | float | None, x: Tensor) -> Tensor | None:
     d = x.shape[-1]
     if omega.shape not in ((d,), (1,), ()):
         raise ValueError(f"omega: expected shape ({d},), one value a column, or one value, got {tuple(omega.shape)}")
-    return omega.to(arithmetic_dtype(x)).expand(d)
+    return omega.to(arithmetic_dtype(x)).expand(d).contiguous()
 
 
 def _check_parameter(name: str, value: Tensor, x: Tensor) -> None:

@@ -14,6 +14,7 @@ from repdeg_fast.nn.admin_transformer import (
     from_torch,
 )
 from repdeg_fast.nn.cosreg import CosineRegularization
+from repdeg_fast.nn.mlm_head import MultiLayerMLMHead
 
 __all__ = [
     "AdminDecoder",
@@ -23,6 +24,7 @@ __all__ = [
     "AdminNorm",
     "AdminTransformer",
     "CosineRegularization",
+    "MultiLayerMLMHead",
     "admin_norm_like",
     "fold_admin",
     "from_torch",

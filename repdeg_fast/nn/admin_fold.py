@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repdeg_fast.nn.admin_norm import AdminNorm
 from repdeg_fast.nn.admin_profile import admin_norms
 from repdeg_fast.nn.admin_transformer import TORCH_CLASS, AdminDecoderLayer, AdminEncoderLayer, sublayers
 
@@ -118,7 +119,7 @@ def _preceding_layers(model: nn.Module) -> dict[int, Layer]:
     return {id(layer): before for before, layer in pairs if isinstance(before, _LAYERS)}
 
 
-def _fold_omegas(layer: Layer, norm_before: nn.Module | None) -> None:
+def _fold_omegas(layer: Layer, norm_before: AdminNorm | None) -> None:
     """ω of each sub-layer into the norm before it and the weights that read the stream there."""
     for number, reader in zip(sublayers(layer), _readers(layer), strict=True):
         omega = getattr(layer, f"norm{number}").omega

@@ -30,6 +30,11 @@ class AdminNorm(nn.Module):
         save: see :func:`repdeg_fast.admin_norm`.
     """
 
+    omega: nn.Parameter
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    branch_bias: nn.Parameter | None
+
     def __init__(
         self,
         normalized_shape: int,

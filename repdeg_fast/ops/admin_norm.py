@@ -46,11 +46,12 @@ def admin_norm(
     save_input: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, d), μ (N,) and 1/σ (N,). ``x`` and ``branch``: (N, d), rows of unit stride; parameters: (d,) in the
-    arithmetic dtype, ω of any stride; ``seed`` where ``dropout`` > 0. ``save_input`` says what the backward pass keeps.
+    """y (N, d), μ (N,) and 1/σ (N,). ``x`` and ``branch``: (N, d), rows of unit stride; parameters: (d,),
+    contiguous, in the arithmetic dtype; ``seed`` where ``dropout`` > 0. ``save_input``: what the backward pass keeps.
     """
     kernels = operation.kernels(backend, x, branch)
-    return kernels.forward(x, branch, omega, weight, bias, branch_bias, seed, dropout, eps, center)
+    parameters = map(_aligned, (omega, weight, bias, branch_bias))
+    return kernels.forward(x, branch, *parameters, seed, dropout, eps, center)
 
 
 @admin_norm.register_fake
@@ -85,7 +86,7 @@ def admin_norm_backward(
     matrices = [matrix for matrix in (grad_y, y, x, branch) if matrix is not None]
     operation.kernels(backend, *matrices).backward(
         *(gradient if there else None for gradient, there in zip(gradients, _there(omega, seed, wanted), strict=True)),
-        grad_y, y, x, branch, omega, weight, bias, branch_bias, seed, mean, rstd, dropout, center,
+        grad_y, y, x, branch, *map(_aligned, (omega, weight, bias, branch_bias)), seed, mean, rstd, dropout, center,
     )  # fmt: skip
     return gradients
 
@@ -96,6 +97,11 @@ def _(
     seed: Tensor | None, mean: Any, rstd: Tensor, dropout: float, center: bool, wanted: list[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _empty_gradients(grad_y, omega, seed, rstd, wanted)
+
+
+def _aligned(parameter: Tensor | None) -> Tensor | None:
+    """Kernels read parameters 16 bytes at a time; a view into a flat buffer may start anywhere."""
+    return parameter if parameter is None or parameter.data_ptr() % 16 == 0 else parameter.clone()
 
 
 def _there(omega: Tensor | None, seed: Tensor | None, wanted: list[bool]) -> list[bool]:
@@ -127,13 +133,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 12
-    gradients = admin_norm_backward(grad_y, *ctx.saved_tensors, ctx.dropout, ctx.center, ctx.wanted, ctx.backend)
-    grad_x, grad_branch, *sums = gradients
-    omega, seed = ctx.saved_tensors[3], ctx.saved_tensors[7]
-    if not _there(omega, seed, ctx.wanted)[1]:
-        grad_branch = grad_x
-    parameters = (gradient if wanted else None for gradient, wanted in zip(sums, ctx.wanted, strict=True))
-    return grad_x, grad_branch, *parameters, *(None,) * 6
+    saved = ctx.saved_tensors  # once: a checkpointed block is run again for it, and only once
+    gradients = admin_norm_backward(grad_y, *saved, ctx.dropout, ctx.center, ctx.wanted, ctx.backend)
+    omega, seed = saved[3], saved[7]
+    grad_x, grad_branch, *sums = (
+        gradient if there else None for gradient, there in zip(gradients, _there(omega, seed, ctx.wanted), strict=True)
+    )
+    return grad_x, grad_x if grad_branch is None else grad_branch, *sums, *(None,) * 6
 
 
 admin_norm.register_autograd(_backward, setup_context=_setup_context)
