@@ -83,7 +83,7 @@ def fold_admin(model: nn.Module) -> nn.Module:
     preceding = _preceding_layers(folded)
     for layer in layers:
         before = preceding.get(id(layer))
-        _fold_omegas(layer, before and getattr(before, f"norm{sublayers(before)[-1]}"))
+        _fold_omegas(layer, None if before is None else getattr(before, f"norm{sublayers(before)[-1]}"))
     for part in folded.modules():
         if type(part) in TORCH_CLASS:
             part.__class__ = TORCH_CLASS[type(part)]
