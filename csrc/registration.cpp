@@ -9,6 +9,14 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
   m.def(
       "cosreg_backward(Tensor(a!) grad_weight, Tensor grad_value, Tensor weight, Tensor? row_weight,"
       " Tensor column_sum, Tensor inverse_norm, Tensor? total_weight, float eps, bool accumulate) -> ()");
+  // Logits (R, W) of columns [first_column, first_column + W) to their gradient, in place. With `loss`: W is the whole
+  // vocabulary, lse and loss are written. Without: lse is read. Row r has the target (first_row + r) mod len(target).
+  m.def(
+      "linear_cross_entropy_rows(Tensor(a!) logits, Tensor(b!) lse, Tensor(c!)? loss, Tensor(d!)? grad_bias,"
+      " Tensor target, Tensor? bias, Tensor? scale, Tensor? lse_scale, int vocabulary, int first_row,"
+      " int first_column, int ignore_index, float label_smoothing, float softcap, bool accumulate_bias) -> ()");
+  m.def("linear_cross_entropy_add(Tensor(a!) total, Tensor product) -> ()");
+  m.def("linear_cross_entropy_advise(Tensor(a!) fresh) -> ()");  // contents unchanged: a hint about its pages
   m.def(
       "philox_words(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
   m.def(

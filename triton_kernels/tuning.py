@@ -27,6 +27,7 @@ class Specialization:
     num_stages: int = 3
     divisible: tuple[str, ...] = ()
     label: str = field(default="", compare=False)
+    targets: tuple[str, ...] = ()  # the chips it is for; none named: all
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,10 @@
 
 from repdeg_fast.nn.cosreg import CosineRegularization
 from repdeg_fast.nn.gumbel_mix import GumbelMixture
+from repdeg_fast.nn.mlm_head import MultiLayerMLMHead
 
-__all__ = ["CosineRegularization", "GumbelMixture"]
+__all__ = [
+    "CosineRegularization",
+    "GumbelMixture",
+    "MultiLayerMLMHead",
+]

@@ -1,0 +1,258 @@
+"""Linear cross entropy and the shared multi-layer MLM loss: arguments checked, then handed to
+:mod:`repdeg_fast.ops.linear_cross_entropy`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repdeg_fast import backends
+from repdeg_fast._checks import check_floating, check_positive
+from repdeg_fast.ops import linear_cross_entropy as _ops
+from repdeg_fast.ops._vocabulary_chunks import LIMIT
+
+REDUCTIONS = ("none", "sum", "mean")
+STRATEGIES = ("auto", "chunked", "streaming")
+
+
+def linear_cross_entropy(
+    hidden_states: Tensor,  # (..., d)
+    weight: Tensor,  # (V, d)
+    target: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    strategy: str = "auto",
+    accumulate_dtype: torch.dtype = torch.float32,
+    return_lse: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``F.cross_entropy(F.linear(hidden_states, weight, bias).float(), target)`` and its gradients without the logits.
+
+    Args:
+        hidden_states: (..., d), float32, float64, bfloat16 or float16, any strides. Under autocast it is converted to
+            the autocast dtype, which is then what is multiplied; the weight may stay in float32.
+        weight: (V, d), of the same dtype outside autocast, any strides; usually the tied word embedding.
+        target: (...), int64 or int32, in [0, V) or ``ignore_index``.
+        bias: (V,).
+        label_smoothing: in [0, 1).
+        softcap: c of c·tanh(logits/c).
+        reduction: ``"mean"`` over the targets that count, ``"sum"``, or ``"none"``. A mean over no target is 0 with
+            zero gradients (PyTorch: NaN): a batch without masks must not poison a run.
+        strategy: ``"chunked"`` makes the gradients in the forward pass (three GEMMs) and keeps them; the buffer is at
+            most 64 MiB on the CPU, 512 MiB on a GPU (or 16 rows of logits). 16-bit weights take, when there is more
+            than one chunk, a copy of their gradient in ``accumulate_dtype`` besides. ``"streaming"`` keeps one value
+            a row and makes them in the backward pass. ``"auto"``: see :func:`choose_strategy
+            <repdeg_fast.ops.linear_cross_entropy.choose_strategy>`. Where no gradient is needed, none is made.
+        accumulate_dtype: in which the weight's gradient is summed over chunks: float32, or the dtype of the weight.
+        return_lse: return (loss, log-sum-exp of every row (...)); differentiable, for z-losses.
+        padding_idx: a row of ``weight`` that gets no gradient, as in ``nn.Embedding``.
+
+    Returns:
+        The loss in float32 (float64 for float64 inputs): a scalar, or (...) for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: naming the argument. A target out of range raises on the CPU; on a GPU, where a check
+            would stall the stream, it makes the row's loss NaN.
+    """
+    options = _check_options(label_smoothing, softcap, reduction, strategy)
+    hidden_states, padding_idx = _check_tensors(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
+    if target.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"target: expected shape {tuple(hidden_states.shape[:-1])}, that of hidden_states without its last "
+            f"dimension, got {tuple(target.shape)}"
+        )
+    loss, lse = _call(
+        hidden_states.reshape(1, -1, hidden_states.shape[-1]), weight, target.reshape(-1), bias,
+        ignore_index, *options, accumulate_dtype, padding_idx, return_lse,
+    )  # fmt: skip
+    loss = loss.view(target.shape) if reduction == "none" else loss[0]
+    return (loss, lse.view(target.shape)) if return_lse else loss
+
+
+def multi_layer_mlm_loss(
+    hidden_states: Tensor | Sequence[Tensor],  # (K, M, d), or K of (M, d)
+    weight: Tensor,  # (V, d)
+    target: Tensor,  # (M,)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    strategy: str = "auto",
+    accumulate_dtype: torch.dtype = torch.float32,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """The masked-language-model losses of K layers through one shared projection (AMOS, arXiv 2204.03243, equation 4;
+    Condenser, arXiv 2104.08253, equation 6).
+
+    ``hidden_states`` is (K, M, d), or K tensors of shape (M, d), which are stacked; the rest is as in
+    :func:`linear_cross_entropy`. The gradients of weight and bias are summed over the heads inside.
+
+    The losses may be weighted in any way afterwards. *Chunked* is fastest when all heads have the same weight, as in
+    a sum or a mean; otherwise it makes its gradients a second time in the backward pass: where the weights differ,
+    name ``strategy="streaming"``.
+
+    Returns:
+        (K,), the loss of each head in float32 (float64 for float64 inputs), or (K, M) for ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, as :func:`linear_cross_entropy`.
+    """
+    if not isinstance(hidden_states, Tensor):
+        hidden_states = _stack(hidden_states)
+    options = _check_options(label_smoothing, softcap, reduction, strategy)
+    hidden_states, padding_idx = _check_tensors(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
+    if hidden_states.dim() != 3:
+        raise ValueError(f"hidden_states: expected 3 dimensions (K, M, d), got shape {tuple(hidden_states.shape)}")
+    if target.shape != hidden_states.shape[1:2]:
+        raise ValueError(
+            f"target: expected shape ({hidden_states.shape[1]},), one for each of the M positions of hidden_states, "
+            f"got {tuple(target.shape)}"
+        )
+    return _call(
+        hidden_states, weight, target, bias, ignore_index, *options, accumulate_dtype, padding_idx, False
+    )[0]  # fmt: skip
+
+
+def _call(
+    hidden_states: Tensor,  # (K, M, d)
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    reduction: str,
+    strategy: str,
+    accumulate_dtype: torch.dtype,
+    padding_idx: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    heads, positions, width = hidden_states.shape
+    needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden_states, weight, bias)]
+    if strategy == "auto":
+        strategy = _ops.choose_strategy(
+            heads * positions, weight.shape[0], width, hidden_states.dtype,
+            upstream_known=reduction != "none" and not return_lse,
+            buffer_bytes=LIMIT["cpu" if weight.device.type == "cpu" else "cuda"],
+            free_bytes=_free_bytes(weight.device),
+        )  # fmt: skip
+    loss, lse, *_ = _ops.linear_cross_entropy(
+        hidden_states.reshape(-1, width), weight, target.contiguous(), bias, heads,
+        ignore_index, label_smoothing, softcap, reduction, padding_idx, accumulate_dtype,
+        needs, strategy == "chunked" and reduction != "none" and any(needs), backends.requested(),
+    )  # fmt: skip
+    return loss, lse
+
+
+def _check_options(
+    label_smoothing: float, softcap: float | None, reduction: str, strategy: str
+) -> tuple[float, float, str, str]:
+    """The options as the operator takes them: no softcap is 0."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    return float(label_smoothing), float(softcap or 0), reduction, strategy
+
+
+def _check_tensors(
+    hidden_states: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    accumulate_dtype: torch.dtype,
+    padding_idx: int | None,
+) -> tuple[Tensor, int | None]:
+    """Check all that concerns one or two arguments; returns hidden_states in the dtype that is multiplied, and
+    padding_idx counted from the front."""
+    check_floating("hidden_states", hidden_states)
+    check_floating("weight", weight)
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight: expected 2 dimensions (V, d), neither of them 0, got shape {tuple(weight.shape)}")
+    vocabulary, width = weight.shape
+    if hidden_states.dim() < 1 or hidden_states.shape[-1] != width:
+        raise ValueError(
+            f"hidden_states: expected a last dimension of {width} like weight {tuple(weight.shape)}, "
+            f"got shape {tuple(hidden_states.shape)}"
+        )
+    if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
+        given = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target: expected a tensor of class indices, int64 or int32, got {given}")
+    if bias is not None:
+        check_floating("bias", bias)
+        if bias.shape != (vocabulary,):
+            raise ValueError(
+                f"bias: expected shape ({vocabulary},), one value a row of weight, got {tuple(bias.shape)}"
+            )
+    others: dict[str, Any] = {"weight": weight, "target": target, "bias": bias}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden_states.device:
+            raise ValueError(f"{name}: expected device {hidden_states.device} like hidden_states, got {tensor.device}")
+    hidden_states = _operand(hidden_states, weight, bias)
+    if accumulate_dtype not in (torch.float32, weight.dtype):
+        raise ValueError(f"accumulate_dtype: expected float32, or {weight.dtype} like weight, got {accumulate_dtype}")
+    if padding_idx is not None:
+        if not -vocabulary <= padding_idx < vocabulary:
+            raise ValueError(f"padding_idx: expected a row of weight, from 0 to {vocabulary - 1}, got {padding_idx}")
+        padding_idx %= vocabulary
+    return hidden_states, padding_idx
+
+
+def _operand(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The hidden states in the dtype that is multiplied: autocast's where it is on, as for ``F.linear``."""
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden_states.dtype, weight.dtype):
+        return hidden_states.to(torch.get_autocast_dtype(device))
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden_states.dtype:
+            raise TypeError(
+                f"{name}: expected {hidden_states.dtype} like hidden_states, got {tensor.dtype}; convert one of them "
+                f"or use torch.autocast"
+            )
+    return hidden_states
+
+
+def _stack(hidden_states: Sequence[Tensor]) -> Tensor:
+    layers = list(hidden_states)
+    if not layers:
+        raise ValueError("hidden_states: expected at least one tensor, got an empty sequence")
+    for i, layer in enumerate(layers):
+        check_floating(f"hidden_states[{i}]", layer)
+        if layer.shape != layers[0].shape:
+            raise ValueError(
+                f"hidden_states[{i}]: expected shape {tuple(layers[0].shape)} like hidden_states[0], "
+                f"got {tuple(layer.shape)}"
+            )
+        if layer.dtype != layers[0].dtype:
+            raise TypeError(f"hidden_states[{i}]: expected {layers[0].dtype} like hidden_states[0], got {layer.dtype}")
+    return torch.stack(layers)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Free memory, or ``None`` where it is not known or not to be asked for: a compiled graph outlives the answer."""
+    if torch.compiler.is_compiling():
+        return None
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(line for line in file if line.startswith("MemAvailable"))
+        return int(available.split()[1]) << 10
+    except (OSError, StopIteration):
+        return None

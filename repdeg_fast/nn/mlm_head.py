@@ -1,0 +1,260 @@
+"""The masked-language-model head that several layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from repdeg_fast._checks import check_floating
+from repdeg_fast.functional import multi_layer_mlm_loss
+
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+
+
+class MultiLayerMLMHead(nn.Module):
+    """Masked-language-model losses of K layers through one head: dense → activation → LayerNorm → tied projection
+    (AMOS, arXiv 2204.03243, equation 4; Condenser, arXiv 2104.08253, equation 6; K = 1 is BERT's head).
+
+    Only masked positions are transformed and projected, and no logits are kept: see
+    :func:`repdeg_fast.multi_layer_mlm_loss`.
+
+    Example::
+
+        head = MultiLayerMLMHead(768, model.get_input_embeddings())
+        layers = model(input_ids, output_hidden_states=True).hidden_states
+        losses = head([layers[4], layers[6], layers[8]], labels)
+        losses.sum().backward()
+
+    The weight of ``embedding`` is used where it lies and stays its owner's: it is not among the head's parameters, nor
+    in its ``state_dict``. So a model that holds both saves it once and gives it to the optimizer once, and an
+    embedding whose weight is moved, loaded or replaced (``to``, ``load_state_dict``, FSDP) stays tied.
+
+    Args:
+        hidden_size: width of the hidden states. The dense layer maps it to the width of the embedding.
+        embedding: ``nn.Embedding`` or ``nn.Linear``, or the (V, width) parameter itself. The ``padding_idx`` row of an
+            ``nn.Embedding`` gets no gradient here either. The bias of an ``nn.Linear`` is not used.
+        activation: ``"gelu"``, ``"relu"``, ``"silu"``, ``"tanh"`` or a function of a tensor.
+        layer_norm_eps: as BERT has it; RoBERTa has 1e-5.
+        bias: one learned value a word, added to the logits.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        embedding: nn.Embedding | nn.Linear | nn.Parameter,
+        *,
+        activation: str | Activation = "gelu",
+        layer_norm_eps: float = 1e-12,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self._tied = (_check_embedding(embedding),)  # in a tuple, which nn.Module does not look into
+        vocabulary, width = self.weight.shape
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.dense = nn.Linear(hidden_size, width, **like)
+        self.activation = _check_activation(activation)
+        self.layer_norm = nn.LayerNorm(width, layer_norm_eps, **like)
+        self.bias = nn.Parameter(torch.zeros(vocabulary, **like)) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, width): the tied parameter, as the embedding has it now."""
+        (embedding,) = self._tied
+        return embedding.weight if isinstance(embedding, nn.Module) else embedding
+
+    @property
+    def padding_idx(self) -> int | None:
+        return getattr(self._tied[0], "padding_idx", None)
+
+    def forward(
+        self,
+        hidden_states: Tensor | Sequence[Tensor],  # K of (B, T, hidden_size), or (K, B, T, hidden_size)
+        target: Tensor,  # (B, T)
+        *,
+        ignore_index: int = -100,
+        **options: Any,
+    ) -> Tensor:
+        """The mean loss of each layer over the masked positions, (K,), in float32 (float64 for float64 inputs).
+
+        Finding those positions stops a GPU's stream once, whatever K is; nothing else here does.
+
+        Args:
+            hidden_states: K tensors of shape (B, T, hidden_size), in a sequence or stacked, in the dtype of the head
+                outside autocast. (B, T) may be any shape.
+            target: (B, T), int64 or int32: the word at masked positions, ``ignore_index`` elsewhere.
+            options: ``label_smoothing``, ``softcap``, ``strategy``, ``accumulate_dtype`` and ``reduction`` of
+                :func:`repdeg_fast.multi_layer_mlm_loss`; with ``reduction="none"``, the losses are (K, masked).
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        options.update(ignore_index=ignore_index, padding_idx=self.padding_idx)
+        return masked_lm_losses(hidden_states, target, self.transform, self.weight, self.bias, **options)
+
+    def transform(self, hidden_states: Tensor) -> Tensor:
+        """What is multiplied with the embedding: (..., hidden_size) → (..., width)."""
+        _check_input(hidden_states, self.dense.weight)
+        return self.layer_norm(self.activation(self.dense(hidden_states)))
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden_size) → (..., V), for predictions."""
+        return F.linear(self.transform(hidden_states), self.weight, self.bias)
+
+    @classmethod
+    @torch.no_grad()
+    def from_huggingface(cls, model_or_head: nn.Module) -> MultiLayerMLMHead:
+        """A head with the weights of a BERT or RoBERTa head (``BertForMaskedLM``, its ``cls`` or ``cls.predictions``;
+        ``RobertaForMaskedLM``, its ``lm_head``): dense, LayerNorm and bias copied, the projection tied to the same
+        parameter as there. As there, the padding word's row is projected on, and trained, like any other.
+
+        Raises:
+            TypeError: there is no such head.
+        """
+        parts = HuggingFaceHead.of(model_or_head)
+        hidden_size, norm, bias = parts.dense.in_features, parts.layer_norm, parts.decoder.bias is not None
+        head = cls(hidden_size, parts.decoder, activation=parts.activation, layer_norm_eps=norm.eps, bias=bias)
+        head.dense.load_state_dict(parts.dense.state_dict())
+        head.layer_norm.load_state_dict(norm.state_dict())
+        if head.bias is not None:
+            head.bias.copy_(parts.decoder.bias)
+        return head.train(model_or_head.training)
+
+    @torch.no_grad()
+    def to_huggingface(self, model_or_head: nn.Module) -> nn.Module:
+        """Write the weights into a BERT or RoBERTa head, as :meth:`from_huggingface` takes them, and return it.
+
+        In place, so that what is tied there stays tied. Its activation is left as it is.
+
+        Raises:
+            TypeError: there is no such head.
+            ValueError: it has other shapes, or a bias where this head has none.
+        """
+        parts = HuggingFaceHead.of(model_or_head)
+        pairs: dict[str, tuple[Tensor | None, Tensor | None]] = {
+            "dense.weight": (self.dense.weight, parts.dense.weight),
+            "dense.bias": (self.dense.bias, parts.dense.bias),
+            "layer_norm.weight": (self.layer_norm.weight, parts.layer_norm.weight),
+            "layer_norm.bias": (self.layer_norm.bias, parts.layer_norm.bias),
+            "weight": (self.weight, parts.decoder.weight),
+            "bias": (self.bias, parts.decoder.bias),
+        }
+        for name, (ours, theirs) in pairs.items():
+            _check_alike(name, ours, theirs)
+        for ours, theirs in pairs.values():
+            if ours is not None and theirs is not None and ours is not theirs:
+                theirs.copy_(ours)
+        return model_or_head
+
+    def extra_repr(self) -> str:
+        return f"tied to {self._tied[0]!r}" if isinstance(self._tied[0], nn.Module) else f"V={len(self.weight)}"
+
+
+def masked_lm_losses(
+    hidden_states: Tensor | Sequence[Tensor],  # K of (B, T, hidden), or (K, B, T, hidden)
+    target: Tensor,  # (B, T)
+    transform: Callable[[Tensor], Tensor],  # (K, M, hidden) → (K, M, width)
+    weight: Tensor,  # (V, width)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    ignore_index: int = -100,
+    **options: Any,
+) -> Tensor:
+    """:func:`repdeg_fast.multi_layer_mlm_loss` of the M positions that are not ignored, selected before the transform.
+    ``nonzero`` is the one operation whose result the host waits for."""
+    layers = _check_layers(hidden_states, target)
+    positions = (target.reshape(-1) != ignore_index).nonzero().squeeze(1)
+    masked = torch.stack([layer.flatten(0, -2).index_select(0, positions) for layer in layers])
+    target = target.reshape(-1).index_select(0, positions)
+    return multi_layer_mlm_loss(transform(masked), weight, target, bias, ignore_index=ignore_index, **options)
+
+
+class HuggingFaceHead(NamedTuple):
+    """The parts of a BERT or RoBERTa masked-language-model head, whose classes name them differently."""
+
+    dense: nn.Linear
+    activation: Activation
+    layer_norm: nn.LayerNorm
+    decoder: nn.Linear
+
+    @classmethod
+    def of(cls, model_or_head: nn.Module) -> HuggingFaceHead:
+        head = model_or_head
+        for name in ("cls", "predictions", "lm_head"):  # of a model, of BERT's cls, of a model
+            head = getattr(head, name, head)
+        transform = getattr(head, "transform", head)
+        names = ("dense", "LayerNorm" if hasattr(transform, "LayerNorm") else "layer_norm")
+        parts: list[Any] = [getattr(transform, name, None) for name in names] + [getattr(head, "decoder", None)]
+        if not all(isinstance(part, nn.Module) for part in parts):
+            raise TypeError(
+                "model_or_head: expected BertForMaskedLM or RobertaForMaskedLM, or the head of one (cls.predictions, "
+                f"lm_head), got {type(model_or_head).__name__}"
+            )
+        dense, layer_norm, decoder = parts
+        return cls(dense, getattr(transform, "transform_act_fn", F.gelu), layer_norm, decoder)
+
+    def transform(self, hidden_states: Tensor) -> Tensor:
+        return self.layer_norm(self.activation(self.dense(hidden_states)))
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden_states))
+
+
+def _check_embedding(embedding: Any) -> nn.Embedding | nn.Linear | nn.Parameter:
+    weight = getattr(embedding, "weight", None) if isinstance(embedding, nn.Module) else embedding
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            "embedding: expected nn.Embedding, nn.Linear or a parameter of shape (V, d), "
+            f"got {type(embedding).__name__}"
+        )
+    check_floating("embedding", weight)
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"embedding: expected 2 dimensions (V, d), neither of them 0, got shape {tuple(weight.shape)}")
+    return embedding
+
+
+def _check_activation(activation: str | Activation) -> Activation:
+    if callable(activation):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected a function or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return ACTIVATIONS[activation]
+
+
+def _check_layers(hidden_states: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor of class indices, int64 or int32, got {type(target).__name__}")
+    layers = list(hidden_states)
+    if not layers:
+        raise ValueError("hidden_states: expected at least one tensor, got none")
+    for i, layer in enumerate(layers):
+        check_floating(f"hidden_states[{i}]", layer)
+        if layer.shape[:-1] != target.shape or layer.shape != layers[0].shape:
+            raise ValueError(
+                f"hidden_states[{i}]: expected shape {(*target.shape, layers[0].shape[-1])}, that of target and the "
+                f"width of hidden_states[0], got {tuple(layer.shape)}; a single layer is passed as [hidden_states]"
+            )
+    return layers
+
+
+def _check_input(hidden_states: Tensor, weight: Tensor) -> None:
+    if hidden_states.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden_states: expected a last dimension of {weight.shape[1]}, the hidden_size of the head, "
+            f"got shape {tuple(hidden_states.shape)}"
+        )
+    if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        raise TypeError(
+            f"hidden_states: expected {weight.dtype} like the head, got {hidden_states.dtype}; convert one of them or "
+            f"use torch.autocast"
+        )
+
+
+def _check_alike(name: str, ours: Tensor | None, theirs: Tensor | None) -> None:
+    mine, other = (None if tensor is None else tuple(tensor.shape) for tensor in (ours, theirs))
+    if mine != other:
+        raise ValueError(f"model_or_head: expected {name} of shape {mine} as in this head, got {other}")

@@ -1,0 +1,281 @@
+"""The linear cross entropy as vendor GEMMs around one row kernel, on reused buffers of logits.
+
+Chunked (:func:`forward_backward`): some rows, the whole vocabulary. logits = h Eᵀ into the buffer, the row kernel
+turns them into their gradient in place, dh = dz E and dE += dzᵀ h: three GEMMs, as many as the mathematics has.
+Cutting rows means that dE is read and written once a chunk, which the GEMM hides; cutting the vocabulary instead
+would need every row's log-sum-exp beforehand, a fourth GEMM.
+
+Streaming (:func:`forward`, then :func:`backward`): nothing but lse is kept in between. With lse known, all rows meet
+one tile of the vocabulary at a time, so that a tile of dE is finished when the next begins.
+
+``kernels.rows(logits, lse, loss, grad_bias, target, bias, scale, lse_scale, vocabulary, first_row, first_column,
+ignore_index, label_smoothing, softcap, accumulate_bias)`` is the row kernel; csrc/registration.cpp says what it does.
+Operands are multiplied in the dtype of the hidden states; a weight of another dtype (fp32 under autocast) is converted
+tile by tile, never as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repdeg_fast.reference.linear_cross_entropy import Gradients, arithmetic_dtype, scale_or_repeat_
+
+TILE = 4096  # rows of the weight that are converted at a time: 6 MB in bf16 at d = 768
+LIMIT = {"cpu": 64 << 20, "cuda": 512 << 20}  # bytes of buffers; the GEMMs of a GPU need more rows to be efficient
+ALIGNMENT = 64  # bytes: rows of logits that start on a cache line make MKL's h Eᵀ a quarter faster
+
+
+def forward(
+    kernels: Any,
+    hidden_states: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    target: Tensor,  # (M,)
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of every row."""
+    options = (ignore_index, label_smoothing, softcap)
+    loss, lse, _ = _over_rows(kernels, None, hidden_states, weight, target, bias, options, [False] * 3, torch.float32)
+    return loss, lse
+
+
+def forward_backward(
+    kernels: Any,
+    grad_loss: Tensor,  # (N,), usually one expanded value
+    hidden_states: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    needs: list[bool],
+    accumulate_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Loss, log-sum-exp and gradients in one sweep over the rows."""
+    options = (ignore_index, label_smoothing, softcap)
+    return _over_rows(kernels, grad_loss, hidden_states, weight, target, bias, options, needs, accumulate_dtype)
+
+
+def _over_rows(
+    kernels: Any,
+    grad_loss: Tensor | None,
+    hidden_states: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: tuple[int, float, float],
+    needs: list[bool],
+    accumulate_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Gradients]:
+    dtype, wide = operand_dtype(hidden_states), arithmetic_dtype(hidden_states)
+    n, vocabulary = len(hidden_states), len(weight)
+    loss, lse = (hidden_states.new_empty(n, dtype=wide) for _ in range(2))
+    grad_hidden, grad_weight, grad_bias = _gradients(kernels, hidden_states, weight, wide, needs)
+    values = None if bias is None else bias.to(wide).contiguous()
+    tiles = list(_ranges(vocabulary, vocabulary if _is_operand(weight, dtype) else TILE))
+    chunks = list(_ranges(n, chunk_rows(n, weight, dtype, accumulate_dtype, needs[1])))
+    weight_sum = _Sum(kernels, grad_weight, accumulate_dtype, len(chunks))
+    logits = _buffer(kernels, hidden_states, chunks[0][1] if chunks else 0, vocabulary, dtype)
+    for first, last in chunks:
+        z, hidden = logits[: last - first], _operand(hidden_states[first:last], dtype)
+        for begin, end in tiles:
+            torch.mm(hidden, _operand(weight[begin:end], dtype).t(), out=z[:, begin:end])
+        scale = None if grad_loss is None else grad_loss[first:last]
+        outputs = (lse[first:last], loss[first:last], grad_bias)
+        kernels.rows(z, *outputs, target, values, scale, None, vocabulary, first, 0, *options, first > 0)
+        if grad_hidden is not None:
+            hidden_sum = _Sum(kernels, grad_hidden[first:last], wide, len(tiles))
+            for begin, end in tiles:
+                hidden_sum.add(z[:, begin:end], _operand(weight[begin:end], dtype), begin == 0)
+            hidden_sum.finish()
+        if grad_weight is not None:
+            for begin, end in tiles:
+                weight_sum.add(z[:, begin:end].t(), hidden, first == 0, slice(begin, end))
+    weight_sum.finish()
+    return loss, lse, (grad_hidden, grad_weight, _like(grad_bias, bias))
+
+
+def backward(
+    kernels: Any,
+    grad_loss: Tensor,  # (N,)
+    grad_lse: Tensor | None,  # (N,)
+    hidden_states: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    needs: list[bool],
+    accumulate_dtype: torch.dtype,
+) -> Gradients:
+    """Gradients from the saved log-sum-exp."""
+    options = (ignore_index, label_smoothing, softcap)
+    dtype, wide = operand_dtype(hidden_states), lse.dtype
+    n, vocabulary = len(hidden_states), len(weight)
+    grad_hidden, grad_weight, grad_bias = _gradients(kernels, hidden_states, weight, wide, needs)
+    values = None if bias is None else bias.to(wide).contiguous()
+    tiles = list(_ranges(vocabulary, TILE))
+    chunks = list(_ranges(n, _limit(weight) // (TILE * dtype.itemsize)))
+    hidden_sum = _Sum(kernels, grad_hidden, wide, len(tiles))
+    logits = _buffer(kernels, hidden_states, chunks[0][1] if chunks else 0, min(TILE, vocabulary), dtype)
+    for begin, end in tiles:
+        columns = slice(begin, end)
+        part = _operand(weight[columns], dtype)
+        weight_sum = _Sum(kernels, None if grad_weight is None else grad_weight[columns], accumulate_dtype, len(chunks))
+        for first, last in chunks:
+            chunk = slice(first, last)
+            z, hidden = logits[: last - first, : end - begin], _operand(hidden_states[chunk], dtype)
+            torch.mm(hidden, part.t(), out=z)
+            inputs = (target, _part(values, columns), grad_loss[chunk], _part(grad_lse, chunk))
+            kernels.rows(
+                z, lse[chunk], None, _part(grad_bias, columns), *inputs, vocabulary, first, begin, *options, first > 0
+            )
+            if grad_hidden is not None:
+                hidden_sum.add(z, part, begin == 0, chunk)
+            if grad_weight is not None:
+                weight_sum.add(z.t(), hidden, first == 0)
+        weight_sum.finish()
+    hidden_sum.finish()
+    return grad_hidden, grad_weight, _like(grad_bias, bias)
+
+
+def rescale_(
+    kernels: Any,
+    gradients: list[Tensor | None],
+    grad_heads: Tensor,  # (K,)
+    grad_loss: Tensor,  # (N,)
+    hidden_states: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    needs: list[bool],
+    accumulate_dtype: torch.dtype,
+) -> None:
+    """See the reference."""
+    options = (ignore_index, label_smoothing, softcap)
+    inputs = (hidden_states, weight, target, bias)
+    again = lambda: _over_rows(kernels, grad_loss, *inputs, options, needs, accumulate_dtype)[2]  # noqa: E731
+    scale_or_repeat_(gradients, grad_heads, again)
+
+
+def operand_dtype(hidden_states: Tensor) -> torch.dtype:
+    """What the GEMMs multiply: the dtype of the hidden states, but fp32 on a CPU that has no fast path for it."""
+    dtype = hidden_states.dtype
+    if hidden_states.device.type == "cpu" and (
+        dtype == torch.float16 or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    ):
+        return torch.float32
+    return dtype
+
+
+def chunk_rows(rows: int, weight: Tensor, dtype: torch.dtype, accumulate_dtype: torch.dtype, grad_weight: bool) -> int:
+    """How many rows of logits are held at once: as many as LIMIT allows, in chunks of about equal size.
+
+    All rows, if a second chunk would cost more memory than it spares: a 16-bit weight gradient that is summed over
+    chunks needs a wide copy of itself.
+    """
+    vocabulary, width = weight.shape
+    row_bytes = _aligned(vocabulary, dtype) * dtype.itemsize
+    limit = _limit(weight) - 24 * rows - 12 * vocabulary  # targets, losses, log-sum-exps; biases
+    if not _is_operand(weight, dtype):
+        limit -= 2 * TILE * width * dtype.itemsize  # one converted tile of the weight, one of its gradient
+    wide_copy = vocabulary * width * accumulate_dtype.itemsize
+    if grad_weight and _needs_sum(weight.dtype, accumulate_dtype) and rows * row_bytes <= wide_copy:
+        return rows
+    chunks = max(1, -(-rows * row_bytes // max(limit, 16 * row_bytes)))
+    return max(1, -(-rows // chunks))
+
+
+class _Sum:
+    """A gradient that is a sum of products, held in a wide dtype until the last of `parts` has been added."""
+
+    def __init__(self, kernels: Any, gradient: Tensor | None, wide: torch.dtype, parts: int) -> None:
+        self.accumulate = getattr(kernels, "add", torch.Tensor.add_)
+        self.gradient = self.total = gradient
+        if gradient is not None and parts > 1 and _needs_sum(gradient.dtype, wide):
+            self.total = _large_pages(kernels, gradient.new_empty(gradient.shape, dtype=wide))
+
+    def add(self, a: Tensor, b: Tensor, first: bool, part: slice = slice(None)) -> None:
+        """total[part] += a @ b, or = where `first`."""
+        assert self.total is not None
+        total = self.total[part]
+        if total.dtype == a.dtype:
+            torch.mm(a, b, out=total) if first else torch.addmm(total, a, b, out=total)
+        elif total.is_cuda and total.dtype == torch.float32:
+            wide = torch.float32
+            torch.mm(a, b, wide, out=total) if first else torch.addmm(total, a, b, wide, out=total)
+        else:
+            product = torch.mm(a, b)
+            total.copy_(product) if first else self.accumulate(total, product)
+
+    def finish(self) -> None:
+        if self.gradient is not None and self.total is not self.gradient:
+            self.gradient.copy_(self.total)
+
+
+def _needs_sum(dtype: torch.dtype, wide: torch.dtype) -> bool:
+    return torch.promote_types(dtype, wide) != dtype
+
+
+def _gradients(kernels: Any, hidden_states: Tensor, weight: Tensor, wide: torch.dtype, needs: list[bool]) -> Gradients:
+    """Where the needed gradients go; zeros, should there be no row at all."""
+    fresh = torch.Tensor.new_empty if len(hidden_states) else torch.Tensor.new_zeros
+    return (
+        fresh(hidden_states, hidden_states.shape) if needs[0] else None,
+        _large_pages(kernels, fresh(weight, weight.shape)) if needs[1] else None,
+        fresh(weight, weight.shape[:1], dtype=wide) if needs[2] else None,
+    )
+
+
+def _buffer(kernels: Any, like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return _large_pages(kernels, like.new_empty(rows, _aligned(columns, dtype), dtype=dtype))[:, :columns]
+
+
+def _large_pages(kernels: Any, fresh: Tensor) -> Tensor:
+    """On Linux, taking the pages of a fresh 94 MB gradient 4 KiB at a time costs 3 % of the whole computation."""
+    if hasattr(kernels, "advise"):
+        kernels.advise(fresh)
+    return fresh
+
+
+def _aligned(columns: int, dtype: torch.dtype) -> int:
+    step = ALIGNMENT // dtype.itemsize
+    return -(-columns // step) * step
+
+
+def _limit(tensor: Tensor) -> int:
+    return LIMIT["cpu" if tensor.device.type == "cpu" else "cuda"]
+
+
+def _is_operand(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a GEMM reads the matrix where it lies: right dtype, and unit stride along one dimension."""
+    return matrix.dtype == dtype and 1 in matrix.stride()
+
+
+def _operand(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    return matrix if _is_operand(matrix, dtype) else matrix.to(dtype).contiguous()
+
+
+def _like(grad_bias: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    return None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+
+
+def _part(vector: Tensor | None, part: slice) -> Tensor | None:
+    return None if vector is None else vector[part]
+
+
+def _ranges(length: int, step: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, length, max(step, 1)):
+        yield first, min(first + step, length)

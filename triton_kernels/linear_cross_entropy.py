@@ -1,0 +1,537 @@
+"""Linear cross entropy in Triton. Mathematics: repdeg_fast/reference/linear_cross_entropy.py.
+
+*Chunked* is cuBLAS around :func:`rows`, one pass over a buffer of logits. *Streaming* keeps logits in registers:
+:func:`forward` takes the log-sum-exp of tile after tile, :func:`backward` makes each tile again, once for the gradient
+of the rows and once for that of the vocabulary, so that every gradient has one owner: no atomics, the same bits twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tuning import Specialization, persistent_programs
+
+_ROW_BLOCK = 8192  # logits a step of the row kernel: 32 a thread with 8 warps
+_SUM_ROWS, _SUM_COLUMNS = 64, 64
+_SCALE_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class MatmulTile:
+    """``own`` × ``loop`` logits at a time, multiplied in steps of ``k``; a program owns ``width`` columns of its
+    gradient."""
+
+    own: int
+    loop: int
+    k: int
+    width: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _softcapped(z, softcap):
+    return softcap * (1 - 2 / (1 + tl.exp(2 * z / softcap)))
+
+
+# A row of logits to its gradient, in place. It must be read once and written once: the second read finds the row
+# (60 KB at V = 30,522 in bf16) in L2.
+@triton.jit
+def _rows_kernel(
+    logits, lse, loss, target, bias, scale,
+    vocabulary, positions, first_row, ignore_index, row_stride, scale_stride, label_smoothing, softcap,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * row_stride
+    block = tl.arange(0, BLOCK)
+    label = tl.load(target + (first_row + row) % positions).to(tl.int64)
+    counted = label != ignore_index
+    valid = (label >= 0) & (label < vocabulary)
+    # read before anything is written: the reductions below hold all threads back until then
+    z_label = tl.load(logits + label, mask=counted & valid, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z_label += tl.load(bias + label, mask=counted & valid, other=0.0)
+    if SOFTCAP:
+        z_label = _softcapped(z_label, softcap)
+    most = -float("inf")
+    sum_exp = 0.0
+    sum_z = 0.0
+    for first in range(0, vocabulary, BLOCK):
+        columns = first + block
+        z = tl.load(logits + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias + columns, mask=columns < vocabulary, other=0.0)
+        if SOFTCAP:
+            z = tl.where(columns < vocabulary, _softcapped(z, softcap), -float("inf"))
+        larger = tl.maximum(most, tl.max(z, axis=0))
+        sum_exp = sum_exp * tl.exp(most - larger) + tl.sum(tl.exp(z - larger), axis=0)
+        most = larger
+        if SMOOTHING:
+            sum_z += tl.sum(tl.where(columns < vocabulary, z, 0.0), axis=0)
+    total = most + tl.log(sum_exp)
+    value = total - (1 - label_smoothing) * z_label - label_smoothing * (sum_z / vocabulary)
+    value = tl.where(valid, value, float("nan"))
+    tl.store(lse + row, total)
+    tl.store(loss + row, tl.where(counted, value, 0.0))
+    g = tl.load(scale + row * scale_stride)
+    g = tl.where(valid, g, float("nan"))
+    for first in range(0, vocabulary, BLOCK):
+        columns = first + block
+        z = tl.load(logits + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias + columns, mask=columns < vocabulary, other=0.0)
+        if SOFTCAP:
+            z = _softcapped(z, softcap)
+        gradient = tl.exp(z - total) - label_smoothing / vocabulary
+        gradient = g * (gradient - tl.where(columns == label, 1 - label_smoothing, 0.0))
+        if SOFTCAP:
+            gradient *= 1 - (z / softcap) * (z / softcap)
+        gradient = tl.where(counted, gradient, 0.0)  # an ignored row gives nothing even where it is not a number
+        tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=columns < vocabulary)
+
+
+# Bias gradient: column sums of the (R, V) gradient, read once; each program owns its columns and adds rows in order.
+@triton.jit
+def _column_sum_kernel(
+    logits, grad_bias, rows, vocabulary, row_stride,
+    ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (columns < vocabulary)[None, :]
+        sums += tl.load(logits + row.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
+    result = tl.sum(sums, axis=0)
+    if ACCUMULATE:
+        result += tl.load(grad_bias + columns, mask=columns < vocabulary, other=0.0)
+    tl.store(grad_bias + columns, result, mask=columns < vocabulary)
+
+
+# x[own] · y[loop]ᵀ in fp32. DTYPE is what is multiplied: an fp32 weight is rounded on the way under autocast.
+@triton.jit
+def _product(
+    x, y, own, loop, owners, loopers, d, x_row, x_column, y_row, y_column,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    x += own.to(tl.int64)[:, None] * x_row
+    y += loop.to(tl.int64)[:, None] * y_row
+    total = tl.zeros((OWN, LOOP), tl.float32)
+    for first in range(0, d, K):
+        columns = first + tl.arange(0, K)
+        inside = (columns < d)[None, :]
+        a = tl.load(x + columns[None, :] * x_column, mask=(own < owners)[:, None] & inside, other=0.0)
+        b = tl.load(y + columns[None, :] * y_column, mask=(loop < loopers)[:, None] & inside, other=0.0)
+        total = tl.dot(a.to(DTYPE), tl.trans(b.to(DTYPE)), total, input_precision=PRECISION)
+    return total
+
+
+# Log-sum-exp of OWN rows over a part of the vocabulary. Operations: 2·N·V·d for all programs, of which each multiplies
+# one tile of logits after the other and keeps two numbers a row. Programs of one part run side by side and share its
+# rows of the weight in L2.
+@triton.jit
+def _forward_kernel(
+    hidden_states, weight, target, bias, part_lse, part_label, part_sum, enabled,
+    n, vocabulary, positions, d, part_columns, hidden_row, hidden_column, weight_row, weight_column, softcap,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, PREDICATED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    if PREDICATED:
+        if tl.load(enabled) == 0:
+            return
+    rows = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    part = tl.program_id(1)
+    label = tl.load(target + rows % positions, mask=rows < n, other=0).to(tl.int64)
+    most = tl.full((OWN,), -float("inf"), tl.float32)
+    sum_exp = tl.zeros((OWN,), tl.float32)
+    sum_z = tl.zeros((OWN,), tl.float32)
+    z_label = tl.zeros((OWN,), tl.float32)
+    for begin in range(part * part_columns, tl.minimum((part + 1) * part_columns, vocabulary), LOOP):
+        columns = begin + tl.arange(0, LOOP)
+        z = _product(
+            hidden_states, weight, rows, columns, n, vocabulary, d,
+            hidden_row, hidden_column, weight_row, weight_column, DTYPE, PRECISION, OWN, LOOP, K,
+        )  # fmt: skip
+        inside = (columns < vocabulary)[None, :]
+        if HAS_BIAS:
+            z += tl.load(bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)[None, :]
+        if SOFTCAP:
+            z = _softcapped(z, softcap)
+        z_label += tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), axis=1)
+        if SMOOTHING:
+            sum_z += tl.sum(tl.where(inside, z, 0.0), axis=1)
+        z = tl.where(inside, z, -float("inf"))
+        larger = tl.maximum(most, tl.max(z, axis=1))
+        sum_exp = sum_exp * tl.exp(most - larger) + tl.sum(tl.exp(z - larger[:, None]), axis=1)
+        most = larger
+    at = part.to(tl.int64) * n + rows
+    tl.store(part_lse + at, most + tl.log(sum_exp), mask=rows < n)
+    tl.store(part_label + at, z_label, mask=rows < n)
+    if SMOOTHING:
+        tl.store(part_sum + at, sum_z, mask=rows < n)
+
+
+# One gradient from logits made again, tile by tile: of hidden_states (x; the loop runs over the vocabulary) or, with
+# VOCABULARY, of weight and bias (x; the loop runs over the rows). A program owns OWN rows of x and WIDTH columns of
+# its gradient, which stay in registers; the d/WIDTH programs that share rows each make the logits for themselves.
+# Operations: 2·N·V·d for the gradient and as much for the logits times d/WIDTH.
+@triton.jit
+def _backward_kernel(
+    x, y, grad_x, grad_bias, target, bias, lse, grad_loss, grad_lse, enabled,
+    owners, loopers, vocabulary, positions, d, part_loopers, ignore_index,
+    x_row, x_column, y_row, y_column, grad_loss_stride, label_smoothing, softcap,
+    VOCABULARY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRAD_BIAS: tl.constexpr, HAS_GRAD_X: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr, SOFTCAP: tl.constexpr, PREDICATED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, LOOP: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    if PREDICATED:
+        if tl.load(enabled) == 0:
+            return
+    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    slice_columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    part = tl.program_id(2)
+    total = tl.zeros((OWN, WIDTH), tl.float32)
+    bias_total = tl.zeros((OWN,), tl.float32)
+    for begin in range(part * part_loopers, tl.minimum((part + 1) * part_loopers, loopers), LOOP):
+        loop = begin + tl.arange(0, LOOP)
+        z = _product(
+            x, y, own, loop, owners, loopers, d, x_row, x_column, y_row, y_column,
+            DTYPE, PRECISION, OWN, LOOP, K,
+        )  # fmt: skip
+        if VOCABULARY:
+            rows, rows_inside = loop, loop < loopers
+            columns, columns_inside = own[:, None], (own < owners)[:, None]
+        else:
+            rows, rows_inside = own, own < owners
+            columns, columns_inside = loop[None, :], (loop < loopers)[None, :]
+        if HAS_BIAS:
+            z += tl.load(bias + columns, mask=columns_inside, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            z = _softcapped(z, softcap)
+        label = tl.load(target + rows % positions, mask=rows_inside, other=ignore_index).to(tl.int64)
+        g = tl.load(grad_loss + rows.to(tl.int64) * grad_loss_stride, mask=rows_inside, other=0.0)
+        g = tl.where((label >= 0) & (label < vocabulary), g, float("nan"))
+        g = tl.where(label == ignore_index, 0.0, g)
+        both = g
+        if HAS_GRAD_LSE:
+            both += tl.load(grad_lse + rows, mask=rows_inside, other=0.0)
+        row_lse = tl.load(lse + rows, mask=rows_inside, other=0.0)
+        if VOCABULARY:
+            g, both, row_lse, label = g[None, :], both[None, :], row_lse[None, :], label[None, :]
+            used = columns_inside & rows_inside[None, :]
+        else:
+            g, both, row_lse, label = g[:, None], both[:, None], row_lse[:, None], label[:, None]
+            used = columns_inside & rows_inside[:, None]
+        dz = both * tl.exp(z - row_lse) - g * (label_smoothing / vocabulary)
+        dz -= tl.where(columns == label, g * (1 - label_smoothing), 0.0)
+        if SOFTCAP:
+            dz *= 1 - (z / softcap) * (z / softcap)
+        dz = tl.where(used & ((g != 0) | (both != 0)), dz, 0.0)
+        if HAS_GRAD_BIAS:
+            bias_total += tl.sum(dz, axis=1)
+        if HAS_GRAD_X:
+            mask = (loop < loopers)[:, None] & (slice_columns < d)[None, :]
+            values = tl.load(
+                y + loop.to(tl.int64)[:, None] * y_row + slice_columns[None, :] * y_column, mask=mask, other=0.0
+            )
+            total = tl.dot(dz.to(DTYPE), values.to(DTYPE), total, input_precision=PRECISION)
+    wide_own = own.to(tl.int64) + part.to(tl.int64) * owners
+    if HAS_GRAD_X:
+        mask = (own < owners)[:, None] & (slice_columns < d)[None, :]
+        out = grad_x + wide_own[:, None] * d + slice_columns[None, :]
+        tl.store(out, total.to(grad_x.dtype.element_ty), mask=mask)
+    if HAS_GRAD_BIAS:
+        if tl.program_id(1) == 0:
+            tl.store(grad_bias + wide_own, bias_total.to(grad_bias.dtype.element_ty), mask=own < owners)
+
+
+# x *= scale, leaving at once where that changes nothing: how the usual upstream gradient of 1 costs no pass over dE.
+@triton.jit
+def _scale_kernel(x, scale, n, BLOCK: tl.constexpr):
+    factor = tl.load(scale)
+    if factor == 1:
+        return
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    for start in range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
+        tl.store(x + at, (value * factor).to(x.dtype.element_ty), mask=at < n)
+
+
+def rows(
+    logits: Tensor, lse: Tensor, loss: Tensor, grad_bias: Tensor | None, target: Tensor, bias: Tensor | None,
+    scale: Tensor, lse_scale: None, vocabulary: int, first_row: int, first_column: int,
+    ignore_index: int, label_smoothing: float, softcap: float, accumulate_bias: bool,
+) -> None:  # fmt: skip
+    """Logits (R, V) to their gradient, in place; writes the loss and log-sum-exp of each row and the bias gradient."""
+    n = len(logits)
+    _rows_kernel[(n,)](
+        logits, lse, loss, target, bias, scale,
+        vocabulary, len(target), first_row, ignore_index, logits.stride(0), scale.stride(0), label_smoothing, softcap,
+        HAS_BIAS=bias is not None, SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0,
+        BLOCK=_ROW_BLOCK, num_warps=8,
+    )  # fmt: skip
+    if grad_bias is not None:
+        _column_sum_kernel[(triton.cdiv(vocabulary, _SUM_COLUMNS),)](
+            logits, grad_bias, n, vocabulary, logits.stride(0),
+            ACCUMULATE=accumulate_bias, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS,
+        )  # fmt: skip
+
+
+def forward(
+    hidden_states: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+    ignore_index: int, label_smoothing: float, softcap: float, enabled: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss and log-sum-exp of every row. ``enabled``: a flag on the device; where it is 0 the results are arbitrary."""
+    n, vocabulary = len(hidden_states), len(weight)
+    tile = forward_tile(hidden_states)
+    blocks = triton.cdiv(n, tile.own)
+    part_columns, parts = _parts(vocabulary, tile.loop, blocks, hidden_states)
+    part_lse, part_label, part_sum = (hidden_states.new_empty((parts, n), dtype=torch.float32) for _ in range(3))
+    if n:
+        _forward_kernel[(blocks, parts)](
+            hidden_states, weight, target, bias, part_lse, part_label, part_sum, enabled,
+            n, vocabulary, len(target), hidden_states.shape[1], part_columns,
+            *hidden_states.stride(), *weight.stride(), softcap,
+            HAS_BIAS=bias is not None, SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0,
+            PREDICATED=enabled is not None, **_matmul_constants(hidden_states, tile),
+        )  # fmt: skip
+    lse = part_lse.logsumexp(dim=0)
+    loss = lse - (1 - label_smoothing) * part_label.sum(dim=0)
+    if label_smoothing:
+        loss -= (label_smoothing / vocabulary) * part_sum.sum(dim=0)
+    invalid = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    heads = (-1, len(target)) if len(target) else (1, 0)
+    loss.view(heads).masked_fill_(invalid, float("nan")).masked_fill_(target == ignore_index, 0)
+    return loss, lse
+
+
+def backward(
+    grad_loss: Tensor, grad_lse: Tensor | None, hidden_states: Tensor, weight: Tensor, target: Tensor,
+    bias: Tensor | None, lse: Tensor, ignore_index: int, label_smoothing: float, softcap: float,
+    needs: list[bool], accumulate_dtype: torch.dtype,
+    out: list[Tensor | None] | None = None, enabled: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of Σ grad_loss·loss + Σ grad_lse·lse, into ``out`` where given and only if ``enabled``. Sums over a
+    program's loop are fp32 whatever ``accumulate_dtype`` is."""
+    inputs = (target, bias, lse, grad_loss, grad_lse)
+    options = (ignore_index, label_smoothing, softcap)
+    n, vocabulary, d = len(hidden_states), len(weight), weight.shape[1]
+    if out is None:
+        like = (hidden_states, weight, weight if bias is None else bias)
+        shapes = ((n, d), (vocabulary, d), (vocabulary,))
+        fresh = torch.Tensor.new_empty if n else torch.Tensor.new_zeros
+        out = [fresh(t, s) if need else None for t, s, need in zip(like, shapes, needs, strict=True)]
+    if n and needs[0]:
+        _launch_backward(False, hidden_states, weight, out[0], None, inputs, options, enabled)
+    if n and (needs[1] or needs[2]):
+        _launch_backward(True, weight, hidden_states, out[1], out[2], inputs, options, enabled)
+    grad_hidden, grad_weight, grad_bias = out
+    return grad_hidden, grad_weight, grad_bias
+
+
+def rescale_(
+    gradients: list[Tensor | None], grad_heads: Tensor, grad_loss: Tensor,
+    hidden_states: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+    ignore_index: int, label_smoothing: float, softcap: float, needs: list[bool], accumulate_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Turn the gradients of Σ loss into those of Σ grad_heads·loss, without asking the device what grad_heads is: one
+    scale if all heads have the same, else (kernels that otherwise return at once) made again from grad_loss, the
+    upstream gradient of each row."""
+    same = (grad_heads == grad_heads[0]).all()
+    scale = torch.where(same, grad_heads[0], 1).to(torch.float32)
+    for gradient in gradients:
+        if gradient is not None:
+            blocks = min(triton.cdiv(gradient.numel(), _SCALE_BLOCK), persistent_programs(gradient, 8))
+            _scale_kernel[(blocks,)](gradient, scale, gradient.numel(), BLOCK=_SCALE_BLOCK)
+    if len(grad_heads) > 1:
+        differ = (~same).to(torch.int32)
+        inputs, options = (hidden_states, weight, target, bias), (ignore_index, label_smoothing, softcap)
+        _, lse = forward(*inputs, *options, enabled=differ)
+        backward(grad_loss, None, *inputs, lse, *options, needs, accumulate_dtype, out=gradients, enabled=differ)
+
+
+def _launch_backward(
+    over_vocabulary: bool, x: Tensor, y: Tensor, grad_x: Tensor | None, grad_bias: Tensor | None,
+    inputs: tuple[Any, ...], options: tuple[int, float, float], enabled: Tensor | None,
+) -> None:  # fmt: skip
+    target, bias, lse, grad_loss, grad_lse = inputs
+    ignore_index, label_smoothing, softcap = options
+    hidden_states, vocabulary = (y, len(x)) if over_vocabulary else (x, len(y))
+    tile, d = backward_tile(hidden_states), x.shape[1]
+    slices = triton.cdiv(d, tile.width) if grad_x is not None else 1
+    blocks = triton.cdiv(len(x), tile.own)
+    # a grid too small for the device is cut along the loop as well; its parts are added up afterwards
+    part_loopers, parts = (len(y), 1) if enabled is not None else _parts(len(y), tile.loop, blocks * slices, x)
+    outputs = (grad_x, grad_bias)
+    if parts > 1:
+        outputs = tuple(None if t is None else t.new_empty((parts, *t.shape), dtype=torch.float32) for t in outputs)
+    _backward_kernel[(blocks, slices, parts)](
+        x, y, *outputs, target, bias, lse, grad_loss, grad_lse, enabled,
+        len(x), len(y), vocabulary, len(target), d, part_loopers, ignore_index,
+        *x.stride(), *y.stride(), grad_loss.stride(0), label_smoothing, softcap,
+        VOCABULARY=over_vocabulary, HAS_BIAS=bias is not None, HAS_GRAD_BIAS=grad_bias is not None,
+        HAS_GRAD_X=grad_x is not None, HAS_GRAD_LSE=grad_lse is not None, SOFTCAP=softcap != 0,
+        PREDICATED=enabled is not None, WIDTH=tile.width, **_matmul_constants(hidden_states, tile),
+    )  # fmt: skip
+    if parts > 1:
+        for partial, gradient in zip(outputs, (grad_x, grad_bias), strict=True):
+            if partial is not None and gradient is not None:
+                gradient.copy_(partial.sum(dim=0))
+
+
+def forward_tile(hidden_states: Tensor) -> MatmulTile:
+    return _FORWARD_TILES[_family(hidden_states)]
+
+
+def backward_tile(hidden_states: Tensor) -> MatmulTile:
+    return _BACKWARD_TILES[_family(hidden_states)]
+
+
+def _family(hidden_states: Tensor) -> str:
+    """Which tiles: fp32 is multiplied without tensor cores, Hopper's read both operands from shared memory and leave
+    registers for a larger tile, and AMD has a third of the shared memory."""
+    if hidden_states.dtype == torch.float32:
+        return "fp32"
+    if torch.version.hip:
+        return "amd"
+    hopper = hidden_states.is_cuda and torch.cuda.get_device_capability(hidden_states.device)[0] == 9
+    return "hopper" if hopper else "16-bit"
+
+
+# The largest tiles for which ptxas spills nothing (tests/test_ahead_of_time.py).
+_FORWARD_TILES = {
+    "16-bit": MatmulTile(128, 64, 64, 0, num_warps=8, num_stages=3),
+    "hopper": MatmulTile(128, 128, 64, 0, num_warps=8, num_stages=3),
+    "amd": MatmulTile(128, 128, 64, 0, num_warps=8, num_stages=2),
+    "fp32": MatmulTile(64, 64, 32, 0, num_warps=4, num_stages=2),
+}
+_BACKWARD_TILES = {
+    "16-bit": MatmulTile(64, 64, 64, 256, num_warps=8, num_stages=3),
+    "hopper": MatmulTile(64, 64, 64, 256, num_warps=8, num_stages=3),
+    "amd": MatmulTile(64, 64, 32, 128, num_warps=4, num_stages=2),
+    "fp32": MatmulTile(64, 32, 32, 64, num_warps=8, num_stages=2),
+}
+_CHIPS = {"16-bit": ("sm_80", "sm_100"), "hopper": ("sm_90",), "amd": ("gfx942",), "fp32": ()}  # none named: all
+
+
+def _matmul_constants(hidden_states: Tensor, tile: MatmulTile) -> dict[str, Any]:
+    # "highest" is PyTorch's default: fp32 means fp32
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return {
+        "DTYPE": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
+            hidden_states.dtype
+        ],
+        "PRECISION": "ieee" if exact else "tf32",
+        "OWN": tile.own,
+        "LOOP": tile.loop,
+        "K": tile.k,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _parts(length: int, step: int, programs: int, tensor: Tensor) -> tuple[int, int]:
+    """Cut a loop of ``length`` so that there are about two programs a multiprocessor: (length of a part, parts)."""
+    wanted = max(1, min(16, persistent_programs(tensor, 2) // max(programs, 1)))
+    each = triton.cdiv(triton.cdiv(length, wanted), step) * step
+    return each, triton.cdiv(length, each)
+
+
+def specializations() -> Iterator[Specialization]:
+    """What the launchers above ask the compiler for, over dtypes and options."""
+    for dtype in ("bf16", "fp32"):
+        for full in (False, True):
+            yield _rows_specialization(dtype, full)
+        yield Specialization(
+            _column_sum_kernel,
+            {"logits": f"*{dtype}", "grad_bias": "*fp32"} | dict.fromkeys(("rows", "vocabulary", "row_stride"), "i32"),
+            {"ACCUMULATE": True, "ROWS": _SUM_ROWS, "COLUMNS": _SUM_COLUMNS},
+            divisible=("row_stride",),
+            label=dtype,
+        )
+        yield Specialization(
+            _scale_kernel, {"x": f"*{dtype}", "scale": "*fp32", "n": "i32"}, {"BLOCK": _SCALE_BLOCK}, label=dtype
+        )
+    for dtype, family in (
+        ("bf16", "16-bit"),
+        ("bf16", "hopper"),
+        ("fp16", "hopper"),
+        ("bf16", "amd"),
+        ("fp32", "fp32"),
+    ):
+        for full in (False, True):
+            yield _forward_specialization(dtype, family, full)
+            for over_vocabulary in (False, True):
+                yield _backward_specialization(dtype, family, over_vocabulary, full)
+
+
+def _rows_specialization(dtype: str, full: bool) -> Specialization:
+    integers = ("vocabulary", "positions", "first_row", "ignore_index", "row_stride", "scale_stride")
+    types = {"logits": f"*{dtype}", "lse": "*fp32", "loss": "*fp32", "target": "*i64", "scale": "*fp32"}
+    types |= dict.fromkeys(integers, "i32") | dict.fromkeys(("label_smoothing", "softcap"), "fp32")
+    constants: dict[str, Any] = {"SOFTCAP": full, "SMOOTHING": full, "BLOCK": _ROW_BLOCK}
+    constants |= _optional(types, full, bias="*fp32")
+    return Specialization(
+        _rows_kernel, types, constants | {"HAS_BIAS": full}, num_warps=8, divisible=("row_stride",),
+        label=f"{dtype} {'all options' if full else 'plain'}",
+    )  # fmt: skip
+
+
+def _forward_specialization(dtype: str, family: str, full: bool) -> Specialization:
+    integers = ("n", "vocabulary", "positions", "d", "part_columns", "hidden_row", "weight_row")
+    types = dict.fromkeys(("part_lse", "part_label", "part_sum"), "*fp32") | dict.fromkeys(integers, "i32")
+    types |= {"hidden_states": f"*{dtype}", "weight": f"*{dtype}", "target": "*i64", "softcap": "fp32"}
+    flags = {"HAS_BIAS": full, "SOFTCAP": full, "SMOOTHING": full, "PREDICATED": full}
+    strides = {"hidden_column": 1, "weight_column": 1}
+    constants = flags | strides | _optional(types, full, bias=f"*{dtype}", enabled="*i32")
+    return _matmul_specialization(_forward_kernel, dtype, family, _FORWARD_TILES, types, constants, full)
+
+
+def _backward_specialization(dtype: str, family: str, over_vocabulary: bool, full: bool) -> Specialization:
+    integers = (
+        "owners", "loopers", "vocabulary", "positions", "d", "part_loopers", "ignore_index", "x_row", "y_row",
+        "grad_loss_stride",
+    )  # fmt: skip
+    types = dict.fromkeys(("lse", "grad_loss"), "*fp32") | dict.fromkeys(("x", "y", "grad_x"), f"*{dtype}")
+    types |= dict.fromkeys(integers, "i32") | dict.fromkeys(("label_smoothing", "softcap"), "fp32")
+    types |= {"target": "*i64"}
+    flags = {
+        "VOCABULARY": over_vocabulary, "HAS_BIAS": full, "HAS_GRAD_X": True, "HAS_GRAD_LSE": full, "SOFTCAP": full,
+        "HAS_GRAD_BIAS": full and over_vocabulary, "PREDICATED": full,
+    }  # fmt: skip
+    constants = flags | {"x_column": 1, "y_column": 1, "WIDTH": _BACKWARD_TILES[family].width}
+    constants |= _optional(types, full, bias=f"*{dtype}", enabled="*i32", grad_lse="*fp32")
+    constants |= _optional(types, full and over_vocabulary, grad_bias=f"*{dtype}")
+    label = "vocabulary" if over_vocabulary else "rows"
+    return _matmul_specialization(_backward_kernel, dtype, family, _BACKWARD_TILES, types, constants, full, label)
+
+
+def _matmul_specialization(
+    kernel: Any, dtype: str, family: str, tiles: dict[str, MatmulTile], types: dict[str, str],
+    constants: dict[str, Any], full: bool, label: str = "",
+) -> Specialization:  # fmt: skip
+    tile = tiles[family]
+    element = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
+    constants |= {"DTYPE": element, "PRECISION": "ieee", "OWN": tile.own, "LOOP": tile.loop, "K": tile.k}
+    return Specialization(
+        kernel, types, constants, tile.num_warps, tile.num_stages,
+        divisible=("d", "hidden_row", "weight_row", "x_row", "y_row"),
+        label=" ".join(filter(None, (dtype, label, "all options" if full else "plain"))),
+        targets=_CHIPS[family],
+    )  # fmt: skip
+
+
+def _optional(types: dict[str, str], given: bool, **arguments: str) -> dict[str, None]:
+    """Arguments that are pointers where given, else compile-time ``None``."""
+    types |= arguments if given else {}
+    return {} if given else dict.fromkeys(arguments)
