@@ -3,8 +3,9 @@ tokens, the mixture trained against the discriminator. On Hugging Face's BERT bl
 
 Generator: one stack of layers with a language-model head, the same one, after layers such as 4, 6 and 8; no gradient
 flows from one block of layers into the block below. Losses ℓ_k, k = 1 … K, one a head.
-Mixture: α = softmax_k(v·f^(k)), f^(k) the output of block k; a token is sampled from the α-weighted sum of the K logits.
-Discriminator: sees the sampled tokens where there were masks and says of each position whether its token was replaced.
+Mixture: α = softmax_k(v·f^(k)), f^(k) the output of block k; a token is sampled from the α-weighted sum of the K
+logits.
+Discriminator: sees the sampled tokens where masks were, and says of each position whether its token was replaced.
 
     loss = Σ_k ℓ_k + λ·RTD, λ = 50; v gets the reversed gradient of RTD, through the straight-through Gumbel-softmax
 """
@@ -140,9 +141,7 @@ class AmosGenerator(BertModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor | None) -> list[Tensor]:
         """K of (B, T, d)."""
         hidden_states = self.embeddings(input_ids, **inputs)
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         outputs = []
         for number, layer in enumerate(self.encoder.layer, start=1):
             hidden_states = layer(hidden_states, mask)
@@ -200,8 +199,12 @@ class AmosForPreTraining(BertPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.discriminator.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        raise NotImplementedError("the word embeddings are shared with the head: assign to their weight instead")
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Take the weight of ``value``; the head's bias gets as long (``resize_token_embeddings`` comes here)."""
+        words, head = self.get_input_embeddings(), self.mlm_head
+        words.weight, words.num_embeddings = value.weight, len(value.weight)
+        head.bias = nn.Parameter(F.pad(head.bias.detach(), (0, len(value.weight) - len(head.bias))))
+        self.tie_weights()
 
     def forward(
         self,
@@ -252,7 +255,7 @@ class AmosForPreTraining(BertPreTrainedModel):
         )
 
     def discriminator_encoder(self, add_pooling_layer: bool = False) -> BertModel:
-        """A copy of the discriminator without its head, for fine-tuning. A pooling layer would be new: AMOS has none."""
+        """A copy of the discriminator without its head, for fine-tuning. A pooling layer would be a new one."""
         encoder = BertModel(self.config.discriminator_config(), add_pooling_layer)
         encoder.embeddings.load_state_dict(self.discriminator.embeddings.state_dict())
         encoder.encoder.load_state_dict(self.discriminator.encoder.state_dict())
@@ -273,7 +276,7 @@ class AmosForPreTraining(BertPreTrainedModel):
             hidden_states, mixture_logits, head.weight, head.bias,
             temperature=self.config.gumbel_temperature, gradient_scale=self.config.gradient_scale, seed=seed,
         )  # fmt: skip
-        weights = mixture_logits.detach().float().softmax(dim=1).sum(dim=0) / max(len(target), 1)
+        weights = _wide(mixture_logits.detach()).softmax(dim=1).sum(dim=0) / max(len(target), 1)
         return losses, weights, tokens, embeddings
 
     def _mixture_logits(self, features: Tensor) -> Tensor:
@@ -298,7 +301,7 @@ class AmosForPreTraining(BertPreTrainedModel):
         """(B, T, d) → (B, T), in float32 at least."""
         output = self.discriminator(inputs_embeds=embeddings, attention_mask=attention_mask, **inputs)
         logits = self.rtd_head(output.last_hidden_state).squeeze(2)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _wide(logits)
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:
@@ -309,3 +312,7 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, labels: Tens
             raise ValueError(
                 f"{name}: expected shape {tuple(input_ids.shape)} like input_ids, got {tuple(value.shape)}"
             )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
