@@ -4,12 +4,14 @@ import copy
 import importlib.util
 import pydoc_data.topics
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import TOLERANCE, relative_error
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repdeg_fast.data import MaskingCollator
 from repdeg_fast.reference import philox
@@ -348,10 +350,27 @@ def test_a_batch_without_masks():
     assert all(grad.isfinite().all() for grad in gradients(model, output.loss).values())
 
 
+def test_the_host_waits_once(monkeypatch):
+    """On a GPU `nonzero` waits, and so would a value that is read back (`item`, `tolist`, `bool`)."""
+    counted = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default):
+                counted.append(function)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr("repdeg_fast.ops.linear_cross_entropy._check_target", lambda *_: None)  # on the CPU only
+    for attention in ("sdpa", "eager"):
+        model = amos(attn_implementation=attention)
+        with Count():
+            model(**batch()).loss.backward()
+        assert counted == [torch.ops.aten.nonzero.default]
+        counted.clear()
+
+
 @pytest.mark.gpu
 def test_one_wait_on_a_gpu():
-    import warnings
-
     model = amos().cuda()
     inputs = {name: value.cuda() for name, value in batch().items()}
     model(**inputs).loss.backward()  # compiles

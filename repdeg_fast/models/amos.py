@@ -57,7 +57,7 @@ class AmosConfig(BertConfig):
 
     model_type = "amos"
 
-    mlm_layers: tuple[int, ...] | list[int] = (4, 6, 8)
+    mlm_layers: tuple[int, ...] = (4, 6, 8)
     rtd_weight: float | int = 50.0
     gumbel_temperature: float | int = 0.3
     gradient_scale: float | int = -1.0
@@ -138,10 +138,9 @@ class AmosGenerator(BertModel):
         super().__init__(config, add_pooling_layer=False)
         self.mlm_layers, self.stop_gradient = mlm_layers, stop_gradient
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor | None) -> list[Tensor]:
-        """K of (B, T, d)."""
+    def forward(self, input_ids: Tensor, mask: Tensor | None, **inputs: Tensor | None) -> list[Tensor]:
+        """K of (B, T, d); ``mask`` as the attention takes it."""
         hidden_states = self.embeddings(input_ids, **inputs)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         outputs = []
         for number, layer in enumerate(self.encoder.layer, start=1):
             hidden_states = layer(hidden_states, mask)
@@ -199,11 +198,12 @@ class AmosForPreTraining(BertPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.discriminator.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Take the weight of ``value``; the head's bias gets as long (``resize_token_embeddings`` comes here)."""
-        words, head = self.get_input_embeddings(), self.mlm_head
+        words: Any = self.get_input_embeddings()
+        bias: Any = self.mlm_head.bias
         words.weight, words.num_embeddings = value.weight, len(value.weight)
-        head.bias = nn.Parameter(F.pad(head.bias.detach(), (0, len(value.weight) - len(head.bias))))
+        self.mlm_head.bias = nn.Parameter(F.pad(bias.detach(), (0, len(value.weight) - len(bias))))
         self.tie_weights()
 
     def forward(
@@ -219,24 +219,25 @@ class AmosForPreTraining(BertPreTrainedModel):
 
         Args:
             input_ids: with mask tokens, as :class:`repdeg_fast.data.MaskingCollator` makes them.
-            attention_mask: 0 at padding.
+            attention_mask: 0 at padding. Leave it out where there is none: attention is faster without.
             labels: the token at masked positions, −100 elsewhere.
             seed: of the sample, as in :func:`repdeg_fast.gumbel_mix`.
         """
         inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids}
         _check_inputs(input_ids, attention_mask, labels)
         embeddings = self.get_input_embeddings()(input_ids)
+        mask = self._attention_mask(embeddings, attention_mask)
         if labels is None:
-            return AmosOutput(rtd_logits=self._discriminate(embeddings, attention_mask, inputs))
+            return AmosOutput(rtd_logits=self._discriminate(embeddings, mask, inputs))
 
         positions = (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)  # the one wait
-        layers = self.generator(input_ids, attention_mask, **inputs)
+        layers = self.generator(input_ids, mask, **inputs)
         features = torch.stack([layer.flatten(0, 1).index_select(0, positions) for layer in layers])
         target = labels.reshape(-1).index_select(0, positions)
         mlm_losses, mixture_weights, tokens, samples = self._generate(features, target, seed)
 
         flat = embeddings.flatten(0, 1).index_copy(0, positions, samples)
-        rtd_logits = self._discriminate(flat.view_as(embeddings), attention_mask, inputs)
+        rtd_logits = self._discriminate(flat.view_as(embeddings), mask, inputs)
         sampled_ids = input_ids.reshape(-1).index_copy(0, positions, tokens).view_as(input_ids)
         replaced = sampled_ids != torch.where(labels == IGNORE_INDEX, input_ids, labels)
         counted = torch.ones_like(rtd_logits) if attention_mask is None else attention_mask.to(rtd_logits.dtype)
@@ -259,7 +260,7 @@ class AmosForPreTraining(BertPreTrainedModel):
         encoder = BertModel(self.config.discriminator_config(), add_pooling_layer)
         encoder.embeddings.load_state_dict(self.discriminator.embeddings.state_dict())
         encoder.encoder.load_state_dict(self.discriminator.encoder.state_dict())
-        return encoder.to(device=self.device, dtype=self.dtype).train(self.training)
+        return nn.Module.to(encoder, self.device, self.dtype).train(self.training)
 
     def _generate(
         self, features: Tensor, target: Tensor, seed: int | Tensor | None
@@ -297,9 +298,16 @@ class AmosForPreTraining(BertPreTrainedModel):
             raise ValueError(f"progress: expected a number from 0 to 1, got {self.progress}")
         return min(int(self.progress * heads), heads - 1)
 
-    def _discriminate(self, embeddings: Tensor, attention_mask: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+    def _attention_mask(self, embeddings: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """As the attention takes it, for both encoders. Made here because they would look whether anything is masked at
+        all, and a GPU's stream would stop."""
+        if attention_mask is None:
+            return None
+        return create_bidirectional_mask(self.config, embeddings, attention_mask, allow_is_bidirectional_skip=False)
+
+    def _discriminate(self, embeddings: Tensor, mask: Tensor | None, inputs: dict[str, Any]) -> Tensor:
         """(B, T, d) → (B, T), in float32 at least."""
-        output = self.discriminator(inputs_embeds=embeddings, attention_mask=attention_mask, **inputs)
+        output = self.discriminator(inputs_embeds=embeddings, attention_mask=mask, **inputs)
         logits = self.rtd_head(output.last_hidden_state).squeeze(2)
         return _wide(logits)
 
