@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from repdeg_fast.bench import runner
-from repdeg_fast.bench.measure import Step
 from repdeg_fast.bench.suite import TOLERANCE, Case, Inputs, Provider, Suite, select
 
 ROUNDS = 7
@@ -64,15 +63,15 @@ def measure(benchmark) -> Callable[[Setting], None]:
 
     def run(setting: Setting) -> None:
         inputs, exact = _inputs(setting.suite, setting.case, setting.device)
-        call, facts = runner.prepare(setting.suite, setting.case, setting.provider, inputs, exact, setting.device)
-        if call is None:
+        step, facts = runner.prepare(setting.suite, setting.case, setting.provider, inputs, exact, setting.device)
+        if step is None:
             assert not (facts.get("failed") and setting.provider.ours), facts["reason"]
             pytest.skip(facts["reason"])
-        assert facts["error"] <= TOLERANCE[setting.case.dtype]
-        step = Step(setting.provider, call, inputs, setting.pass_)
+        assert setting.provider.floor or facts["error"] <= TOLERANCE[setting.case.dtype]
+        step = step.of_pass(setting.pass_)
         work = setting.suite.work(setting.case, setting.pass_, setting.provider.graph_free)
         benchmark.group = f"{setting.suite.op} {setting.case.name} {setting.pass_}"
-        benchmark.extra_info.update(bytes=work.bytes, flops=work.flops, saved_bytes=facts["saved_bytes"])
+        benchmark.extra_info.update(bytes=work.bytes, flops=work.flops, saved_bytes=facts.get("saved_bytes"))
 
         def timed() -> None:
             step.run()

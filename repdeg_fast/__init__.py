@@ -2,22 +2,17 @@
 
 from repdeg_fast import backends, nn
 from repdeg_fast.backends import use_backend
-from repdeg_fast.functional import (
-    add_cosine_regularization_,
-    cosine_regularization,
-    gradient_reversal,
-    gumbel_mix,
-    linear_cross_entropy,
-    multi_layer_mlm_loss,
-)
-from repdeg_fast.nn import CosineRegularization, GumbelMixture, MultiLayerMLMHead
+from repdeg_fast.functional import add_cosine_regularization_, admin_norm, cosine_regularization, gradient_reversal, gumbel_mix, linear_cross_entropy, multi_layer_mlm_loss
+from repdeg_fast.nn import AdminNorm, CosineRegularization, GumbelMixture, MultiLayerMLMHead
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdminNorm",
     "CosineRegularization",
     "GumbelMixture",
     "MultiLayerMLMHead",
     "add_cosine_regularization_",
+    "admin_norm",
     "backends",
     "cosine_regularization",
     "gradient_reversal",

@@ -57,7 +57,7 @@ class Operation:
             reason = self.unavailable(candidate, device, *tensors) or _load_failure(candidate)
             if reason is None:
                 if candidate == "reference" and reasons:
-                    _announce(f"repdeg_fast: {self.name} on {device} falls back to plain PyTorch: {'; '.join(reasons)}")
+                    announce(f"repdeg_fast: {self.name} on {device} falls back to plain PyTorch: {'; '.join(reasons)}")
                 return candidate
             reasons.append(f"{candidate}: {reason}")
         raise AssertionError("the reference always serves")
@@ -165,6 +165,6 @@ def _implementation(operation: Operation, backend: str) -> Any:
 
 
 @functools.cache
-def _announce(message: str) -> None:
+def announce(message: str) -> None:
     """Once a process for each message (the cache is what remembers)."""
     warnings.warn(message, RuntimeWarning, stacklevel=2)

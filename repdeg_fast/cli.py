@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-_PIPE_WIDTH = 150  # columns where the output is not a terminal
+_PIPE_WIDTH = 170  # columns where the output is not a terminal
 
 
 def _listing(names_of: Callable[[Suite], Iterable[str | None]]) -> str:

@@ -28,6 +28,8 @@ def test_there_are_specializations():
     ids=lambda s: f"{s.kernel.__module__.split('.')[-1]}{s.kernel.__name__} {s.label}",
 )
 def test_triton(specialization, target):
+    if specialization.targets and target not in specialization.targets:
+        pytest.skip(f"is for {', '.join(specialization.targets)}")
     compiled = resources.compile_triton(specialization, target)
     assert compiled.spilled == 0
     assert compiled.shared_bytes <= resources.SHARED_MEMORY_LIMIT[target]

@@ -9,8 +9,7 @@ from torch import nn
 
 import repdeg_fast
 from repdeg_fast import GumbelMixture, gradient_reversal, gumbel_mix
-from repdeg_fast.ops.gumbel_mix import gumbel_mix as operator
-from repdeg_fast.ops.gumbel_mix import operation
+from repdeg_fast.ops.gumbel_mix import gumbel_sample, gumbel_value, operation
 from repdeg_fast.reference import gumbel_mix as definition
 from repdeg_fast.reference import philox
 
@@ -334,8 +333,13 @@ def test_gradcheck_of_the_soft_value(backend):
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 def test_opcheck(hard):
     problem = Problem((2, 5, 30, 8, 6))
-    arguments = (*problem.tensors(), torch.tensor([SEED]), 0.3, hard, -1.0, "auto")
-    torch.library.opcheck(operator, arguments)
+    hidden, mixture_logits, weight, bias, embedding = problem.tensors()
+    seed = torch.tensor([SEED])
+    sampling = (hidden, mixture_logits.detach(), weight, bias, seed, 0.3, "auto")
+    torch.library.opcheck(gumbel_sample, sampling)
+    token_ids, lse = gumbel_sample(*sampling)
+    arguments = (hidden, mixture_logits, weight, bias, embedding, token_ids, lse, seed, 0.3, hard, -1.0, "auto")
+    torch.library.opcheck(gumbel_value, arguments)
 
 
 @pytest.mark.slow

@@ -169,14 +169,13 @@ def _weights_kernel(
         )  # fmt: skip
         y *= fr - tl.load(origin + rows, mask=rows < m, other=0.0)[:, None]
         tl.store(weighted + at, y.to(weighted.dtype.element_ty), mask=inside)
-        tl.store(delta + tile * m + rows, tl.sum(tl.where(inside, y, 0.0), axis=1), mask=rows < m)
+        tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(tl.where(inside, y, 0.0), axis=1), mask=rows < m)
 
 
-def forward(
-    token_ids: Tensor, lse: Tensor, soft_embeddings: Tensor | None, mixed: Tensor, weight: Tensor, bias: Tensor | None,
-    embedding: Tensor, seed: Tensor, temperature: float,
-) -> None:  # fmt: skip
-    """x̂ and L; then, where wanted, Σ_v y_v F[v] in a second sweep that knows L."""
+def sample(
+    token_ids: Tensor, lse: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, temperature: float
+) -> None:
+    """x̂ and L."""
     (m, d), v = mixed.shape, len(weight)
     if m == 0:
         return
@@ -196,10 +195,18 @@ def forward(
         token_ids, lse, partial_most, partial_token, partial_sum, 1 / temperature, m, splits,
         SPLITS=triton.next_power_of_2(splits), ROWS=_COMBINE_ROWS,
     )  # fmt: skip
-    if soft_embeddings is not None:
-        soft_embeddings.zero_()
-        for part, (y,) in _weight_chunks(None, mixed, weight, bias, embedding, lse, seed, temperature):
-            _add_product(soft_embeddings, y, embedding[part])
+
+
+def soft_value(
+    value: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, lse: Tensor, seed: Tensor,
+    temperature: float,
+) -> None:  # fmt: skip
+    """Σ_v y_v F[v]."""
+    value.zero_()
+    if len(value) == 0:
+        return
+    for part, (y,) in _weight_chunks(None, mixed, weight, bias, embedding, lse, seed, temperature):
+        _add_product(value, y, embedding[part])
 
 
 def backward(

@@ -1,8 +1,9 @@
 """Linear cross entropy in Triton. Mathematics: repdeg_fast/reference/linear_cross_entropy.py.
 
-*Chunked* is cuBLAS around :func:`rows`, one pass over a buffer of logits. *Streaming* keeps logits in registers:
-:func:`forward` takes the log-sum-exp of tile after tile, :func:`backward` makes each tile again, once for the gradient
-of the rows and once for that of the vocabulary, so that every gradient has one owner: no atomics, the same bits twice.
+*Chunked* is cuBLAS around one pass over a buffer of logits (linear_cross_entropy_rows.py). *Streaming* keeps logits in
+registers: :func:`forward` takes the log-sum-exp of tile after tile, :func:`backward` makes each tile again, once for
+the gradient of the rows and once for that of the vocabulary, so that every gradient has one owner: no atomics, the
+same bits twice.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .linear_cross_entropy_rows import optional, rows, softcapped
 from .tuning import Specialization, persistent_programs
 
-_ROW_BLOCK = 8192  # logits a step of the row kernel: 32 a thread with 8 warps
-_SUM_ROWS, _SUM_COLUMNS = 64, 64
+__all__ = ["backward", "forward", "rescale_", "rows"]
+
 _SCALE_BLOCK = 4096
 
 
@@ -34,86 +36,6 @@ class MatmulTile:
     width: int
     num_warps: int
     num_stages: int
-
-
-@triton.jit
-def _softcapped(z, softcap):
-    return softcap * (1 - 2 / (1 + tl.exp(2 * z / softcap)))
-
-
-# A row of logits to its gradient, in place. It must be read once and written once: the second read finds the row
-# (60 KB at V = 30,522 in bf16) in L2.
-@triton.jit
-def _rows_kernel(
-    logits, lse, loss, target, bias, scale,
-    vocabulary, positions, first_row, ignore_index, row_stride, scale_stride, label_smoothing, softcap,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    logits += row.to(tl.int64) * row_stride
-    block = tl.arange(0, BLOCK)
-    label = tl.load(target + (first_row + row) % positions).to(tl.int64)
-    counted = label != ignore_index
-    valid = (label >= 0) & (label < vocabulary)
-    # read before anything is written: the reductions below hold all threads back until then
-    z_label = tl.load(logits + label, mask=counted & valid, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z_label += tl.load(bias + label, mask=counted & valid, other=0.0)
-    if SOFTCAP:
-        z_label = _softcapped(z_label, softcap)
-    most = -float("inf")
-    sum_exp = 0.0
-    sum_z = 0.0
-    for first in range(0, vocabulary, BLOCK):
-        columns = first + block
-        z = tl.load(logits + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32)
-        if HAS_BIAS:
-            z += tl.load(bias + columns, mask=columns < vocabulary, other=0.0)
-        if SOFTCAP:
-            z = tl.where(columns < vocabulary, _softcapped(z, softcap), -float("inf"))
-        larger = tl.maximum(most, tl.max(z, axis=0))
-        sum_exp = sum_exp * tl.exp(most - larger) + tl.sum(tl.exp(z - larger), axis=0)
-        most = larger
-        if SMOOTHING:
-            sum_z += tl.sum(tl.where(columns < vocabulary, z, 0.0), axis=0)
-    total = most + tl.log(sum_exp)
-    value = total - (1 - label_smoothing) * z_label - label_smoothing * (sum_z / vocabulary)
-    value = tl.where(valid, value, float("nan"))
-    tl.store(lse + row, total)
-    tl.store(loss + row, tl.where(counted, value, 0.0))
-    g = tl.load(scale + row * scale_stride)
-    g = tl.where(valid, g, float("nan"))
-    for first in range(0, vocabulary, BLOCK):
-        columns = first + block
-        z = tl.load(logits + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            z += tl.load(bias + columns, mask=columns < vocabulary, other=0.0)
-        if SOFTCAP:
-            z = _softcapped(z, softcap)
-        gradient = tl.exp(z - total) - label_smoothing / vocabulary
-        gradient = g * (gradient - tl.where(columns == label, 1 - label_smoothing, 0.0))
-        if SOFTCAP:
-            gradient *= 1 - (z / softcap) * (z / softcap)
-        gradient = tl.where(counted, gradient, 0.0)  # an ignored row gives nothing even where it is not a number
-        tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=columns < vocabulary)
-
-
-# Bias gradient: column sums of the (R, V) gradient, read once; each program owns its columns and adds rows in order.
-@triton.jit
-def _column_sum_kernel(
-    logits, grad_bias, rows, vocabulary, row_stride,
-    ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (columns < vocabulary)[None, :]
-        sums += tl.load(logits + row.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
-    result = tl.sum(sums, axis=0)
-    if ACCUMULATE:
-        result += tl.load(grad_bias + columns, mask=columns < vocabulary, other=0.0)
-    tl.store(grad_bias + columns, result, mask=columns < vocabulary)
 
 
 # x[own] · y[loop]ᵀ in fp32. DTYPE is what is multiplied: an fp32 weight is rounded on the way under autocast.
@@ -164,7 +86,7 @@ def _forward_kernel(
         if HAS_BIAS:
             z += tl.load(bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)[None, :]
         if SOFTCAP:
-            z = _softcapped(z, softcap)
+            z = softcapped(z, softcap)
         z_label += tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), axis=1)
         if SMOOTHING:
             sum_z += tl.sum(tl.where(inside, z, 0.0), axis=1)
@@ -216,7 +138,7 @@ def _backward_kernel(
         if HAS_BIAS:
             z += tl.load(bias + columns, mask=columns_inside, other=0.0).to(tl.float32)
         if SOFTCAP:
-            z = _softcapped(z, softcap)
+            z = softcapped(z, softcap)
         label = tl.load(target + rows % positions, mask=rows_inside, other=ignore_index).to(tl.int64)
         g = tl.load(grad_loss + rows.to(tl.int64) * grad_loss_stride, mask=rows_inside, other=0.0)
         g = tl.where((label >= 0) & (label < vocabulary), g, float("nan"))
@@ -267,33 +189,13 @@ def _scale_kernel(x, scale, n, BLOCK: tl.constexpr):
         tl.store(x + at, (value * factor).to(x.dtype.element_ty), mask=at < n)
 
 
-def rows(
-    logits: Tensor, lse: Tensor, loss: Tensor, grad_bias: Tensor | None, target: Tensor, bias: Tensor | None,
-    scale: Tensor, lse_scale: None, vocabulary: int, first_row: int, first_column: int,
-    ignore_index: int, label_smoothing: float, softcap: float, accumulate_bias: bool,
-) -> None:  # fmt: skip
-    """Logits (R, V) to their gradient, in place; writes the loss and log-sum-exp of each row and the bias gradient."""
-    n = len(logits)
-    _rows_kernel[(n,)](
-        logits, lse, loss, target, bias, scale,
-        vocabulary, len(target), first_row, ignore_index, logits.stride(0), scale.stride(0), label_smoothing, softcap,
-        HAS_BIAS=bias is not None, SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0,
-        BLOCK=_ROW_BLOCK, num_warps=8,
-    )  # fmt: skip
-    if grad_bias is not None:
-        _column_sum_kernel[(triton.cdiv(vocabulary, _SUM_COLUMNS),)](
-            logits, grad_bias, n, vocabulary, logits.stride(0),
-            ACCUMULATE=accumulate_bias, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS,
-        )  # fmt: skip
-
-
 def forward(
     hidden_states: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
     ignore_index: int, label_smoothing: float, softcap: float, enabled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and log-sum-exp of every row. ``enabled``: a flag on the device; where it is 0 the results are arbitrary."""
     n, vocabulary = len(hidden_states), len(weight)
-    tile = forward_tile(hidden_states)
+    tile, _ = _tiles(hidden_states)
     blocks = triton.cdiv(n, tile.own)
     part_columns, parts = _parts(vocabulary, tile.loop, blocks, hidden_states)
     part_lse, part_label, part_sum = (hidden_states.new_empty((parts, n), dtype=torch.float32) for _ in range(3))
@@ -367,14 +269,14 @@ def _launch_backward(
     target, bias, lse, grad_loss, grad_lse = inputs
     ignore_index, label_smoothing, softcap = options
     hidden_states, vocabulary = (y, len(x)) if over_vocabulary else (x, len(y))
-    tile, d = backward_tile(hidden_states), x.shape[1]
+    (_, tile), d = _tiles(hidden_states), x.shape[1]
     slices = triton.cdiv(d, tile.width) if grad_x is not None else 1
     blocks = triton.cdiv(len(x), tile.own)
     # a grid too small for the device is cut along the loop as well; its parts are added up afterwards
     part_loopers, parts = (len(y), 1) if enabled is not None else _parts(len(y), tile.loop, blocks * slices, x)
-    outputs = (grad_x, grad_bias)
+    outputs = [grad_x, grad_bias]
     if parts > 1:
-        outputs = tuple(None if t is None else t.new_empty((parts, *t.shape), dtype=torch.float32) for t in outputs)
+        outputs = [None if t is None else t.new_empty((parts, *t.shape), dtype=torch.float32) for t in outputs]
     _backward_kernel[(blocks, slices, parts)](
         x, y, *outputs, target, bias, lse, grad_loss, grad_lse, enabled,
         len(x), len(y), vocabulary, len(target), d, part_loopers, ignore_index,
@@ -389,55 +291,53 @@ def _launch_backward(
                 gradient.copy_(partial.sum(dim=0))
 
 
-def forward_tile(hidden_states: Tensor) -> MatmulTile:
-    return _FORWARD_TILES[_family(hidden_states)]
+# (forward, backward) for each chip and width of operand: the largest tiles for which ptxas spills nothing
+# (tests/test_ahead_of_time.py compiles them). fp32 is multiplied on tensor cores as three tf32 products, which take
+# more registers. "sm_80" stands for all NVIDIA chips that are not named.
+TILES = {
+    ("sm_80", 16): (MatmulTile(128, 64, 64, 0, 8, 3), MatmulTile(64, 64, 64, 256, 8, 3)),
+    ("sm_90", 16): (MatmulTile(128, 128, 64, 0, 8, 3), MatmulTile(64, 64, 64, 256, 8, 3)),
+    ("sm_100", 16): (MatmulTile(128, 64, 64, 0, 8, 3), MatmulTile(64, 64, 64, 256, 8, 3)),
+    ("gfx942", 16): (MatmulTile(128, 128, 64, 0, 8, 2), MatmulTile(64, 64, 32, 128, 4, 2)),
+    ("sm_80", 32): (MatmulTile(64, 64, 32, 0, 8, 2), MatmulTile(64, 32, 32, 64, 8, 2)),
+    ("sm_90", 32): (MatmulTile(128, 64, 32, 0, 8, 2), MatmulTile(64, 64, 32, 128, 8, 2)),
+    ("sm_100", 32): (MatmulTile(128, 64, 32, 0, 8, 2), MatmulTile(64, 64, 32, 64, 8, 2)),
+    ("gfx942", 32): (MatmulTile(64, 64, 32, 0, 4, 2), MatmulTile(64, 32, 32, 64, 4, 2)),
+}
 
 
-def backward_tile(hidden_states: Tensor) -> MatmulTile:
-    return _BACKWARD_TILES[_family(hidden_states)]
+def _tiles(hidden_states: Tensor) -> tuple[MatmulTile, MatmulTile]:
+    return TILES[_chip(hidden_states.device), 8 * hidden_states.element_size()]
 
 
-def _family(hidden_states: Tensor) -> str:
-    """Which tiles: fp32 is multiplied without tensor cores, Hopper's read both operands from shared memory and leave
-    registers for a larger tile, and AMD has a third of the shared memory."""
-    if hidden_states.dtype == torch.float32:
-        return "fp32"
+def _chip(device: torch.device) -> str:
     if torch.version.hip:
-        return "amd"
-    hopper = hidden_states.is_cuda and torch.cuda.get_device_capability(hidden_states.device)[0] == 9
-    return "hopper" if hopper else "16-bit"
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-# The largest tiles for which ptxas spills nothing (tests/test_ahead_of_time.py).
-_FORWARD_TILES = {
-    "16-bit": MatmulTile(128, 64, 64, 0, num_warps=8, num_stages=3),
-    "hopper": MatmulTile(128, 128, 64, 0, num_warps=8, num_stages=3),
-    "amd": MatmulTile(128, 128, 64, 0, num_warps=8, num_stages=2),
-    "fp32": MatmulTile(64, 64, 32, 0, num_warps=4, num_stages=2),
-}
-_BACKWARD_TILES = {
-    "16-bit": MatmulTile(64, 64, 64, 256, num_warps=8, num_stages=3),
-    "hopper": MatmulTile(64, 64, 64, 256, num_warps=8, num_stages=3),
-    "amd": MatmulTile(64, 64, 32, 128, num_warps=4, num_stages=2),
-    "fp32": MatmulTile(64, 32, 32, 64, num_warps=8, num_stages=2),
-}
-_CHIPS = {"16-bit": ("sm_80", "sm_100"), "hopper": ("sm_90",), "amd": ("gfx942",), "fp32": ()}  # none named: all
+def _precision(chip: str) -> str:
+    """How fp32 is multiplied. PyTorch's default, "highest", asks for fp32 results: three tf32 products give them to
+    about 1e-6."""
+    if chip == "gfx942":
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _matmul_constants(hidden_states: Tensor, tile: MatmulTile) -> dict[str, Any]:
-    # "highest" is PyTorch's default: fp32 means fp32
-    exact = torch.get_float32_matmul_precision() == "highest"
     return {
-        "DTYPE": {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
-            hidden_states.dtype
-        ],
-        "PRECISION": "ieee" if exact else "tf32",
+        "DTYPE": _TRITON_TYPES[hidden_states.dtype],
+        "PRECISION": _precision(_chip(hidden_states.device)),
         "OWN": tile.own,
         "LOOP": tile.loop,
         "K": tile.k,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
+
+
+_TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _parts(length: int, step: int, programs: int, tensor: Tensor) -> tuple[int, int]:
@@ -450,88 +350,51 @@ def _parts(length: int, step: int, programs: int, tensor: Tensor) -> tuple[int, 
 def specializations() -> Iterator[Specialization]:
     """What the launchers above ask the compiler for, over dtypes and options."""
     for dtype in ("bf16", "fp32"):
-        for full in (False, True):
-            yield _rows_specialization(dtype, full)
-        yield Specialization(
-            _column_sum_kernel,
-            {"logits": f"*{dtype}", "grad_bias": "*fp32"} | dict.fromkeys(("rows", "vocabulary", "row_stride"), "i32"),
-            {"ACCUMULATE": True, "ROWS": _SUM_ROWS, "COLUMNS": _SUM_COLUMNS},
-            divisible=("row_stride",),
-            label=dtype,
-        )
-        yield Specialization(
-            _scale_kernel, {"x": f"*{dtype}", "scale": "*fp32", "n": "i32"}, {"BLOCK": _SCALE_BLOCK}, label=dtype
-        )
-    for dtype, family in (
-        ("bf16", "16-bit"),
-        ("bf16", "hopper"),
-        ("fp16", "hopper"),
-        ("bf16", "amd"),
-        ("fp32", "fp32"),
-    ):
-        for full in (False, True):
-            yield _forward_specialization(dtype, family, full)
-            for over_vocabulary in (False, True):
-                yield _backward_specialization(dtype, family, over_vocabulary, full)
+        types = {"x": f"*{dtype}", "scale": "*fp32", "n": "i32"}
+        yield Specialization(_scale_kernel, types, {"BLOCK": _SCALE_BLOCK}, label=dtype)
+    for (chip, bits), (forward_tile, backward_tile) in TILES.items():
+        dtypes = ("fp32",) if bits == 32 else ("bf16", "fp16") if chip == "sm_90" else ("bf16",)
+        for dtype in dtypes:
+            for full in (False, True) if (chip, dtype) == ("sm_90", "bf16") else (True,):
+                yield _forward_specialization(dtype, chip, forward_tile, full)
+                for over_vocabulary in (False, True):
+                    yield _backward_specialization(dtype, chip, backward_tile, over_vocabulary, full)
 
 
-def _rows_specialization(dtype: str, full: bool) -> Specialization:
-    integers = ("vocabulary", "positions", "first_row", "ignore_index", "row_stride", "scale_stride")
-    types = {"logits": f"*{dtype}", "lse": "*fp32", "loss": "*fp32", "target": "*i64", "scale": "*fp32"}
-    types |= dict.fromkeys(integers, "i32") | dict.fromkeys(("label_smoothing", "softcap"), "fp32")
-    constants: dict[str, Any] = {"SOFTCAP": full, "SMOOTHING": full, "BLOCK": _ROW_BLOCK}
-    constants |= _optional(types, full, bias="*fp32")
-    return Specialization(
-        _rows_kernel, types, constants | {"HAS_BIAS": full}, num_warps=8, divisible=("row_stride",),
-        label=f"{dtype} {'all options' if full else 'plain'}",
-    )  # fmt: skip
-
-
-def _forward_specialization(dtype: str, family: str, full: bool) -> Specialization:
+def _forward_specialization(dtype: str, chip: str, tile: MatmulTile, full: bool) -> Specialization:
     integers = ("n", "vocabulary", "positions", "d", "part_columns", "hidden_row", "weight_row")
     types = dict.fromkeys(("part_lse", "part_label", "part_sum"), "*fp32") | dict.fromkeys(integers, "i32")
     types |= {"hidden_states": f"*{dtype}", "weight": f"*{dtype}", "target": "*i64", "softcap": "fp32"}
-    flags = {"HAS_BIAS": full, "SOFTCAP": full, "SMOOTHING": full, "PREDICATED": full}
-    strides = {"hidden_column": 1, "weight_column": 1}
-    constants = flags | strides | _optional(types, full, bias=f"*{dtype}", enabled="*i32")
-    return _matmul_specialization(_forward_kernel, dtype, family, _FORWARD_TILES, types, constants, full)
+    constants: dict[str, Any] = {"hidden_column": 1, "weight_column": 1}
+    constants |= dict.fromkeys(("HAS_BIAS", "SOFTCAP", "SMOOTHING", "PREDICATED"), full)
+    constants |= optional(types, full, bias=f"*{dtype}", enabled="*i32")
+    return _matmul_specialization(_forward_kernel, dtype, chip, tile, types, constants, full)
 
 
-def _backward_specialization(dtype: str, family: str, over_vocabulary: bool, full: bool) -> Specialization:
-    integers = (
-        "owners", "loopers", "vocabulary", "positions", "d", "part_loopers", "ignore_index", "x_row", "y_row",
-        "grad_loss_stride",
-    )  # fmt: skip
-    types = dict.fromkeys(("lse", "grad_loss"), "*fp32") | dict.fromkeys(("x", "y", "grad_x"), f"*{dtype}")
-    types |= dict.fromkeys(integers, "i32") | dict.fromkeys(("label_smoothing", "softcap"), "fp32")
-    types |= {"target": "*i64"}
-    flags = {
-        "VOCABULARY": over_vocabulary, "HAS_BIAS": full, "HAS_GRAD_X": True, "HAS_GRAD_LSE": full, "SOFTCAP": full,
-        "HAS_GRAD_BIAS": full and over_vocabulary, "PREDICATED": full,
-    }  # fmt: skip
-    constants = flags | {"x_column": 1, "y_column": 1, "WIDTH": _BACKWARD_TILES[family].width}
-    constants |= _optional(types, full, bias=f"*{dtype}", enabled="*i32", grad_lse="*fp32")
-    constants |= _optional(types, full and over_vocabulary, grad_bias=f"*{dtype}")
-    label = "vocabulary" if over_vocabulary else "rows"
-    return _matmul_specialization(_backward_kernel, dtype, family, _BACKWARD_TILES, types, constants, full, label)
+def _backward_specialization(
+    dtype: str, chip: str, tile: MatmulTile, over_vocabulary: bool, full: bool
+) -> Specialization:
+    integers = ("owners", "loopers", "vocabulary", "positions", "d", "part_loopers", "ignore_index", "x_row", "y_row")
+    types = dict.fromkeys((*integers, "grad_loss_stride"), "i32")
+    types |= dict.fromkeys(("lse", "grad_loss"), "*fp32") | dict.fromkeys(("x", "y", "grad_x"), f"*{dtype}")
+    types |= {"target": "*i64", "label_smoothing": "fp32", "softcap": "fp32"}
+    constants: dict[str, Any] = {"x_column": 1, "y_column": 1, "WIDTH": tile.width}
+    constants |= {"VOCABULARY": over_vocabulary, "HAS_GRAD_X": True, "HAS_GRAD_BIAS": full and over_vocabulary}
+    constants |= dict.fromkeys(("HAS_BIAS", "HAS_GRAD_LSE", "SOFTCAP", "PREDICATED"), full)
+    constants |= optional(types, full, bias=f"*{dtype}", enabled="*i32", grad_lse="*fp32")
+    constants |= optional(types, full and over_vocabulary, grad_bias=f"*{dtype}")
+    label = "vocabulary " if over_vocabulary else "rows "
+    return _matmul_specialization(_backward_kernel, dtype, chip, tile, types, constants, full, label)
 
 
 def _matmul_specialization(
-    kernel: Any, dtype: str, family: str, tiles: dict[str, MatmulTile], types: dict[str, str],
-    constants: dict[str, Any], full: bool, label: str = "",
+    kernel: Any, dtype: str, chip: str, tile: MatmulTile, types: dict[str, str], constants: dict[str, Any],
+    full: bool, label: str = "",
 ) -> Specialization:  # fmt: skip
-    tile = tiles[family]
     element = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
-    constants |= {"DTYPE": element, "PRECISION": "ieee", "OWN": tile.own, "LOOP": tile.loop, "K": tile.k}
+    constants |= {"DTYPE": element, "PRECISION": _precision(chip), "OWN": tile.own, "LOOP": tile.loop, "K": tile.k}
     return Specialization(
         kernel, types, constants, tile.num_warps, tile.num_stages,
         divisible=("d", "hidden_row", "weight_row", "x_row", "y_row"),
-        label=" ".join(filter(None, (dtype, label, "all options" if full else "plain"))),
-        targets=_CHIPS[family],
+        label=f"{dtype} {label}{'all options' if full else 'plain'}", targets=(chip,),
     )  # fmt: skip
-
-
-def _optional(types: dict[str, str], given: bool, **arguments: str) -> dict[str, None]:
-    """Arguments that are pointers where given, else compile-time ``None``."""
-    types |= arguments if given else {}
-    return {} if given else dict.fromkeys(arguments)

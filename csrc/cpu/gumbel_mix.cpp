@@ -4,7 +4,7 @@
 // a counter, running maximum with its token, running sum of exponentials.
 //
 // Backward makes the same logits again, a second GEMM. It then needs E[v] and F[v] only where y_v counts: at τ = 0.3 the
-// noise alone leaves about one token in ten above 2⁻²⁴/V, all others together weigh less than the rounding of Σ y = 1.
+// noise alone leaves 7 % of 30,522 tokens above 2⁻²⁴/V, and all others together weigh less than the rounding of Σ y = 1.
 // So instead of two more GEMMs (F[v]·r and dz·E) the tokens that count are collected and worked on four at a time, out
 // of a slab of E and F that stays in L2 for all rows. dz needs δ, which is known only at the end of the row, but
 // dh̄ = (Σ y F·r E − δ Σ y E)/τ is linear in it: both sums are kept and nothing is swept twice. The price is paid where
@@ -73,25 +73,24 @@ struct Chunk {
 template <typename A>
 struct Vocabulary {
   static constexpr ScalarType wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor &weight, &embedding;
-  ScalarType narrow;  // what the products with the weight are taken of
-  bool uses_embedding;
+  const Tensor& weight;
+  const std::optional<Tensor> embedding;  // null: not needed
+  ScalarType narrow;                       // what the products with the weight are taken of
   Tensor hidden, logits;
   std::vector<A> bias;
   int64_t size, columns;
 
   Vocabulary(const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias_tensor,
-             const Tensor& embedding, bool uses_embedding)
+             const std::optional<Tensor>& embedding)
       : weight(weight),
         embedding(embedding),
         narrow(mixed.scalar_type()),
-        uses_embedding(uses_embedding),
         hidden(operand(mixed, narrow, wide)),
         logits(mixed),
         size(weight.size(0)) {
     int64_t values = mixed.size(0);
     if (!is_operand(weight, wide) || narrow != wide) values += weight.size(1);
-    if (uses_embedding && !is_operand(embedding, wide)) values += embedding.size(1);
+    if (embedding && !is_operand(*embedding, wide)) values += embedding->size(1);
     columns = chunk_columns(size, values, sizeof(A));
     logits = torch::stable::new_empty(mixed, {mixed.size(0), columns}, wide);
     if (!bias_tensor) return;
@@ -100,29 +99,30 @@ struct Vocabulary {
     bias.resize(aligned(size) + kAlign);
   }
 
+  Tensor columns_of_logits(int64_t n) { return torch::stable::narrow(logits, 1, 0, n); }
+
   // f(chunk of logits, its rows of E, its rows of F) for each chunk in turn.
   template <typename F>
   void each_chunk(F&& f) {
     for (int64_t first = 0; first < size; first += columns) {
       const int64_t n = std::min(columns, size - first);
       const Tensor e = operand(rows_of(weight, first, n), narrow, wide);
-      const Tensor rows = rows_of(embedding, first, n);
-      multiply(torch::stable::narrow(logits, 1, 0, n), hidden, transposed(e));
+      multiply(columns_of_logits(n), hidden, transposed(e));
       f(Chunk<A>{static_cast<A*>(logits.data_ptr()), columns, first, n, bias.empty() ? nullptr : bias.data()}, e,
-        uses_embedding ? operand(rows, rows.scalar_type(), wide) : rows);
+        embedding ? operand(rows_of(*embedding, first, n), embedding->scalar_type(), wide) : e);
     }
   }
 };
 
-// What forward knows of a row after some of the vocabulary: the largest z + g, Σ exp((z + g − largest)/τ).
+// What is known of a row after some of the vocabulary: the largest z + g, Σ exp((z + g − largest)/τ).
 template <typename A>
 struct RowState {
   A most = -INFINITY, sum = 0;
 
   A origin() const { return most == -INFINITY ? A(0) : most; }  // −∞ − −∞ would be NaN
 
-  // Take in n values; where `keep`, exp((z + g − largest)/τ) replaces them. Returns what earlier sums are scaled by.
-  A take(A* s, int64_t n, A most_here, A inverse_temperature, bool keep, int64_t first, int64_t* token) {
+  // Take in n values, of which `most_here` is the largest.
+  void take(const A* s, int64_t n, A most_here, A inverse_temperature, int64_t first, int64_t* token) {
     constexpr int64_t L = Vector<A>::lanes;
     const A before = most;
     if (most_here > most) {
@@ -131,52 +131,60 @@ struct RowState {
     }
     const A zero = origin();
     typename Vector<A>::type total[2] = {};
-    for (int64_t c = 0; c < aligned(n); c += L) {
-      const auto p = exp((load(s + c) - zero) * inverse_temperature);
-      if (keep) store(s + c, p);
-      total[c / L % 2] += p;
-    }
-    const A scale = std::exp((before - zero) * inverse_temperature);
-    sum *= scale;
+    for (int64_t c = 0; c < aligned(n); c += L)
+      total[c / L % 2] += exp((load(s + c) - zero) * inverse_temperature);
+    sum *= std::exp((before - zero) * inverse_temperature);
     for (int64_t k = 0; k < L; ++k) sum += total[0][k] + total[1][k];
-    return scale;
   }
+
+  A log_sum_exp(A inverse_temperature) const { return origin() * inverse_temperature + std::log(sum); }
 };
 
 template <typename A>
-void forward(Tensor& token_ids, Tensor& lse, const std::optional<Tensor>& soft, const Tensor& mixed,
-             const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& embedding, uint64_t seed,
-             A inverse_temperature) {
+void sample(const Tensor& token_ids, const Tensor& lse, const Tensor& mixed, const Tensor& weight,
+            const std::optional<Tensor>& bias, uint64_t seed, A inverse_temperature) {
   const int64_t m = mixed.size(0);
-  Vocabulary<A> vocabulary(mixed, weight, bias, embedding, soft.has_value());
+  Vocabulary<A> vocabulary(mixed, weight, bias, std::nullopt);
   std::vector<RowState<A>> state(m);
   int64_t* tokens = static_cast<int64_t*>(token_ids.data_ptr());
   std::fill(tokens, tokens + m, int64_t(0));
-  const Tensor part = soft ? torch::stable::empty_like(*soft) : lse;
-  A* sums = soft ? static_cast<A*>(soft->data_ptr()) : nullptr;
-  const A* added = static_cast<const A*>(part.data_ptr());
-  const int64_t width = soft ? soft->size(1) : 0;
-  if (soft) std::fill(sums, sums + m * width, A(0));
-  std::vector<A> scale(m);
-  vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor&, const Tensor& f) {
+  vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor&, const Tensor&) {
     torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const A most = z.perturb(i, seed);
-        scale[i] = state[i].take(z.row(i), z.columns, most, inverse_temperature, soft.has_value(), z.first, tokens + i);
+        state[i].take(z.row(i), z.columns, most, inverse_temperature, z.first, tokens + i);
       }
-    });
-    if (!soft) return;
-    multiply(part, torch::stable::narrow(vocabulary.logits, 1, 0, z.columns), f);
-    torch::stable::parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t j = i * width; j < (i + 1) * width; ++j) sums[j] = sums[j] * scale[i] + added[j];
     });
   });
   A* out = static_cast<A*>(lse.data_ptr());
-  for (int64_t i = 0; i < m; ++i) {
-    out[i] = state[i].origin() * inverse_temperature + std::log(state[i].sum);
-    for (int64_t j = i * width; j < (i + 1) * width; ++j) sums[j] /= state[i].sum;
-  }
+  for (int64_t i = 0; i < m; ++i) out[i] = state[i].log_sum_exp(inverse_temperature);
+}
+
+// y of a chunk in place of its logits.
+template <typename A>
+void write_weights(const Chunk<A>& z, int64_t begin, int64_t end, const A* lse, A inverse_temperature) {
+  for (int64_t i = begin; i < end; ++i)
+    for (A* s = z.row(i); s < z.row(i) + z.columns; s += Vector<A>::lanes)
+      store(s, exp(load(s) * inverse_temperature - lse[i]));
+}
+
+template <typename A>
+void soft_value(const Tensor& value, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
+                const Tensor& embedding, const Tensor& lse, uint64_t seed, A inverse_temperature) {
+  const int64_t m = mixed.size(0), size = value.numel();
+  Vocabulary<A> vocabulary(mixed, weight, bias, embedding);
+  const Tensor part = torch::stable::empty_like(value);
+  A* sum = static_cast<A*>(value.data_ptr());
+  const A* added = static_cast<const A*>(part.data_ptr());
+  std::fill(sum, sum + size, A(0));
+  vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor&, const Tensor& f) {
+    torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) z.perturb(i, seed);
+      write_weights(z, begin, end, static_cast<const A*>(lse.data_ptr()), inverse_temperature);
+    });
+    multiply(part, vocabulary.columns_of_logits(z.columns), f);
+    for (int64_t j = 0; j < size; ++j) sum[j] += added[j];
+  });
 }
 
 // Tokens of one slab that count for one row: which, and their y.
@@ -290,7 +298,7 @@ void backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tenso
               const Tensor& origin_tensor, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
               const Tensor& embedding, const Tensor& lse_tensor, uint64_t seed, A inverse_temperature) {
   const int64_t m = mixed.size(0), d = mixed.size(1);
-  Vocabulary<A> vocabulary(mixed, weight, bias, embedding, grad_mixed.has_value());
+  Vocabulary<A> vocabulary(mixed, weight, bias, grad_mixed ? std::optional<Tensor>(embedding) : std::nullopt);
   const Tensor upstream = operand(grad, grad.scalar_type(), Vocabulary<A>::wide);
   const Rows<A> r(upstream);
   const A* lse = static_cast<const A*>(lse_tensor.data_ptr());
@@ -320,11 +328,9 @@ void backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tenso
     });
     if (!grad_embedding) return;
     torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-      constexpr int64_t L = Vector<A>::lanes;
-      for (int64_t i = begin; i < end; ++i)
-        for (A* s = z.row(i); s < z.row(i) + z.columns; s += L) store(s, exp(load(s) * inverse_temperature - lse[i]));
+      write_weights(z, begin, end, lse, inverse_temperature);
     });
-    const Tensor y = torch::stable::narrow(vocabulary.logits, 1, 0, z.columns);
+    const Tensor y = vocabulary.columns_of_logits(z.columns);
     const Tensor out = rows_of(*grad_embedding, z.first, z.columns);
     if (out.scalar_type() == Vocabulary<A>::wide) return multiply(out, transposed(y), upstream);
     Tensor rounded = out;
@@ -338,30 +344,41 @@ void backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tenso
 
 uint64_t key_of(const Tensor& seed) { return uint64_t(*static_cast<const int64_t*>(seed.data_ptr())); }
 
-void gumbel_mix_forward(Tensor token_ids, Tensor lse, const std::optional<Tensor>& soft_embeddings, const Tensor& mixed,
-                        const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& embedding,
-                        const Tensor& seed, double temperature) {
-  if (lse.scalar_type() == ScalarType::Double)
-    return forward<double>(token_ids, lse, soft_embeddings, mixed, weight, bias, embedding, key_of(seed),
-                           1 / temperature);
-  forward<float>(token_ids, lse, soft_embeddings, mixed, weight, bias, embedding, key_of(seed), float(1 / temperature));
+// Call f with a value of the type of arithmetic.
+template <typename F>
+void dispatch_wide(const Tensor& lse, F&& f) {
+  lse.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+void gumbel_mix_sample(Tensor token_ids, Tensor lse, const Tensor& mixed, const Tensor& weight,
+                       const std::optional<Tensor>& bias, const Tensor& seed, double temperature) {
+  dispatch_wide(lse, [&](auto a) {
+    sample<decltype(a)>(token_ids, lse, mixed, weight, bias, key_of(seed), decltype(a)(1 / temperature));
+  });
+}
+
+void gumbel_mix_soft_value(Tensor value, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const Tensor& embedding, const Tensor& lse, const Tensor& seed, double temperature) {
+  dispatch_wide(lse, [&](auto a) {
+    soft_value<decltype(a)>(value, mixed, weight, bias, embedding, lse, key_of(seed), decltype(a)(1 / temperature));
+  });
 }
 
 void gumbel_mix_backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_embedding,
                          const Tensor& grad_embeddings, const Tensor& origin, const Tensor& mixed, const Tensor& weight,
                          const std::optional<Tensor>& bias, const Tensor& embedding, const Tensor& lse,
                          const Tensor& seed, double temperature) {
-  if (lse.scalar_type() == ScalarType::Double)
-    return backward<double>(grad_mixed, grad_embedding, grad_embeddings, origin, mixed, weight, bias, embedding, lse,
-                            key_of(seed), 1 / temperature);
-  backward<float>(grad_mixed, grad_embedding, grad_embeddings, origin, mixed, weight, bias, embedding, lse,
-                  key_of(seed), float(1 / temperature));
+  dispatch_wide(lse, [&](auto a) {
+    backward<decltype(a)>(grad_mixed, grad_embedding, grad_embeddings, origin, mixed, weight, bias, embedding, lse,
+                          key_of(seed), decltype(a)(1 / temperature));
+  });
 }
 
 }  // namespace
 }  // namespace repdeg_fast
 
 STABLE_TORCH_LIBRARY_IMPL(repdeg_fast_native, CPU, m) {
-  m.impl("gumbel_mix_forward", TORCH_BOX(&repdeg_fast::gumbel_mix_forward));
+  m.impl("gumbel_mix_sample", TORCH_BOX(&repdeg_fast::gumbel_mix_sample));
+  m.impl("gumbel_mix_soft_value", TORCH_BOX(&repdeg_fast::gumbel_mix_soft_value));
   m.impl("gumbel_mix_backward", TORCH_BOX(&repdeg_fast::gumbel_mix_backward));
 }

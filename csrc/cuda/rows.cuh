@@ -72,11 +72,11 @@ inline cudaStream_t current_stream(const Tensor& t) {
 
 // Blocks of a persistent grid: as many as the device holds at once, and no more than there is work for.
 template <typename Kernel>
-inline int64_t persistent_blocks(Kernel kernel, int threads, int64_t work) {
+inline int64_t persistent_blocks(Kernel kernel, int threads, int64_t work, size_t shared = 0) {
   int device = 0, multiprocessors = 0, resident = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, 0));
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared));
   const int64_t most = int64_t(multiprocessors) * (resident > 0 ? resident : 1);
   return work < most ? work : most;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import platform
@@ -52,10 +53,14 @@ class Step:
         self._call = call
         self._upstream: Tensor | None = None
 
+    def of_pass(self, pass_: str) -> Step:
+        """The same step with or without its backward pass."""
+        step = copy.copy(self)
+        step.backward = pass_ != FORWARD and not self.graph_free
+        return step
+
     def reset(self) -> None:
         """A fresh gradient each time; for the graph-free form one that is already there."""
-        if self.backward and self._upstream is None:  # made here, so that it is not part of what is measured
-            self._upstream = torch.ones_like(self._call().detach())
         for leaf in self.leaves:
             if not self.graph_free:
                 leaf.grad = None
@@ -66,6 +71,8 @@ class Step:
         return self._call()
 
     def differentiate(self, output: Tensor) -> None:
+        if self._upstream is None:  # in the first run, which warms up
+            self._upstream = torch.ones_like(output)
         torch.autograd.backward(output, self._upstream)
 
     def run(self) -> Tensor:

@@ -65,7 +65,7 @@ def _plot_time(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _plot_memory(rows: Sequence[Row], path: Path) -> Path:
-    rows = [row for row in rows if row.pass_ == PASSES[-1]]
+    rows = [row for row in rows if row.pass_ == PASSES[-1] and row.peak_bytes is not None]
     cases = _unique(row.case for row in rows)
     kinds = ("peak", "saved")
     grid = _Grid(rows, cases, kinds)

@@ -40,7 +40,9 @@ def profile_case(
     found = []
     for provider in providers:
         tick(provider.name)
-        reason = unfit(provider, case, inputs, device)
+        reason = unfit(provider, case, inputs, device) or (
+            f"no implementation: {provider.floor}" if provider.floor else ""
+        )
         if reason:
             found.append(Profile(provider, reason=reason))
             continue

@@ -37,12 +37,14 @@ def table(rows: Sequence[Row]) -> Table:
     out.add_column("ms (p20–p80)", justify="right", no_wrap=True)
     for name in (["tokens/s"] if with_tokens else []) + ["GB/s", "TFLOP/s", "% roof", "peak", "saved"]:
         out.add_column(name, justify="right", no_wrap=True)
-    for name in ("vs eager", "vs best rival"):
+    floor = next((row.provider.name for row in rows if row.times_floor), None)
+    for name in ("vs eager", "vs best rival", *([f"time ÷ {floor}"] if floor else [])):
         out.add_column(name, justify="right", max_width=9)
     out.add_column(f"{first.suite.value_name}, or why not measured", overflow="fold")
     for row in rows:
         if row.samples:
-            out.add_row(*_figures(row, with_tokens), style="bold" if row.provider.ours else None)
+            style = "bold" if row.provider.ours else None
+            out.add_row(*_figures(row, with_tokens, floor is not None), style=style)
         elif row.pass_ == row.provider.passes[0]:  # once for all its passes
             out.add_row(row.provider.name, *["–"] * (len(out.columns) - 2), _reason(row))
     return out
@@ -53,7 +55,7 @@ def _verdicts(rows: Sequence[Row]) -> list[str]:
     lines = []
     for pass_ in dict.fromkeys(row.pass_ for row in rows):
         measured = [row for row in rows if row.pass_ == pass_ and row.samples]
-        rivals = [row for row in measured if not row.provider.ours]
+        rivals = [row for row in measured if row.provider.rival]
         for graph_free in (False, True):
             ours = [row for row in measured if row.provider.ours and row.provider.graph_free is graph_free]
             if not ours or not rivals:
@@ -102,11 +104,10 @@ def _reason(row: Row) -> str:
     return f"[{'red' if row.failed else 'dim'}]{escape(row.reason or '')}[/]"
 
 
-def _figures(row: Row, with_tokens: bool) -> list[str]:
+def _figures(row: Row, with_tokens: bool, with_floor: bool) -> list[str]:
     assert row.ms is not None
-    assert row.value is not None
     seconds = row.ms / 1e3
-    value = f"{row.value:.12f}"
+    value = f"[dim]{row.provider.floor}[/]" if row.value is None else f"{row.value:.12f}"
     tokens = [f"{row.case.tokens / seconds:,.0f}"] if with_tokens and row.case.tokens else []
     return [
         row.provider.name,
@@ -120,6 +121,7 @@ def _figures(row: Row, with_tokens: bool) -> list[str]:
         "–" if row.provider.graph_free else format_bytes(row.saved_bytes),
         _times(row.speedup_vs_eager),
         _times(row.speedup_vs_rival),
+        *([_times(row.times_floor)] if with_floor else []),
         f"[bold red]WRONG {value} (off by {row.error:.1e})[/]" if row.wrong else value,
     ]
 

@@ -32,6 +32,7 @@ class Row:
     saved_bytes: int | None = None
     speedup_vs_eager: float | None = None
     speedup_vs_rival: float | None = None
+    times_floor: float | None = None
     value: float | None = None
     error: float | None = None  # relative to the float64 value
     exact: float | None = None
@@ -67,6 +68,7 @@ class Row:
             "peak_bytes": self.peak_bytes,
             "saved_bytes": self.saved_bytes,
             "speedup_vs_eager": self.speedup_vs_eager,
+            "times_floor": self.times_floor,
             "versions": self.versions,
             "value": None if self.value is None or math.isnan(self.value) else self.value,  # JSON has no NaN
             "reason": f"wrong value {self.value!r}: float64 gives {self.exact!r}" if self.wrong else self.reason,
@@ -106,19 +108,19 @@ def _run_case(
     exact = suite.exact(inputs)
     rows, steps = [], []
     for provider in providers:
-        call, common = prepare(suite, case, provider, inputs, exact, device)
+        step, common = prepare(suite, case, provider, inputs, exact, device)
         for pass_ in provider.passes:
             work = suite.work(case, pass_, provider.graph_free)
             row = Row(suite, case, provider, pass_, str(device.type), versions, work.bytes, work.flops, **common)
             rows.append(row)
-            if call:
-                steps.append((row, measure.Step(provider, call, inputs, pass_)))
+            if step:
+                steps.append((row, step.of_pass(pass_)))
             else:
                 tick(f"{case.name} {provider.name}: left out")
         tick(f"{case.name} {provider.name}: ready")
 
     for row, step in steps:
-        row.peak_bytes = memory.peak_bytes(step, device)
+        row.peak_bytes = None if row.provider.floor else memory.peak_bytes(step, device)
     for pass_ in PASSES:
         of_pass = [(row, step) for row, step in steps if row.pass_ == pass_]
 
@@ -135,9 +137,9 @@ def _run_case(
 
 def prepare(
     suite: Suite, case: Case, provider: Provider, inputs: Inputs, exact: Tensor, device: torch.device
-) -> tuple[Callable[[], Tensor] | None, dict[str, Any]]:
-    """The provider's function, called once and checked, with what is common to its rows; no function and the reason
-    where it cannot run."""
+) -> tuple[measure.Step | None, dict[str, Any]]:
+    """The provider's step, run once and checked, with what is common to its rows; no step and the reason where it
+    cannot run. A floor has no value to check, and no memory of interest."""
     exact_value = float(exact.double().mean())
     if reason := measure.unfit(provider, case, inputs, device):
         return None, {"reason": reason, "exact": exact_value}
@@ -146,13 +148,14 @@ def prepare(
         step = measure.Step(provider, call, inputs, provider.passes[-1])
         step.reset()
         output = step.run().detach()  # the first call compiles, both passes
-        error = _relative_error(output, exact)
         step.reset()
+        if provider.floor:
+            return step, {"exact": exact_value}
         saved = 0 if provider.graph_free else memory.saved_bytes(call, inputs)
     except Exception as failure:  # a peer that does not work here is a row like others, not the end of the run
         return None, {"reason": measure.describe(failure), "failed": True, "exact": exact_value}
-    value = float(output.double().mean())
-    return call, {"saved_bytes": saved, "value": value, "error": error, "exact": exact_value}
+    value, error = float(output.double().mean()), _relative_error(output, exact)
+    return step, {"saved_bytes": saved, "value": value, "error": error, "exact": exact_value}
 
 
 def _relative_error(output: Tensor, exact: Tensor) -> float:
@@ -162,10 +165,13 @@ def _relative_error(output: Tensor, exact: Tensor) -> float:
 
 
 def _compare(rows: list[Row], device: torch.device) -> None:
-    """Speedups within one pass: against eager, and against the best provider that is not ours."""
+    """Speedups within one pass: against eager, and against the best provider that is not ours; and the time as a
+    multiple of the floor's."""
     eager = next((row for row in rows if row.provider.name == "eager"), None)
-    rivals = [row for row in rows if not row.provider.ours]
+    floor = next((row for row in rows if row.provider.floor), None)
+    rivals = [row for row in rows if row.provider.rival]
     best = min(rivals, key=lambda row: row.ms or 0, default=None)
     for row in rows:
         row.speedup_vs_eager = measure.speedup(eager.samples, row.samples, device) if eager else None
         row.speedup_vs_rival = measure.speedup(best.samples, row.samples, device) if best else None
+        row.times_floor = measure.speedup(row.samples, floor.samples, device) if floor else None

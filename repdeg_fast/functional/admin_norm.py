@@ -1,0 +1,171 @@
+"""ADMIN's residual block: arguments checked, then handed to :mod:`repdeg_fast.ops.admin_norm`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from repdeg_fast import backends
+from repdeg_fast._checks import check_floating, check_positive
+from repdeg_fast._recoverable import SMALLEST_RATIO, smallest_ratio
+from repdeg_fast._seeds import seed_tensor
+from repdeg_fast.ops.admin_norm import admin_norm as _admin_norm
+from repdeg_fast.reference.cosreg import arithmetic_dtype
+
+NORMS = ("layer", "rms")
+SAVES = ("auto", "output", "input")
+
+
+def admin_norm(
+    x: Tensor,  # (..., d)
+    branch: Tensor,  # (..., d)
+    omega: Tensor | float | None = None,  # (d,) or one value
+    weight: Tensor | None = None,  # (d,)
+    bias: Tensor | None = None,  # (d,)
+    *,
+    branch_bias: Tensor | None = None,  # (d,)
+    dropout: float = 0.0,
+    eps: float = 1e-5,
+    norm: str = "layer",
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    save: str = "auto",
+) -> Tensor:
+    """A post-LN residual block's end in one kernel (ADMIN, arXiv 2004.08249, section 4; arXiv 2008.07772):
+
+    y = LayerNorm(x ⊙ ω + dropout(branch + branch_bias)) ⊙ weight + bias, over the last dimension.
+
+    Differentiable in every tensor but ``seed``. The dropout mask is drawn again in the backward pass, never stored.
+
+    Args:
+        x: (..., d), the residual stream; float32, bfloat16, float16, or float64 on a CPU.
+        branch: like ``x``, the output of the sub-layer. Rows of any stride; values of a row apart in memory are copied.
+        omega, weight, bias, branch_bias: (d,), in float32 (float64 for float64 ``x``) or the dtype of ``x``; ``None``
+            stands for 1, 1, 0, 0. ``omega`` may be one value, as a tensor or a number.
+        dropout: probability p in [0, 1) of dropping a value of the branch; what is kept is scaled by 1/(1−p).
+        eps: added to the variance.
+        norm: ``"layer"``, or ``"rms"``, which subtracts no mean.
+        training: ``False`` switches dropout off.
+        seed: of the mask: an int, a one-element int64 tensor on the device (which a CUDA graph can replay with another
+            value), or ``None`` to draw one from torch's generator. The same seed gives the same mask on every backend.
+        save: what the backward pass recomputes the normalized value from. ``"output"``: from y, which the next layer
+            keeps anyway, so that this block itself keeps 4 bytes a row. ``"input"``: from ``x`` and ``branch``, which
+            it then keeps, and 8 bytes a row; exact also where a weight is near zero, that is
+            |weight| < r·max(|bias|, 2⁻⁸) with r = 2⁻² for bfloat16, 2⁻⁵ for float16, else 2⁻⁸. ``"auto"``: the output
+            unless a weight is near zero, announced once. It looks again when the parameters change; on a GPU every 16
+            updates and without waiting. A compiled graph keeps what it was traced with.
+
+    Returns:
+        y, (..., d) in the dtype of ``x``. Under autocast ``x`` and ``branch`` are cast to autocast's dtype first, and y
+        comes out in it; the arithmetic is in float32 inside the kernel all the same.
+
+    Raises:
+        TypeError, ValueError: naming the argument. ``save="output"`` with a weight near zero is one of them.
+    """
+    x, branch = _under_autocast(x), _under_autocast(branch)
+    _check_activations(x, branch)
+    check_options(dropout, eps, norm, save)
+    parameters = (
+        _omega(omega, x),
+        _parameter("weight", weight, x),
+        _parameter("bias", bias, x),
+        _parameter("branch_bias", branch_bias, x),
+    )
+    dropout = float(dropout) if training else 0.0
+    seed = seed_tensor(seed, x.device) if dropout > 0 else None
+    save_input = torch.is_grad_enabled() and _save_input(save, weight, bias, x.dtype)
+    y, _, _ = _admin_norm(
+        _rows(x), _rows(branch), *parameters, seed, dropout, float(eps), norm == "layer", save_input,
+        backends.requested(),
+    )  # fmt: skip
+    return y.view(x.shape)
+
+
+def check_options(dropout: float, eps: float, norm: str, save: str) -> None:
+    """The options that the module shares."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    check_positive("eps", eps)
+    for name, value, choices in (("norm", norm, NORMS), ("save", save, SAVES)):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _under_autocast(value: Tensor) -> Tensor:
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        device = value.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return value.to(torch.get_autocast_dtype(device))
+    return value
+
+
+def _check_activations(x: Tensor, branch: Tensor) -> None:
+    check_floating("x", x)
+    check_floating("branch", branch)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected shape (..., d) with d of at least 1, got {tuple(x.shape)}")
+    if branch.shape != x.shape:
+        raise ValueError(f"branch: expected shape {tuple(x.shape)} like x, got {tuple(branch.shape)}")
+    if branch.dtype != x.dtype:
+        raise TypeError(f"branch: expected {x.dtype} like x, got {branch.dtype}; call .to(x.dtype)")
+    if branch.device != x.device:
+        raise ValueError(f"branch: expected device {x.device} like x, got {branch.device}")
+
+
+def _rows(value: Tensor) -> Tensor:
+    """(N, d) with the values of a row side by side, without a copy where memory allows."""
+    rows = value.reshape(-1, value.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _parameter(name: str, value: Tensor | None, x: Tensor) -> Tensor | None:
+    """``value`` as the kernels take it: (d,), contiguous, in the arithmetic dtype."""
+    if value is None:
+        return None
+    _check_parameter(name, value, x)
+    if value.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: expected shape ({x.shape[-1]},), one value a column, got {tuple(value.shape)}")
+    return value.to(arithmetic_dtype(x)).contiguous()
+
+
+def _omega(omega: Tensor | float | None, x: Tensor) -> Tensor | None:
+    """(d,), contiguous, in the arithmetic dtype. One value is spread over the columns."""
+    if omega is None:
+        return None
+    if not isinstance(omega, Tensor):
+        if isinstance(omega, bool) or not isinstance(omega, (int, float)) or not math.isfinite(omega):
+            raise TypeError(f"omega: expected a tensor, a finite number or None, got {omega!r}")
+        omega = torch.full((1,), float(omega), dtype=arithmetic_dtype(x), device=x.device)
+    _check_parameter("omega", omega, x)
+    d = x.shape[-1]
+    if omega.shape not in ((d,), (1,), ()):
+        raise ValueError(f"omega: expected shape ({d},), one value a column, or one value, got {tuple(omega.shape)}")
+    return omega.to(arithmetic_dtype(x)).expand(d).contiguous()
+
+
+def _check_parameter(name: str, value: Tensor, x: Tensor) -> None:
+    check_floating(name, value)
+    if value.dtype not in (arithmetic_dtype(x), x.dtype):
+        expected = dict.fromkeys((str(arithmetic_dtype(x)), str(x.dtype)))
+        raise TypeError(f"{name}: expected {' or '.join(expected)} for x of {x.dtype}, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like x, got {value.device}")
+
+
+@torch.compiler.assume_constant_result
+def _save_input(save: str, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the backward pass starts from the inputs. Looked up while a graph is traced, then fixed in it."""
+    if save == "input":
+        return True
+    ratio, needed = smallest_ratio(weight, bias), SMALLEST_RATIO[dtype]
+    if ratio >= needed:
+        return False
+    problem = f"weight has an entry near zero: min |weight|/max(|bias|, 2⁻⁸) is below {needed:g}, too small for {dtype}"
+    if save == "output":
+        raise ValueError(f'save: {problem} (it is {ratio:.3g}); use save="input" or "auto"')
+    backends.announce(
+        f"repdeg_fast: admin_norm: {problem}; the backward pass keeps x and branch there instead of the output alone"
+    )
+    return True

@@ -1,0 +1,102 @@
+"""ADMIN's residual block as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from repdeg_fast.functional.admin_norm import admin_norm, check_options
+
+
+class AdminNorm(nn.Module):
+    """Residual sum and normalization of a post-LN block in one kernel (ADMIN, arXiv 2004.08249, arXiv 2008.07772):
+
+    y = LayerNorm(x ⊙ ω + dropout(branch + branch_bias)) ⊙ weight + bias; see :func:`repdeg_fast.admin_norm`.
+
+    Example::
+
+        self.norm = AdminNorm(768, dropout=0.1)  # replaces nn.Dropout and nn.LayerNorm
+        hidden = self.norm(hidden, self.attention(hidden))
+
+    Args:
+        normalized_shape: d, the length of the last dimension.
+        omega: what every entry of the trainable ω (d,) starts from; see ``initialize_admin_`` for the paper's rules.
+        dropout: probability in [0, 1), applied to the branch while training.
+        eps: added to the variance.
+        norm: ``"layer"`` or ``"rms"``.
+        elementwise_affine, bias: whether there is a ``weight``, and with it (LayerNorm only) a ``bias``, as in
+            ``nn.LayerNorm`` and ``nn.RMSNorm``.
+        branch_bias: whether to add a trainable bias to the branch, in place of that of its last linear layer.
+        save: see :func:`repdeg_fast.admin_norm`.
+    """
+
+    omega: nn.Parameter
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    branch_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        normalized_shape: int,
+        omega: float = 1.0,
+        *,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        norm: str = "layer",
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        branch_bias: bool = False,
+        save: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(normalized_shape, int) or normalized_shape < 1:
+            raise ValueError(
+                f"normalized_shape: expected the length of the last dimension, an int of at least 1, "
+                f"got {normalized_shape!r}"
+            )
+        check_options(dropout, eps, norm, save)
+        self.normalized_shape, self.initial_omega = normalized_shape, float(omega)
+        self.dropout, self.eps, self.norm, self.save = dropout, eps, norm, save
+
+        def parameter(name: str, there: bool) -> None:
+            empty = torch.empty(normalized_shape, device=device, dtype=dtype) if there else None
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty))
+
+        parameter("omega", True)
+        parameter("weight", elementwise_affine)
+        parameter("bias", elementwise_affine and bias and norm == "layer")
+        parameter("branch_bias", branch_bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """ω to its start value, weight to 1, biases to 0."""
+        starts = ((self.omega, self.initial_omega), (self.weight, 1.0), (self.bias, 0.0), (self.branch_bias, 0.0))
+        for parameter, start in starts:
+            if parameter is not None:
+                nn.init.constant_(parameter, start)
+
+    def forward(self, x: Tensor, branch: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
+        """(..., d). ``x``: the residual stream; ``branch``: the sub-layer's output, of the same shape and dtype."""
+        return admin_norm(
+            x,
+            branch,
+            self.omega,
+            self.weight,
+            self.bias,
+            branch_bias=self.branch_bias,
+            dropout=self.dropout,
+            eps=self.eps,
+            norm=self.norm,
+            training=self.training,
+            seed=seed,
+            save=self.save,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.normalized_shape}, omega={self.initial_omega}, dropout={self.dropout}, eps={self.eps}, "
+            f"norm={self.norm!r}, elementwise_affine={self.weight is not None}, bias={self.bias is not None}, "
+            f"branch_bias={self.branch_bias is not None}, save={self.save!r}"
+        )

@@ -1,0 +1,488 @@
+"""Linear cross entropy: every backend and strategy against PyTorch's formula in float64."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TOLERANCE, relative_error, saved_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+import repdeg_fast
+from repdeg_fast import linear_cross_entropy, multi_layer_mlm_loss
+from repdeg_fast.ops import _vocabulary_chunks
+from repdeg_fast.ops import linear_cross_entropy as ops
+from repdeg_fast.ops.linear_cross_entropy import operation  # noqa: F401 - tells conftest where to test
+
+STRATEGIES = ("chunked", "streaming")
+# V, M, d: each of the awkward values at least twice, in different company
+SHAPES = [(1, 3, 65), (7, 1, 1), (127, 129, 65), (127, 3, 768), (7, 129, 768), (1, 129, 1), (127, 1, 65)]
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"softcap": 2.0},
+    {"reduction": "sum", "label_smoothing": 0.2, "softcap": 3.0},
+    {"reduction": "none"},
+]
+
+
+def inputs(vocabulary, rows, width, dtype=torch.float32, device="cpu", target_dtype=torch.int64, heads=None):
+    """Hidden states, weight, target (some ignored) and bias; logits of size about 1, so that no class vanishes."""
+    shape = (rows, width) if heads is None else (heads, rows, width)
+    hidden = torch.randn(shape, dtype=torch.float64)
+    weight = torch.randn(vocabulary, width, dtype=torch.float64) / width**0.5
+    bias = torch.randn(vocabulary, dtype=torch.float64)
+    target = torch.randint(0, vocabulary, (rows,))
+    target[1::5] = -100
+    hidden, weight, bias = (t.to(dtype).to(device).requires_grad_() for t in (hidden, weight, bias))
+    return hidden, weight, target.to(target_dtype).to(device), bias
+
+
+def expected(hidden, weight, target, bias=None, *, softcap=None, padding_idx=None, upstream=None, **options):
+    """Loss and gradients of PyTorch's own functions, in float64 on the CPU."""
+    leaves = [None if t is None else t.detach().cpu().double().requires_grad_() for t in (hidden, weight, bias)]
+    z = F.linear(*leaves)
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    target = target.cpu().long()
+    loss = F.cross_entropy(z.flatten(0, -2), target.flatten(), **options)
+    loss = loss.view(target.shape) if options.get("reduction") == "none" else loss
+    loss.backward(None if upstream is None else upstream.cpu().double())
+    if padding_idx is not None:
+        leaves[1].grad[padding_idx] = 0
+    return loss.detach(), [None if t is None else t.grad for t in leaves]
+
+
+def expected_heads(hidden, weight, target, bias, head_weight):
+    losses, gradients = zip(
+        *(expected(h, weight, target, bias, upstream=u) for h, u in zip(hidden, head_weight, strict=True)), strict=True
+    )
+    dh, dw, db = zip(*gradients, strict=True)
+    return torch.stack(losses), [torch.stack(dh), sum(dw), sum(db)]
+
+
+def assert_close(loss, leaves, true_loss, true_gradients, tolerance):
+    assert relative_error(loss, true_loss) <= tolerance
+    scale = max(g.norm().item() for g in true_gradients if g is not None)
+    for leaf, true in zip(leaves, true_gradients, strict=True):
+        if leaf is None:
+            continue
+        assert leaf.grad.dtype == leaf.dtype
+        if true.norm() > 1e-9 * scale:
+            assert relative_error(leaf.grad, true) <= tolerance
+        else:  # one class: the gradient is a difference that cancels
+            assert leaf.grad.norm().item() <= tolerance
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """Several chunks of rows and tiles of the vocabulary also at test sizes."""
+    monkeypatch.setattr(_vocabulary_chunks, "LIMIT", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(_vocabulary_chunks, "TILE", 48)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradients(place, shape, strategy):
+    for dtype, target_dtype in zip(place.dtypes(), itertools.cycle((torch.int64, torch.int32)), strict=False):
+        hidden, weight, target, bias = inputs(*shape, dtype, place.device, target_dtype)
+        loss = linear_cross_entropy(hidden, weight, target, bias, strategy=strategy)
+        loss.backward()
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_close(loss, (hidden, weight, bias), *expected(hidden, weight, target, bias), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options) or "plain")
+def test_options_over_several_chunks_and_tiles(place, small_buffers, options, strategy):
+    for dtype in place.dtypes():
+        hidden, weight, target, bias = inputs(127, 67, 33, dtype, place.device)
+        loss = linear_cross_entropy(hidden, weight, target, bias, strategy=strategy, padding_idx=5, **options)
+        upstream = torch.randn_like(loss)
+        loss.backward(upstream)
+        true = expected(hidden, weight, target, bias, padding_idx=5, upstream=upstream, **options)
+        assert_close(loss, (hidden, weight, bias), *true, TOLERANCE[dtype])
+        assert not weight.grad[5].any()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_real_vocabulary(strategy):
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, target, bias = inputs(30522, 129, 65, dtype)
+        loss = linear_cross_entropy(hidden, weight, target, bias, strategy=strategy)
+        loss.backward()
+        assert_close(loss, (hidden, weight, bias), *expected(hidden, weight, target, bias), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("view", ["transposed", "columns", "rows"])
+def test_strides(place, small_buffers, view, strategy):
+    base = torch.randn(130, 130, device=place.device) / 8
+    weight = {"transposed": base.T, "columns": base[:, ::2], "rows": base[::2]}[view].detach().requires_grad_()
+    hidden = torch.randn(weight.shape[1], 6, device=place.device).T.detach().requires_grad_()
+    target = torch.arange(12, device=place.device)[::2]
+    loss = linear_cross_entropy(hidden, weight, target, strategy=strategy)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    true_loss, true_gradients = expected(hidden, weight, target)
+    assert relative_error(loss, true_loss) <= 1e-5
+    for gradient, true in zip(gradients, true_gradients[:2], strict=True):
+        assert relative_error(gradient, true) <= 1e-5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("head_weight", [(1, 1, 1), (0.25, 0.25, 0.25), (1, -2, 0)], ids=str)
+def test_heads_may_be_weighted_in_any_way(place, head_weight, strategy):
+    for dtype in place.dtypes():
+        hidden, weight, target, bias = inputs(50, 21, 33, dtype, place.device, heads=3)
+        losses = multi_layer_mlm_loss(hidden, weight, target, bias, strategy=strategy, padding_idx=-1)
+        upstream = torch.tensor(head_weight, dtype=losses.dtype, device=place.device)
+        (losses * upstream).sum().backward()
+        true_losses, true_gradients = expected_heads(hidden, weight, target, bias, upstream)
+        true_gradients[1][-1] = 0
+        assert losses.shape == (3,)
+        assert_close(losses, (hidden, weight, bias), true_losses, true_gradients, TOLERANCE[dtype])
+
+
+def test_heads_as_a_sequence_and_without_reduction(place):
+    hidden, weight, target, bias = inputs(50, 21, 33, device=place.device, heads=2)
+    stacked = multi_layer_mlm_loss(hidden, weight, target, bias)
+    assert torch.equal(multi_layer_mlm_loss(list(hidden), weight, target, bias), stacked)
+    rows = multi_layer_mlm_loss(hidden, weight, target, bias, reduction="none")
+    assert rows.shape == (2, 21)
+    assert relative_error(rows.sum(1) / (target != -100).sum(), stacked) <= 1e-6
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_log_sum_exp_is_differentiable(place, strategy):
+    """As z-losses need it; also of rows whose target is ignored."""
+    hidden, weight, target, bias = inputs(40, 12, 9, device=place.device)
+    loss, lse = linear_cross_entropy(hidden, weight, target, bias, return_lse=True, strategy=strategy)
+    (loss + 0.1 * lse.square().mean()).backward()
+    leaves = [t.detach().cpu().double().requires_grad_() for t in (hidden, weight, bias)]
+    z = F.linear(*leaves)
+    true_lse = z.logsumexp(-1)
+    (F.cross_entropy(z, target.cpu()) + 0.1 * true_lse.square().mean()).backward()
+    assert relative_error(lse, true_lse) <= 1e-5
+    for leaf, true in zip((hidden, weight, bias), leaves, strict=True):
+        assert relative_error(leaf.grad, true.grad) <= 1e-5
+
+
+def test_any_leading_shape(place):
+    hidden, weight, target, bias = inputs(20, 24, 8, device=place.device)
+    flat = linear_cross_entropy(hidden, weight, target, bias, reduction="none")
+    folded = linear_cross_entropy(hidden.view(2, 3, 4, 8), weight, target.view(2, 3, 4), bias, reduction="none")
+    assert torch.equal(folded, flat.view(2, 3, 4))
+    one = linear_cross_entropy(hidden[0], weight, target[0], bias)
+    assert one.shape == ()
+    assert relative_error(one, flat[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rows", [0, 4])
+def test_no_target_counts(place, rows, strategy):
+    """PyTorch's mean over nothing is NaN; ours is 0 with zero gradients, so that a batch without masks is harmless."""
+    hidden, weight, _, bias = inputs(10, rows, 8, device=place.device)
+    target = torch.full((rows,), -100, device=place.device)
+    loss = linear_cross_entropy(hidden, weight, target, bias, strategy=strategy)
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(t.grad.any() for t in (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_the_gradients_that_are_needed(place, strategy):
+    for needed in range(3):
+        hidden, weight, target, bias = inputs(30, 10, 8, device=place.device)
+        leaves = (hidden, weight, bias)
+        for i, leaf in enumerate(leaves):
+            leaf.requires_grad_(i == needed)
+        linear_cross_entropy(hidden, weight, target, bias, strategy=strategy).backward()
+        assert [leaf.grad is not None for leaf in leaves] == [i == needed for i in range(3)]
+        true = expected(hidden, weight, target, bias)[1][needed]
+        assert relative_error(leaves[needed].grad, true) <= 1e-5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_graph_can_be_run_twice(place, strategy):
+    """Chunked gives its gradients away, scaled, the first time."""
+    hidden, weight, target, bias = inputs(30, 10, 8, device=place.device)
+    loss = 3 * linear_cross_entropy(hidden, weight, target, bias, strategy=strategy)
+    leaves = (hidden, weight, bias)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    true = expected(hidden, weight, target, bias, upstream=torch.tensor(3.0))[1]
+    for a, b, c in zip(first, second, true, strict=True):
+        assert relative_error(a, c) <= 1e-5
+        assert relative_error(b, c) <= 1e-5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_are_not_masked(place, bad, strategy):
+    hidden, weight, target, bias = inputs(30, 10, 8, device=place.device)
+    hidden.data[2, 3] = bad
+    loss = linear_cross_entropy(hidden, weight, target, bias, strategy=strategy)
+    loss.backward()
+    assert loss.isnan()
+    assert hidden.grad[2].isnan().all()
+    assert weight.grad.isnan().any()
+
+
+def test_large_logits_do_not_overflow(place):
+    hidden, weight, target, bias = inputs(30, 10, 8, device=place.device)
+    hidden.data *= 1e4
+    loss = linear_cross_entropy(hidden, weight, target, bias)
+    loss.backward()
+    assert_close(loss, (hidden, weight, bias), *expected(hidden, weight, target, bias), 1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_same_bits_twice(place, strategy):
+    hidden, weight, target, bias = inputs(127, 65, 40, device=place.device)
+    results = []
+    for _ in range(2):
+        loss = linear_cross_entropy(hidden, weight, target, bias, strategy=strategy)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight, bias))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_of_the_row_pass_do_not_depend_on_threads(dtype):
+    """The GEMMs are the vendor's."""
+    rows = repdeg_fast.native.operators("linear_cross_entropy", "rows")
+    repdeg_fast.native.load("cpu")
+    logits, target, bias = torch.randn(33, 5000).to(dtype), torch.randint(0, 5000, (33,)), torch.randn(5000)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out, lse, loss, grad_bias = logits.clone(), torch.empty(33), torch.empty(33), torch.empty(5000)
+        rows.rows(
+            out, lse, loss, grad_bias, target, bias, torch.ones(33), None, 5000, 0, 0, -100, 0.1, 4.0, False
+        )  # fmt: skip
+        results.append((out, lse, loss, grad_bias))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    vocabulary=st.integers(1, 90), rows=st.integers(0, 40), width=st.integers(1, 40), heads=st.integers(1, 3),
+    strategy=st.sampled_from(STRATEGIES), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_any_shape(vocabulary, rows, width, heads, strategy, seed):
+    torch.manual_seed(seed)
+    hidden, weight, target, bias = inputs(vocabulary, rows, width, torch.float64, heads=heads)
+    with repdeg_fast.use_backend("cpu"):
+        losses = multi_layer_mlm_loss(hidden, weight, target, bias, strategy=strategy, reduction="sum")
+        losses.sum().backward()
+    leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias)]
+    z = F.linear(*leaves).view(heads * rows, vocabulary)
+    true = F.cross_entropy(z, target.repeat(heads), reduction="none").view(heads, rows).sum(1)
+    true.sum().backward()
+    assert_close(losses, (hidden, weight, bias), true, [t.grad for t in leaves], 1e-12)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradcheck(backend, strategy):
+    hidden, weight, target, bias = inputs(5, 4, 3, torch.float64, heads=2)
+
+    def heads(hidden, weight, bias):
+        return multi_layer_mlm_loss(hidden, weight, target, bias, strategy=strategy)
+
+    def with_options(hidden, weight, bias):
+        options = {"label_smoothing": 0.1, "softcap": 1.5, "reduction": "none", "return_lse": True}
+        return linear_cross_entropy(hidden[0], weight, target, bias, strategy=strategy, **options)
+
+    with repdeg_fast.use_backend(backend):
+        for function in (heads, with_options):
+            assert torch.autograd.gradcheck(function, (hidden, weight, bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_opcheck(chunked):
+    hidden, weight, target, bias = inputs(9, 6, 5, torch.float64)
+    options = (1, -100, 0.0, 0.0, "mean", None, torch.float64, [True, True, True])
+    torch.library.opcheck(ops.linear_cross_entropy, (hidden, weight, target, bias, *options, chunked, "auto"))
+    made = [t.detach().clone() for t in (hidden, weight, bias)]
+    grad_loss, inputs_ = torch.tensor([0.5]).double(), (hidden.detach(), weight.detach(), target, bias.detach())
+    torch.library.opcheck(ops.linear_cross_entropy_rescale_, (*made, grad_loss, *inputs_, *options, "auto"))
+    torch.library.opcheck(
+        ops.linear_cross_entropy_backward, (grad_loss, None, *inputs_, None, *options, "auto"),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
+def test_compiles_as_one_graph(strategy):
+    hidden, weight, target, bias = inputs(40, 16, 8)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(hidden, weight, bias):
+        return 2 * linear_cross_entropy(hidden.tanh(), weight, target, bias, strategy=strategy)
+
+    step(hidden, weight, bias).backward()
+    compiled = [t.grad for t in (hidden, weight, bias)]
+    loss = 2 * linear_cross_entropy(hidden.tanh(), weight, target, bias)
+    for ours, true in zip(compiled, torch.autograd.grad(loss, (hidden, weight, bias)), strict=True):
+        assert relative_error(ours, true) <= 1e-6
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_autocast_keeps_an_fp32_weight(small_buffers, strategy):
+    """The hidden states are converted and say what is multiplied; the weight and its gradient stay in fp32."""
+    hidden, weight, target, bias = inputs(127, 65, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = torch.utils.checkpoint.checkpoint(
+            lambda h: linear_cross_entropy(h, weight, target, bias, strategy=strategy), hidden, use_reentrant=False
+        )
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert_close(loss, (hidden, weight, bias), *expected(hidden, weight, target, bias), 1e-2)
+
+
+def test_sums_over_chunks_in_fp32(small_buffers):
+    """A bf16 gradient that is summed over many chunks in bf16 drifts; ours is summed in fp32 and rounded once."""
+    hidden, weight, target, _ = inputs(20, 2000, 8, torch.bfloat16)
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, target, strategy="chunked", accumulate_dtype=dtype)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        errors.append(relative_error(gradient, expected(hidden, weight, target)[1][1]))
+    assert errors[0] <= 4e-3
+    assert errors[1] > 2 * errors[0]
+
+
+def test_second_derivative_is_a_clear_error():
+    for strategy in STRATEGIES:
+        hidden, weight, target, _ = inputs(9, 6, 5)
+        loss = linear_cross_entropy(hidden, weight, target, strategy=strategy)
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
+
+
+def test_saves_the_gradients_or_one_value_a_row():
+    hidden, weight, target, bias = inputs(127, 64, 40, heads=3)
+    for strategy, most in (("chunked", 4 * (3 * 64 * 40 + 127 * 40 + 127)), ("streaming", 4 * 3 * 64)):
+        call = lambda s=strategy: multi_layer_mlm_loss(hidden, weight, target, bias, strategy=s)  # noqa: E731
+        assert 0 < saved_bytes(call, hidden, weight, target, bias) <= most
+
+
+def peak_bytes(function):
+    """The most that PyTorch's CPU allocator held at once during ``function``, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_peak_memory(strategy):
+    """Beyond the gradients, at most 64 MiB; the logits would be 313 MB. The backward pass adds nothing to that."""
+    hidden, weight, target, bias = inputs(30522, 2560, 32)
+    gradients = sum(t.nbytes for t in (hidden, weight, bias))
+
+    def step():
+        linear_cross_entropy(hidden, weight, target, bias, strategy=strategy).backward()
+
+    assert 4 * (gradients + (64 << 20)) < 2560 * 30522 * 4
+    assert gradients < peak_bytes(step) <= gradients + (64 << 20)
+
+
+def test_chunk_rows():
+    weight = torch.empty(30522, 768)
+    call = lambda rows, dtype=torch.float32: _vocabulary_chunks.chunk_rows(  # noqa: E731
+        rows, weight.to(dtype), dtype, torch.float32, True
+    )
+    assert call(1536) == 512  # three chunks of equal size, 63 MB each
+    assert call(100) == 100
+    assert call(1536, torch.bfloat16) == 1536  # one chunk is smaller than an fp32 copy of the gradient
+    assert call(4096, torch.bfloat16) * 30528 * 2 <= 64 << 20
+
+
+def test_choose_strategy():
+    choose = lambda dtype=torch.float32, known=True, free=None: ops.choose_strategy(  # noqa: E731
+        1536, 30522, 768, dtype, upstream_known=known, buffer_bytes=64 << 20, free_bytes=free
+    )
+    assert choose() == "chunked"
+    assert choose(free=8 << 30) == "chunked"
+    assert choose(free=300 << 20) == "streaming"  # 166 MB of buffer and gradients
+    assert choose(known=False) == "streaming"
+    assert choose(dtype=torch.float16) == "streaming"
+
+
+def test_no_gradient_is_made_where_none_is_needed(monkeypatch):
+    def fail(*_):
+        raise AssertionError("made gradients")
+
+    monkeypatch.setattr(_vocabulary_chunks, "forward_backward", fail)
+    hidden, weight, target, bias = inputs(30, 10, 8)
+    with torch.no_grad(), repdeg_fast.use_backend("cpu"):
+        loss = linear_cross_entropy(hidden, weight, target, bias, strategy="chunked")
+    assert relative_error(loss, expected(hidden, weight, target, bias)[0]) <= 1e-5
+
+
+def call(hidden=(4, 3), weight=(5, 3), target=None, bias=None, **options):
+    hidden = torch.randn(hidden) if isinstance(hidden, tuple) else hidden
+    weight = torch.randn(weight) if isinstance(weight, tuple) else weight
+    target = torch.tensor([0, 1, 2, 3]) if target is None else target
+    return lambda: linear_cross_entropy(hidden, weight, target, bias, **options)
+
+
+def heads(hidden, target=None):
+    target = torch.tensor([0, 1]) if target is None else target
+    return lambda: multi_layer_mlm_loss(hidden, torch.randn(5, 3), target)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (call(target=torch.tensor([0, 1, 2, 5])), ValueError, r"target: expected values from 0 to 4.*got 5"),
+        (call(target=torch.tensor([0, -1, 2, 4])), ValueError, r"target: expected values.*got -1"),
+        (call(target=torch.randn(4)), TypeError, "target: expected a tensor of class indices.*float32"),
+        (call(target=[0, 1]), TypeError, "target: .*got list"),
+        (call(target=torch.tensor([0, 1])), ValueError, r"target: expected shape \(4,\).*got \(2,\)"),
+        (call(hidden=(4, 2)), ValueError, "hidden_states: expected a last dimension of 3"),
+        (call(hidden=torch.zeros(4, 3, dtype=torch.int64)), TypeError, "hidden_states: expected float32"),
+        (call(weight=(5, 3, 1)), ValueError, "weight: expected 2 dimensions"),
+        (call(weight=(0, 3)), ValueError, "weight: expected 2 dimensions"),
+        (call(weight=torch.randn(5, 3).double()), TypeError, "weight: expected torch.float32 like hidden_states"),
+        (call(bias=torch.randn(4)), ValueError, r"bias: expected shape \(5,\)"),
+        (call(bias=torch.randn(5).bfloat16()), TypeError, "bias: expected torch.float32.*autocast"),
+        (call(weight=torch.randn(5, 3, device="meta")), ValueError, "weight: expected device cpu"),
+        (call(label_smoothing=1.0), ValueError, r"label_smoothing: expected a number in \[0, 1\), got 1.0"),
+        (call(label_smoothing=float("nan")), ValueError, "label_smoothing"),
+        (call(softcap=0.0), ValueError, "softcap: expected a finite number above 0"),
+        (call(reduction="max"), ValueError, "reduction: expected one of none, sum, mean"),
+        (call(strategy="fast"), ValueError, "strategy: expected one of auto, chunked, streaming"),
+        (call(accumulate_dtype=torch.bfloat16), ValueError, "accumulate_dtype: expected float32"),
+        (call(padding_idx=5), ValueError, "padding_idx: expected a row of weight"),
+        (heads([]), ValueError, "hidden_states: expected at least one tensor"),
+        (heads([torch.randn(2, 3), torch.randn(3, 3)]), ValueError, r"hidden_states\[1\]: expected shape \(2, 3\)"),
+        (heads([torch.randn(2, 3), torch.randn(2, 3).half()]), TypeError, r"hidden_states\[1\]: expected"),
+        (heads(torch.randn(2, 3)), ValueError, "hidden_states: expected 3 dimensions"),
+        (heads(torch.randn(1, 3, 3)), ValueError, r"target: expected shape \(3,\)"),
+    ],
+)  # fmt: skip
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_target_out_of_range_is_nan_on_a_gpu(strategy):
+    hidden, weight, target, bias = inputs(30, 10, 8, device="cuda")
+    target[3], target[4] = 30, -7
+    loss = linear_cross_entropy(hidden, weight, target, bias, reduction="none", strategy=strategy)
+    assert loss.isnan().nonzero().flatten().tolist() == [3, 4]
+    loss = linear_cross_entropy(hidden, weight, target, bias, strategy=strategy)
+    loss.backward()
+    assert loss.isnan()

@@ -1,0 +1,417 @@
+"""ADMIN's residual block in Triton. Mathematics: ``repdeg_fast/reference/admin_norm.py``.
+
+Bandwidth-bound: forward must read x and the branch and write y, backward must read dy and y (and x, for dω) and write
+dx and df. A row of up to ``_WHOLE`` columns is held in registers from its load to its store. A persistent grid loads
+the parameters once a program and keeps the program's share of their gradients in registers, so that only (programs × d)
+partial sums go through memory; a second launch adds them up. No float atomics: the same input gives the same bits.
+
+Longer rows are read twice: forward goes over a row in chunks, first for its mean and variance (the second reading
+mostly hits the cache); backward takes the row means of its gradient in a launch of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import dropout_mask
+from .tuning import RowTile, Specialization, persistent_programs
+
+_FORWARD_WHOLE = 8192  # columns; longer rows spill
+_BACKWARD_WHOLE = 4096
+_CHUNK = 2048
+_SPLIT_COLUMNS = 256  # of a program, where backward does not hold whole rows
+_FORWARD_WARPS = 32  # a multiprocessor: what its registers hold
+_BACKWARD_WARPS = 16  # likewise; a program more would also be a row of partial sums more
+_REDUCE_COLUMNS = 32
+_REDUCE_PROGRAMS = 64
+
+
+@triton.jit
+def _parameter(pointer, columns, d, absent: tl.constexpr):
+    """A parameter's values at ``columns``; ``absent`` where there is no such parameter or no such column."""
+    if pointer is None:
+        values = tl.full((columns.shape[0],), absent, tl.float32)
+    else:
+        values = tl.load(pointer + columns, mask=columns < d, other=absent)
+    return values
+
+
+@triton.jit
+def _block(pointer, rows, columns, n, d, row_stride):
+    """fp32 values of a matrix at rows × columns, 0 outside it."""
+    at = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    return tl.load(pointer + at, mask=(rows < n)[:, None] & (columns < d)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _keep(seed, rows, first_column, dropout, scale, COLUMNS: tl.constexpr):
+    """1/(1−p) where dropout keeps a value, else 0; the number 1 without dropout."""
+    if seed is None:
+        keep = 1.0
+    else:
+        keep = tl.where(dropout_mask(tl.load(seed), rows, first_column, dropout, COLUMNS), scale, 0.0)
+    return keep
+
+
+# A tile of whole rows a step: their sum, mean, variance and output from one load of each input.
+@triton.jit
+def _forward_kernel(
+    y, mean, rstd, x, branch, omega, weight, bias, branch_bias, seed,
+    n, d, x_stride, branch_stride, dropout, scale, eps,
+    CENTER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, COLUMNS)
+    inside = (columns < d)[None, :]
+    omega_values = _parameter(omega, columns, d, 1.0)[None, :]
+    weight_values = _parameter(weight, columns, d, 1.0)[None, :]
+    bias_values = _parameter(bias, columns, d, 0.0)[None, :]
+    branch_bias_values = _parameter(branch_bias, columns, d, 0.0)[None, :]
+    for first in tl.range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        keep = _keep(seed, rows, 0, dropout, scale, COLUMNS)
+        z = _block(x, rows, columns, n, d, x_stride) * omega_values
+        z += (_block(branch, rows, columns, n, d, branch_stride) + branch_bias_values) * keep
+        mu = tl.sum(z, axis=1) / d if CENTER else tl.zeros((ROWS,), tl.float32)
+        centered = tl.where(inside, z - mu[:, None], 0.0)
+        r = 1 / tl.sqrt(tl.sum(centered * centered, axis=1) / d + eps)
+        out = centered * r[:, None] * weight_values + bias_values
+        at = rows.to(tl.int64)[:, None] * d + columns[None, :]
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=(rows < n)[:, None] & inside)
+        tl.store(mean + rows, mu, mask=rows < n)
+        tl.store(rstd + rows, r, mask=rows < n)
+
+
+@triton.jit
+def _chunk_sum(
+    x, branch, omega, branch_bias, seed, row, first, n, d, x_stride, branch_stride, dropout, scale,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """z of COLUMNS columns of one row, [1, COLUMNS]."""
+    columns = first + tl.arange(0, COLUMNS)
+    rows = row + tl.arange(0, 1)
+    keep = _keep(seed, rows, first, dropout, scale, COLUMNS)
+    z = _block(x, rows, columns, n, d, x_stride) * _parameter(omega, columns, d, 1.0)[None, :]
+    f = _block(branch, rows, columns, n, d, branch_stride) + _parameter(branch_bias, columns, d, 0.0)[None, :]
+    return z + f * keep
+
+
+# One long row a program. Mean and variance of the chunks are merged exactly (Chan, Golub and LeVeque), so that a row
+# far from zero loses nothing; then the row is made again and written.
+@triton.jit
+def _long_forward_kernel(
+    y, mean, rstd, x, branch, omega, weight, bias, branch_bias, seed,
+    n, d, x_stride, branch_stride, dropout, scale, eps,
+    CENTER: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    mu = 0.0
+    squares = 0.0
+    for first in tl.range(0, d, COLUMNS):
+        z = _chunk_sum(
+            x, branch, omega, branch_bias, seed, row, first, n, d, x_stride, branch_stride,
+            dropout, scale, COLUMNS,
+        )  # fmt: skip
+        if CENTER:
+            count = tl.minimum(COLUMNS, d - first).to(tl.float32)
+            chunk_mean = tl.sum(z) / count
+            z = tl.where((first + tl.arange(0, COLUMNS) < d)[None, :], z - chunk_mean, 0.0)
+            step = chunk_mean - mu
+            mu += step * (count / (first + count))
+            squares += step * step * (first * (count / (first + count)))
+        squares += tl.sum(z * z)
+    r = 1 / tl.sqrt(squares / d + eps)
+    for first in tl.range(0, d, COLUMNS):
+        z = _chunk_sum(
+            x, branch, omega, branch_bias, seed, row, first, n, d, x_stride, branch_stride,
+            dropout, scale, COLUMNS,
+        )  # fmt: skip
+        columns = first + tl.arange(0, COLUMNS)
+        out = (z - mu) * r * _parameter(weight, columns, d, 1.0)[None, :]
+        out += _parameter(bias, columns, d, 0.0)[None, :]
+        at = row.to(tl.int64) * d + columns[None, :]
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=(columns < d)[None, :])
+    tl.store(mean + row, mu)
+    tl.store(rstd + row, r)
+
+
+@triton.jit
+def _normalized(
+    y, x, branch, omega, weight, bias, branch_bias, keep, mean, rstd, rows, columns, n, d, x_stride, branch_stride,
+):  # fmt: skip
+    """n at rows × columns: (y − β)/γ, 0 where γ is 0, or from the inputs where there is no ``y``."""
+    if y is not None:
+        scale = _parameter(weight, columns, d, 1.0)
+        inverse = tl.where(scale == 0, 0.0, 1 / scale)[None, :]
+        normalized = (_block(y, rows, columns, n, d, d) - _parameter(bias, columns, d, 0.0)[None, :]) * inverse
+    else:
+        z = _block(x, rows, columns, n, d, x_stride) * _parameter(omega, columns, d, 1.0)[None, :]
+        f = _block(branch, rows, columns, n, d, branch_stride) + _parameter(branch_bias, columns, d, 0.0)[None, :]
+        mu = tl.load(mean + rows, mask=rows < n, other=0.0)[:, None]
+        normalized = (z + f * keep - mu) * tl.load(rstd + rows, mask=rows < n, other=0.0)[:, None]
+    return normalized
+
+
+# The means of g and g ⊙ n of one long row a program.
+@triton.jit
+def _means_kernel(
+    means, grad_y, y, x, branch, omega, weight, bias, branch_bias, seed, mean, rstd,
+    n, d, x_stride, branch_stride, dropout, scale,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    rows = row + tl.arange(0, 1)
+    sums = tl.zeros((1, COLUMNS), tl.float32)
+    products = tl.zeros((1, COLUMNS), tl.float32)
+    for first in tl.range(0, d, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        keep = _keep(seed, rows, first, dropout, scale, COLUMNS)
+        normalized = _normalized(
+            y, x, branch, omega, weight, bias, branch_bias, keep, mean, rstd, rows, columns, n, d,
+            x_stride, branch_stride,
+        )  # fmt: skip
+        g = _block(grad_y, rows, columns, n, d, d) * _parameter(weight, columns, d, 1.0)[None, :]
+        sums += g
+        products += g * normalized
+    tl.store(means + 2 * row, tl.sum(sums) / d)
+    tl.store(means + 2 * row + 1, tl.sum(products) / d)
+
+
+# A tile of rows × columns a step; WHOLE tiles have whole rows and take the row means themselves. The parameters' sums
+# have a row for each row of the tile, so that rows are added up across threads once, at the end.
+@triton.jit
+def _backward_kernel(
+    grad_x, grad_branch, partial, means, grad_y, y, x, branch, omega, weight, bias, branch_bias, seed, mean, rstd,
+    n, d, x_stride, branch_stride, dropout, scale,
+    CENTER: tl.constexpr, WHOLE: tl.constexpr, SUM_OMEGA: tl.constexpr, SUM_AFFINE: tl.constexpr,
+    SUM_BRANCH_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    first_column = tl.program_id(1) * COLUMNS
+    columns = first_column + tl.arange(0, COLUMNS)
+    weight_values = _parameter(weight, columns, d, 1.0)[None, :]
+    omega_values = _parameter(omega, columns, d, 1.0)[None, :]
+    omega_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    weight_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    branch_bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(program * ROWS, n, tl.num_programs(0) * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        keep = _keep(seed, rows, first_column, dropout, scale, COLUMNS)
+        normalized = _normalized(
+            y, x, branch, omega, weight, bias, branch_bias, keep, mean, rstd, rows, columns, n, d,
+            x_stride, branch_stride,
+        )  # fmt: skip
+        upstream = _block(grad_y, rows, columns, n, d, d)
+        g = upstream * weight_values
+        if WHOLE:
+            c1 = tl.sum(g, axis=1) / d
+            c2 = tl.sum(g * normalized, axis=1) / d
+        else:
+            c1 = tl.load(means + 2 * rows, mask=rows < n, other=0.0)
+            c2 = tl.load(means + 2 * rows + 1, mask=rows < n, other=0.0)
+        g -= c2[:, None] * normalized
+        if CENTER:
+            g -= c1[:, None]
+        dz = g * tl.load(rstd + rows, mask=rows < n, other=0.0)[:, None]
+        df = dz * keep
+        at = rows.to(tl.int64)[:, None] * d + columns[None, :]
+        mask = (rows < n)[:, None] & (columns < d)[None, :]
+        tl.store(grad_x + at, (dz * omega_values).to(grad_x.dtype.element_ty), mask=mask)
+        if grad_branch is not None:
+            tl.store(grad_branch + at, df.to(grad_branch.dtype.element_ty), mask=mask)
+        if SUM_OMEGA:
+            omega_sum += dz * _block(x, rows, columns, n, d, x_stride)
+        if SUM_AFFINE:
+            weight_sum += upstream * normalized
+            bias_sum += upstream
+        if SUM_BRANCH_BIAS:
+            branch_bias_sum += df
+    out = partial + program.to(tl.int64) * 4 * d + columns
+    if SUM_OMEGA:
+        tl.store(out, tl.sum(omega_sum, axis=0), mask=columns < d)
+    if SUM_AFFINE:
+        tl.store(out + d, tl.sum(weight_sum, axis=0), mask=columns < d)
+        tl.store(out + 2 * d, tl.sum(bias_sum, axis=0), mask=columns < d)
+    if SUM_BRANCH_BIAS:
+        tl.store(out + 3 * d, tl.sum(branch_bias_sum, axis=0), mask=columns < d)
+
+
+@triton.jit
+def _store_sum(pointer, columns, values, d):
+    if pointer is not None:
+        tl.store(pointer + columns, values, mask=columns < d)
+
+
+# Programs' partial sums of one parameter added up, a block of columns a program.
+@triton.jit
+def _reduce_kernel(
+    grad_omega, grad_weight, grad_bias, grad_branch_bias, partial, programs, d,
+    PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    parameter = tl.program_id(1)
+    sums = tl.zeros((PROGRAMS, COLUMNS), tl.float32)
+    for first in range(0, programs, PROGRAMS):
+        rows = first + tl.arange(0, PROGRAMS)
+        mask = (rows < programs)[:, None] & (columns < d)[None, :]
+        sums += tl.load(partial + (rows.to(tl.int64)[:, None] * 4 + parameter) * d + columns[None, :], mask, other=0.0)
+    total = tl.sum(sums, axis=0)
+    if parameter == 0:
+        _store_sum(grad_omega, columns, total, d)
+    elif parameter == 1:
+        _store_sum(grad_weight, columns, total, d)
+    elif parameter == 2:
+        _store_sum(grad_bias, columns, total, d)
+    else:
+        _store_sum(grad_branch_bias, columns, total, d)
+
+
+def forward(
+    x: Tensor, branch: Tensor, omega: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    branch_bias: Tensor | None, seed: Tensor | None, dropout: float, eps: float, center: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (N, d), μ (N,) and 1/σ (N,). ``x`` and ``branch``: rows of unit stride."""
+    n, d = x.shape
+    y, mean, rstd = x.new_empty(n, d), *(x.new_empty(n, dtype=torch.float32) for _ in range(2))
+    arguments = (
+        y, mean, rstd, x, branch, omega, weight, bias, branch_bias, seed,
+        n, d, x.stride(0), branch.stride(0), dropout, 1 / (1 - dropout), eps,
+    )  # fmt: skip
+    if d > _FORWARD_WHOLE:
+        if n > 0:
+            _long_forward_kernel[(n,)](*arguments, CENTER=center, COLUMNS=_CHUNK, num_warps=_CHUNK // 256)
+        return y, mean, rstd
+    tile = _tile(d)
+    _forward_kernel[(_programs(x, tile, n, _FORWARD_WARPS),)](
+        *arguments, CENTER=center, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps
+    )
+    return y, mean, rstd
+
+
+def backward(
+    grad_x: Tensor, grad_branch: Tensor | None, grad_omega: Tensor | None, grad_weight: Tensor | None,
+    grad_bias: Tensor | None, grad_branch_bias: Tensor | None, grad_y: Tensor, y: Tensor | None, x: Tensor | None,
+    branch: Tensor | None, omega: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    branch_bias: Tensor | None, seed: Tensor | None, mean: Tensor | None, rstd: Tensor, dropout: float, center: bool,
+) -> None:  # fmt: skip
+    """Write the gradients asked for; n is made from ``y`` where given, else from ``x``, ``branch`` and ``mean``."""
+    n, d = grad_y.shape
+    whole = d <= _BACKWARD_WHOLE
+    tile = _tile(d) if whole else _tile(_SPLIT_COLUMNS)
+    column_blocks = triton.cdiv(d, tile.columns)
+    programs = triton.cdiv(_programs(grad_y, tile, n * column_blocks, _BACKWARD_WARPS), column_blocks)
+    partial = rstd.new_empty(programs, 4, d)
+    means = None if whole else rstd.new_empty(n, 2)
+    inputs = (grad_y, y, x, branch, omega, weight, bias, branch_bias, seed, mean, rstd)
+    sizes = (n, d, _stride(x), _stride(branch), dropout, 1 / (1 - dropout))
+    if means is not None and n > 0:
+        _means_kernel[(n,)](means, *inputs, *sizes, COLUMNS=_CHUNK, num_warps=_CHUNK // 256)
+    _backward_kernel[(programs, column_blocks)](
+        grad_x, grad_branch, partial, means, *inputs, *sizes, CENTER=center, WHOLE=whole,
+        SUM_OMEGA=grad_omega is not None, SUM_AFFINE=grad_weight is not None or grad_bias is not None,
+        SUM_BRANCH_BIAS=grad_branch_bias is not None, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
+    )  # fmt: skip
+    _reduce_kernel[(triton.cdiv(d, _REDUCE_COLUMNS), 4)](
+        grad_omega, grad_weight, grad_bias, grad_branch_bias, partial, programs, d,
+        PROGRAMS=_REDUCE_PROGRAMS, COLUMNS=_REDUCE_COLUMNS,
+    )  # fmt: skip
+
+
+def _tile(d: int) -> RowTile:
+    """8 values a thread (16 in the longest rows): room for four parameters or their sums beside them in registers."""
+    columns = max(4, triton.next_power_of_2(d))
+    return RowTile(max(1, 1024 // columns), columns, min(16, max(4, columns // 256)))
+
+
+def _programs(like: Tensor, tile: RowTile, rows: int, warps: int) -> int:
+    return max(1, min(triton.cdiv(rows, tile.rows), persistent_programs(like, max(1, warps // tile.num_warps))))
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 1 if tensor is None else tensor.stride(0)
+
+
+_PARAMETERS = ("omega", "weight", "bias", "branch_bias")
+_SIZES = ("n", "d", "x_stride", "branch_stride")
+
+
+def specializations() -> Iterator[Specialization]:
+    """What the launchers above ask the compiler for, over dtypes, row lengths and what there is to do."""
+    for dtype, d in (("bf16", 768), ("bf16", 4096), ("bf16", 8192), ("fp32", 4096), ("fp16", 64)):
+        for everything in (False, True):
+            yield _forward_specialization(dtype, d, everything)
+            if d <= _BACKWARD_WHOLE:
+                yield _backward_specialization(dtype, d, everything, from_output=dtype == "bf16")
+    for everything in (False, True):
+        yield _forward_specialization("bf16", 65536, everything)
+        yield _backward_specialization("bf16", 65536, everything, from_output=not everything)
+        yield _means_specialization("bf16", everything, from_output=not everything)
+    types = dict.fromkeys((*(f"grad_{name}" for name in _PARAMETERS), "partial"), "*fp32")
+    constants = {"PROGRAMS": _REDUCE_PROGRAMS, "COLUMNS": _REDUCE_COLUMNS}
+    yield Specialization(_reduce_kernel, types | {"programs": "i32", "d": "i32"}, constants, divisible=("d",))
+
+
+def _inputs(dtype: str, everything: bool) -> tuple[dict[str, str], dict[str, object]]:
+    """Types and constants of what all kernels take: ``everything``, or LayerNorm's own two parameters alone."""
+    types = dict.fromkeys(_SIZES, "i32") | dict.fromkeys(("dropout", "scale"), "fp32")
+    types |= dict.fromkeys(("x", "branch"), f"*{dtype}") | dict.fromkeys(("mean", "rstd", "weight", "bias"), "*fp32")
+    constants: dict[str, object] = {}
+    if everything:
+        types |= {"omega": "*fp32", "branch_bias": "*fp32", "seed": "*i64"}
+    else:
+        constants |= {"omega": None, "branch_bias": None, "seed": None}
+    return types, constants
+
+
+def _label(dtype: str, d: int | str, everything: bool) -> str:
+    return f"{dtype} d={d}" + (" everything" if everything else "")
+
+
+def _forward_specialization(dtype: str, d: int, everything: bool) -> Specialization:
+    types, constants = _inputs(dtype, everything)
+    types |= {"y": f"*{dtype}", "eps": "fp32"}
+    constants["CENTER"] = True
+    label = _label(dtype, d, everything)
+    if d > _FORWARD_WHOLE:
+        constants["COLUMNS"] = _CHUNK
+        return Specialization(_long_forward_kernel, types, constants, _CHUNK // 256, divisible=_SIZES[1:], label=label)
+    tile = _tile(d)
+    constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns}
+    return Specialization(_forward_kernel, types, constants, tile.num_warps, divisible=_SIZES[1:], label=label)
+
+
+def _backward_inputs(dtype: str, everything: bool, from_output: bool) -> tuple[dict[str, str], dict[str, object]]:
+    types, constants = _inputs(dtype, everything)
+    types["grad_y"] = f"*{dtype}"
+    if from_output:
+        types["y"] = f"*{dtype}"
+    absent = {"branch", "mean", "branch_bias"} if from_output else {"y"}
+    if from_output and not everything:
+        absent.add("x")
+    return {k: v for k, v in types.items() if k not in absent}, constants | dict.fromkeys(absent)
+
+
+def _means_specialization(dtype: str, everything: bool, from_output: bool) -> Specialization:
+    types, constants = _backward_inputs(dtype, everything, from_output)
+    types["means"], constants["COLUMNS"] = "*fp32", _CHUNK
+    label = _label(dtype, "65536", everything)
+    return Specialization(_means_kernel, types, constants, _CHUNK // 256, divisible=_SIZES[1:], label=label)
+
+
+def _backward_specialization(dtype: str, d: int, everything: bool, from_output: bool) -> Specialization:
+    types, constants = _backward_inputs(dtype, everything, from_output)
+    whole = d <= _BACKWARD_WHOLE
+    tile = _tile(d) if whole else _tile(_SPLIT_COLUMNS)
+    types |= {"grad_x": f"*{dtype}", "partial": "*fp32"}
+    types |= {"grad_branch": f"*{dtype}"} if everything else {}
+    types |= {} if whole else {"means": "*fp32"}
+    constants |= ({} if everything else {"grad_branch": None}) | ({"means": None} if whole else {})
+    constants |= {"CENTER": True, "WHOLE": whole, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    constants |= {"SUM_OMEGA": everything, "SUM_AFFINE": True, "SUM_BRANCH_BIAS": everything}
+    label = _label(dtype, d, everything) + (" from output" if from_output else " from input")
+    return Specialization(_backward_kernel, types, constants, tile.num_warps, divisible=_SIZES[1:], label=label)
