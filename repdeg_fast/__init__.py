@@ -11,11 +11,22 @@ from repdeg_fast.functional import (
     linear_cross_entropy,
     multi_layer_mlm_loss,
 )
-from repdeg_fast.nn import AdminNorm, CosineRegularization, GumbelMixture, MultiLayerMLMHead
+from repdeg_fast.nn import (
+    AdminNorm,
+    AdminTransformer,
+    CosineRegularization,
+    GumbelMixture,
+    MultiLayerMLMHead,
+    fold_admin,
+    from_torch,
+    initialize_admin_,
+    residual_dependency,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "AdminNorm",
+    "AdminTransformer",
     "CosineRegularization",
     "GumbelMixture",
     "MultiLayerMLMHead",
@@ -23,10 +34,14 @@ __all__ = [
     "admin_norm",
     "backends",
     "cosine_regularization",
+    "fold_admin",
+    "from_torch",
     "gradient_reversal",
     "gumbel_mix",
+    "initialize_admin_",
     "linear_cross_entropy",
     "multi_layer_mlm_loss",
     "nn",
+    "residual_dependency",
     "use_backend",
 ]

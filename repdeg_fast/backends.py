@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -142,6 +143,8 @@ def _triton_unavailable(device: str) -> str | None:
         return "runs on CPU tensors only in the interpreter; set TRITON_INTERPRET=1 before importing repdeg_fast"
     if device not in ("cpu", "cuda"):
         return f"has no support for {device} tensors"
+    if device == "cuda" and not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        return "no C compiler for its launchers; install gcc or clang (CC names another)"
     return None
 
 

@@ -233,6 +233,7 @@ def test_under_torch_compile():
         (lambda head, h, t: head([], t), ValueError, "hidden_states: expected at least one"),
         (lambda head, h, t: head([None], t), TypeError, r"hidden_states\[0\]: expected a tensor, got NoneType"),
         (lambda head, h, t: head(h.double(), t), TypeError, "hidden_states: expected torch.float32 like the head"),
+        (lambda head, h, t: head(h.to("meta"), t), ValueError, r"hidden_states\[0\]: expected device cpu like target"),
         (lambda head, h, t: head(h, t.float()), TypeError, "target: .*int64 or int32"),
         (lambda head, h, t: head(h, t.tolist()), TypeError, "target: expected a tensor"),
         (lambda head, h, t: head(h, t.masked_fill(t > 0, V)), ValueError, "target: expected values from 0 to 60"),

@@ -42,9 +42,7 @@ def profile_case(
     found = []
     for provider in providers:
         tick(provider.name)
-        reason = unfit(provider, case, inputs, device) or (
-            f"no implementation: {provider.floor}" if provider.floor else ""
-        )
+        reason = unfit(provider, case, inputs, device) or provider.floor
         if reason:
             found.append(Profile(provider, reason=reason))
             continue
