@@ -6,22 +6,42 @@ from repdeg_fast.functional import (
     add_cosine_regularization_,
     admin_norm,
     cosine_regularization,
+    gradient_reversal,
+    gumbel_mix,
     linear_cross_entropy,
     multi_layer_mlm_loss,
 )
-from repdeg_fast.nn import AdminNorm, CosineRegularization, MultiLayerMLMHead
+from repdeg_fast.nn import (
+    AdminNorm,
+    AdminTransformer,
+    CosineRegularization,
+    GumbelMixture,
+    MultiLayerMLMHead,
+    fold_admin,
+    from_torch,
+    initialize_admin_,
+    residual_dependency,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "AdminNorm",
+    "AdminTransformer",
     "CosineRegularization",
+    "GumbelMixture",
     "MultiLayerMLMHead",
     "add_cosine_regularization_",
     "admin_norm",
     "backends",
     "cosine_regularization",
+    "fold_admin",
+    "from_torch",
+    "gradient_reversal",
+    "gumbel_mix",
+    "initialize_admin_",
     "linear_cross_entropy",
     "multi_layer_mlm_loss",
     "nn",
+    "residual_dependency",
     "use_backend",
 ]

@@ -22,5 +22,18 @@ def check_floating(name: str, value: Tensor) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """``value`` is a finite number above 0."""
-    if not (math.isfinite(value) and value > 0):
+    _check_number(name, value)
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """``value`` is a finite number."""
+    _check_number(name, value)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def _check_number(name: str, value: float) -> None:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

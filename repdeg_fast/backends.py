@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def _checked_name(source: str, backend: str) -> str:
     return backend
 
 
-_requested = _checked_name("REPDEG_FAST_BACKEND", os.environ.get("REPDEG_FAST_BACKEND", "auto"))
+_requested = _checked_name("REPDEG_FAST_BACKEND", os.environ.get("REPDEG_FAST_BACKEND") or "auto")
 
 
 def requested() -> str:
@@ -108,7 +109,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def status() -> dict[str, dict[str, dict[str, str | None]]]:
-    """For each operation and device type: what serves, and for every backend ``None`` or why it does not.
+    """For each operation and device type: what serves, and for every backend ``None`` or why it does not. A backend
+    that was asked for stands under ``"serves"`` even if it cannot.
 
     ``status()["cosreg"]["cpu"]`` is ``{"serves": "cpu", "reference": None, "cpu": None, "triton": "...", ...}``.
     Compiles nothing.
@@ -141,6 +143,8 @@ def _triton_unavailable(device: str) -> str | None:
         return "runs on CPU tensors only in the interpreter; set TRITON_INTERPRET=1 before importing repdeg_fast"
     if device not in ("cpu", "cuda"):
         return f"has no support for {device} tensors"
+    if device == "cuda" and not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        return "no C compiler for its launchers; install gcc or clang (CC names another)"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from repdeg_fast import backends, native
-from repdeg_fast.bench import inspection, measure, plots, report, runner
+from repdeg_fast import __version__, backends, native
+from repdeg_fast.bench import inspection, measure, outputs, plots, report, runner
 from repdeg_fast.bench import profile as profiling
 from repdeg_fast.bench import weights as checkpoints
 from repdeg_fast.bench.suite import DTYPES, InputError, Selection, Suite, select, suites
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-_PIPE_WIDTH = 150  # columns where the output is not a terminal
+_WIDTH = 170  # columns that the widest table needs; a pipe has no width of its own
 
 
 def _listing(names_of: Callable[[Suite], Iterable[str | None]]) -> str:
@@ -69,6 +70,21 @@ def main() -> None:
     app()
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"repdeg-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command(epilog="Exits with 1 if a value is wrong or one of our own providers fails, with 2 on bad input.")
 def bench(
     ops: Ops = "",
@@ -84,24 +100,29 @@ def bench(
     """Measure operations against their peers, side by side: time, share of the roof, memory, and the value."""
     with _clear_errors():
         target = _device(device)
+        if not math.isfinite(seconds):
+            raise InputError(f"seconds: got {seconds}; expected a finite number")
+        if json:
+            outputs.check_file("json", json)
         if plot:
+            outputs.check_folder("plot", plot)
             plots.pyplot()  # a missing matplotlib must not show after minutes of measuring
         selections = _with_weights(select(_names(ops), _names(cases), _names(providers), target), weights, cases)
         selections = [_with_dtype(selection, dtype) for selection in selections]
         rows = _run(selections, target, seconds, json)
-        console = _console()
+        console = _console(_WIDTH)
         report.print_notes(console, rows)
         for op in dict.fromkeys(row.suite.op for row in rows) if plot else ():
             for path in plots.plot_run([row for row in rows if row.suite.op == op], plot or Path()):
-                console.print(f"plot: {path}", soft_wrap=True)
+                console.print(f"plot: {path}", soft_wrap=True, markup=False)
         if json:
-            console.print(f"figures: {json}", soft_wrap=True)
+            console.print(f"figures: {json}", soft_wrap=True, markup=False)
     if any(row.wrong or (row.failed and row.provider.ours) for row in rows):
         raise typer.Exit(1)
 
 
 def _run(selections: list[Selection], device: torch.device, seconds: float, json: Path | None) -> list[runner.Row]:
-    console, rows = _console(), []
+    console, rows = _console(_WIDTH), []
     with _progress(sum(runner.count_ticks(s.cases, s.providers) for s in selections)) as tick:
         for selection in selections:
             for found in runner.run(selection.suite, selection.cases, selection.providers, device, seconds, tick):
@@ -132,23 +153,24 @@ def profile(
     """
     with _clear_errors():
         target = _device(device)
+        outputs.check_folder("out", out)
         plots.pyplot()
         selections = _with_weights(select([op], _names(case), _names(provider), target), weights, case)
         selection = _with_dtype(selections[0], dtype)
         out.mkdir(parents=True, exist_ok=True)
-        console = _console()
+        console = _console(_WIDTH)
         for chosen in selection.cases if case or weights else selection.cases[:1]:
             with _progress(len(selection.providers)) as tick:
                 profiles = profiling.profile_case(selection.suite, chosen, selection.providers, target, out, tick)
             console.print(profiling.table(selection.suite, chosen, profiles, target))
             timelines = {p.provider.name: p.timeline for p in profiles if p.timeline}
             if timelines:
-                path = out / f"{op}-{chosen.name}-timeline.png"
+                path = out / f"{op}-{outputs.file_name(chosen.name)}-timeline.png"
                 title = f"{op} · {chosen} on {target.type}: bytes beyond the inputs"
-                console.print(f"timeline: {plots.plot_timelines(timelines, title, path)}")
+                console.print(f"timeline: {plots.plot_timelines(timelines, title, path)}", soft_wrap=True, markup=False)
             for found in profiles:
                 if found.snapshot:
-                    console.print(f"snapshot: {found.snapshot}")
+                    console.print(f"snapshot: {found.snapshot}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -165,16 +187,18 @@ def inspect(
     with _clear_errors():
         plots.pyplot()
         path, wanted = checkpoints.parse(file)
+        picture = out or Path(f"{path.stem}-cone.png")
+        outputs.check_file("out", picture)
         name, weight = checkpoints.load(path, wanted)
         with _progress(len(weight)) as tick:
             found = inspection.inspect_embedding(weight, lambda rows: tick("reading rows", rows))
         console = _console()
         if wanted is None:
-            console.print(f"tensor: {name} (none was named)")
+            console.print(f"tensor: {name} (none was named)", soft_wrap=True, markup=False)
         for table in inspection.tables(name, found):
             console.print(table)
-        picture = inspection.plot(name, weight, found, out or Path(f"{path.stem}-cone.png"))
-        console.print(f"picture: {picture}")
+        inspection.plot(name, weight, found, picture)
+        console.print(f"picture: {picture}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -239,7 +263,7 @@ def _libraries_table() -> Table:
         table.add_row(
             library, escape(state), escape("\n".join(f"{key}: {value}" for key, value in built.items() if value))
         )
-    table.caption = f"sources: {native.source_root()}; cache: {native.cache_root()}"
+    table.caption = escape(f"sources: {native.source_root()}; cache: {native.cache_root()}")
     return table
 
 
@@ -248,7 +272,9 @@ def _backends_table() -> Table:
     for op, devices in backends.status().items():
         for device, entry in devices.items():
             others = [f"{name}: {entry[name] or 'can serve'}" for name in backends.BACKENDS if name != entry["serves"]]
-            table.add_row(op, device, f"[bold]{entry['serves']}[/]", escape("\n".join(others)))
+            reason = entry[str(entry["serves"])]  # one that was named may be unable to
+            serves = f"[bold]{entry['serves']}[/]" + (f" (cannot serve: {escape(reason)})" if reason else "")
+            table.add_row(op, device, serves, escape("\n".join(others)))
     table.caption = "REPDEG_FAST_BACKEND or repdeg_fast.use_backend(name) name one instead"
     return table
 
@@ -268,10 +294,8 @@ def _with_weights(selections: list[Selection], specification: str, cases: str) -
     if not specification:
         return selections
     name, weight = checkpoints.load(*checkpoints.parse(specification))
-    return [
-        replace(s, cases=[*(s.cases if cases else []), s.suite.case_of_weights(name.replace("/", "."), weight)])
-        for s in selections
-    ]
+    inspection.check_finite(weight, name)
+    return [replace(s, cases=[*(s.cases if cases else []), s.suite.case_of_weights(name, weight)]) for s in selections]
 
 
 def _with_dtype(selection: Selection, dtype: str) -> Selection:
@@ -286,9 +310,10 @@ def _names(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",") if name.strip()]
 
 
-def _console() -> Console:
+def _console(least: int = 0) -> Console:
+    """At least so wide: a terminal that is narrower breaks the lines of a table, but no figure is lost."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
+    return Console(highlight=False, width=max(console.width, least if console.is_terminal else _WIDTH))
 
 
 @contextmanager
@@ -305,6 +330,6 @@ def _clear_errors() -> Iterator[None]:
     """A user's mistake is one red line and exit code 2, not a traceback."""
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError) as error:  # such as a full disk
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None

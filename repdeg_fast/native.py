@@ -15,9 +15,10 @@ import platform
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -56,7 +57,9 @@ def load(library: str) -> ModuleType:
         try:
             _loaded[library] = _build_and_import(library)
         except Exception as error:
-            _failures[library] = f"compiling the {library} kernels failed; {_remedy(library)}. {error}"
+            remedy = f"check {cache_root()}, or name another folder by REPDEG_FAST_CACHE_DIR"
+            remedy = remedy if isinstance(error, OSError) else _remedy(library)
+            _failures[library] = f"compiling the {library} kernels failed; {remedy}. {error}"
             raise RuntimeError(_failures[library]) from error
     return _loaded[library]
 
@@ -167,10 +170,15 @@ def _library_path(library: str) -> Path:
 
 
 def cache_root() -> Path:
-    """``REPDEG_FAST_CACHE_DIR``, else ``repdeg_fast`` under the user's cache folder."""
+    """``REPDEG_FAST_CACHE_DIR``, else ``repdeg_fast`` under the user's cache folder, or one for temporary files."""
     if chosen := os.environ.get("REPDEG_FAST_CACHE_DIR"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repdeg_fast"
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "repdeg_fast"
+    try:
+        return Path.home() / ".cache" / "repdeg_fast"
+    except RuntimeError:  # a container's user may have no home
+        return Path(tempfile.gettempdir()) / f"repdeg_fast-{os.getuid()}"
 
 
 def _build_and_import(library: str) -> ModuleType:
@@ -180,6 +188,14 @@ def _build_and_import(library: str) -> ModuleType:
         with _exclusive(path.parent / "lock"):
             if not path.exists():  # another process may have compiled it while this one waited
                 return _compile(library, path)
+    try:
+        return _import(path)
+    except ImportError:  # cut short by a full disk, say: once more
+        with _exclusive(path.parent / "lock"):
+            return _compile(library, path)
+
+
+def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -231,10 +247,11 @@ def _exclusive(path: Path) -> Iterator[None]:
 @contextmanager
 def _ninja_on_path() -> Iterator[None]:
     """Make the ninja of this environment visible even when the environment was not activated."""
-    import ninja
-
     before = os.environ.get("PATH", "")
-    os.environ["PATH"] = before + os.pathsep + ninja.BIN_DIR
+    with suppress(ImportError):  # the system's own will do
+        import ninja
+
+        os.environ["PATH"] = before + os.pathsep + ninja.BIN_DIR
     try:
         yield
     finally:

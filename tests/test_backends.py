@@ -32,6 +32,7 @@ def test_unknown_names():
 def test_environment_variable_and_nesting():
     code = "import repdeg_fast as r; print(r.backends.requested(), r.backends.status()['cosreg']['cpu']['serves'])"
     assert run(code, REPDEG_FAST_BACKEND="reference").stdout.split() == ["reference", "reference"]
+    assert run(code, REPDEG_FAST_BACKEND="").stdout.split()[0] == "auto"
     with repdeg_fast.use_backend("reference"):
         with repdeg_fast.use_backend("auto"):
             assert backends.requested() == "auto"
@@ -96,6 +97,31 @@ def test_a_build_that_fails_falls_back(tmp_path, monkeypatch):
     with pytest.warns(RuntimeWarning, match=r"falls back to plain PyTorch: cpu: compiling the cpu kernels failed"):
         assert repdeg_fast.cosine_regularization(torch.eye(2)).item() == 0
     native._library_path.cache_clear()
+
+
+def test_a_library_that_does_not_load_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPDEG_FAST_CACHE_DIR", str(tmp_path))
+    native._library_path.cache_clear()
+    path = native._library_path("cpu")
+    native._library_path.cache_clear()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"cut short")
+    result = run("import repdeg_fast.native as n; print(n.build_info()['flags'])", REPDEG_FAST_CACHE_DIR=str(tmp_path))
+    assert "-O3" in result.stdout, result.stderr
+
+
+def test_no_home_and_no_ninja_package():
+    code = """
+import os, pwd, sys
+sys.modules["ninja"] = None
+pwd.getpwuid = lambda uid: {}[uid]
+for name in ("HOME", "XDG_CACHE_HOME", "REPDEG_FAST_CACHE_DIR"):
+    os.environ.pop(name, None)
+import repdeg_fast.native as n
+print(n.cache_root(), n.state("cpu"))
+"""
+    result = run(code)
+    assert f"repdeg_fast-{os.getuid()}" in result.stdout, result.stderr
 
 
 def test_build_info():

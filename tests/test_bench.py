@@ -5,6 +5,7 @@ import io
 import json
 
 import pytest
+import safetensors.torch
 import torch
 
 from repdeg_fast.bench import inspection, measure, memory, plots, report, runner, weights
@@ -133,6 +134,14 @@ def test_a_provider_that_raises_does_not_end_the_run():
     assert all(row.samples for row in rows if row.provider.name == "eager")
 
 
+def test_every_step_of_the_progress_is_reported():
+    providers = [provider for provider in SUITE.providers if provider.name in ("eager", "ours-cpu", "ours-cuda")]
+    reported = []
+    list(runner.run(SUITE, [TINY], providers, CPU, 0, lambda text, steps=1: reported.append((text, steps))))
+    assert reported[0] == ("measuring the roof", 0)
+    assert sum(steps for _, steps in reported) == runner.count_ticks([TINY], providers)
+
+
 def test_the_literal_formula_is_left_out_where_it_does_not_fit():
     huge = Case("huge", {"N": 10_000_000, "d": 1})
     literal = next(provider for provider in SUITE.providers if provider.name == "literal")
@@ -238,3 +247,34 @@ def test_inspection_names_rows_that_are_not_finite():
     weight[3, 1] = float("nan")
     with pytest.raises(InputError, match="first: row 3"):
         inspection.inspect_embedding(weight)
+
+
+def test_a_tensor_is_found_at_any_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain.pt", "with:colon.pt"):
+        torch.save({"a:b": torch.randn(3, 2)}, name)
+        for wanted in (None, "a:b"):
+            path, found = weights.parse(f"{name}:{wanted}" if wanted else name)
+            assert (str(path), found) == (name, wanted)
+            assert weights.load(path, found)[0] == "a:b"
+
+
+def test_safetensors_are_known_by_their_content(tmp_path):
+    path = tmp_path / "no_suffix"
+    safetensors.torch.save_file({"only": torch.randn(3, 2)}, str(path))
+    assert weights.load(path)[0] == "only"
+
+
+def test_a_dict_that_holds_itself_is_read_once(tmp_path):
+    shared = {"weight": torch.randn(3, 2)}
+    content = {"model": shared, "ema": shared}
+    content["self"] = content
+    torch.save(content, tmp_path / "loop.pt")
+    assert weights.load(tmp_path / "loop.pt", "ema.weight")[0] == "ema.weight"
+
+
+def test_the_index_of_a_sharded_checkpoint_is_explained(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text("{}")
+    with pytest.raises(InputError, match="name the shard FILE"):
+        weights.load(path)

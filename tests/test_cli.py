@@ -1,19 +1,21 @@
 """The command line: what it prints and writes, and what it says to bad input."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import repdeg_fast
 from repdeg_fast.cli import app
 
 QUICK = ["--providers", "eager,ours-cpu,ours-triton,ours-graph-free", "--seconds", "0"]
 
 
-def invoke(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+def invoke(*arguments, code=0, **env):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", **env})
     assert result.exit_code == code, (result.output, result.exception)
     return " ".join(result.output.split())  # as if it were one line
 
@@ -105,6 +107,16 @@ def test_info_says_what_serves_and_why():
     assert all(text in output for text in ("torch", "cosreg", "served by", "Native kernels", "triton:"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is there")
+def test_info_says_when_the_named_backend_cannot_serve():
+    with repdeg_fast.use_backend("cuda"):
+        assert "cuda (cannot serve: serves cuda tensors only)" in invoke("info")
+
+
+def test_version():
+    assert invoke("--version") == f"repdeg-fast {repdeg_fast.__version__}"
+
+
 def test_info_build_compiles_or_says_why_not():
     output = invoke("info", "--build")
     assert "cpu kernels: compiled" in output
@@ -124,6 +136,14 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert "must not run code" not in output
 
 
+def test_a_pickled_module_is_refused_in_plain_words(tmp_path):
+    path = tmp_path / "module.pt"
+    torch.save(torch.nn.Linear(2, 2), path)
+    output = invoke("inspect", path, code=2)
+    assert all(text in output for text in ("holds a torch.nn.modules.linear.Linear", "state_dict()"))
+    assert "\x1b" not in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -135,6 +155,13 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         (["bench", "--weights", "no/such/file"], ["no file", "FILE:TENSOR"]),
         (["profile", "--op", "cosreg", "--case", "tiny"], ["'tiny'", "minilm"]),
         (["inspect", "no/such/file"], ["no file"]),
+        (["inspect", "tests"], ["cannot read tests", "directory"]),
+        (["bench", "--seconds", "nan"], ["seconds"]),
+        (["bench", "--seconds", "inf"], ["seconds", "finite"]),
+        (["bench", "--json", "tests"], ["json: tests is a folder"]),
+        (["bench", "--json", "pyproject.toml/x.json"], ["json: pyproject.toml is a file"]),
+        (["bench", "--plot", "pyproject.toml"], ["plot: pyproject.toml is a file"]),
+        (["profile", "--op", "cosreg", "--out", "pyproject.toml/deep"], ["out: pyproject.toml is a file"]),
     ],
 )
 def test_bad_input_lists_what_there_is(arguments, expected):
@@ -149,6 +176,64 @@ def test_bad_tensors_list_the_names(checkpoint):
     assert "bert.embeddings.word_embeddings.weight [200, 16]" in output
     assert "expected (N, d)" in invoke("inspect", f"{checkpoint}:bert.bias", code=2)
     assert "torch.int64" in invoke("inspect", f"{checkpoint}:bert.position_ids", code=2)
+
+
+def test_outputs_are_looked_at_before_measuring(checkpoint, tmp_path, monkeypatch):
+    assert "out: " in invoke("inspect", checkpoint, "--out", tmp_path, code=2)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    for option in ("--json", "--plot"):
+        assert "no permission to write" in invoke("bench", option, tmp_path / "deep" / "new", *QUICK, code=2)
+
+
+def test_a_failing_write_is_no_traceback(checkpoint, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("repdeg_fast.bench.inspection.plot", full)
+    assert "error: [Errno 28] No space left" in invoke("inspect", checkpoint, "--out", tmp_path / "x.png", code=2)
+
+
+ODD = "a[/b]$x^$:c/[bold]" + "d" * 300  # rich markup, a matplotlib formula, a path, too long for a file name
+
+
+def test_odd_names_of_tensors_and_files_are_shown_as_they_are(tmp_path):
+    path = tmp_path / "[red]:odd.pt"
+    torch.save({ODD: torch.randn(40, 8)}, path)
+    picture = tmp_path / "[bold].png"
+    output = invoke("inspect", f"{path}:{ODD}", "--out", picture)
+    assert "a[/b]$x^$:c/[bold]ddd" in output
+    assert f"picture: {picture}" in output
+    common = ("--device", "cpu", "--weights", path)
+    output = invoke("bench", "--ops", "cosreg", "--plot", tmp_path, *common, *QUICK)
+    assert "a[/b]$x^$:c/[bold]ddd" in output
+    output = invoke("profile", "--op", "cosreg", "--provider", "eager", "--out", tmp_path, *common)
+    assert "a[/b]$x^$:c/[bold]ddd" in output
+    assert len(list(tmp_path.glob("cosreg-*ddd-timeline.png"))) == 1
+
+
+def test_a_narrow_terminal_loses_no_figure(checkpoint):
+    arguments = ("bench", "--ops", "cosreg", "--device", "cpu", "--weights", checkpoint, *QUICK)
+    output = re.sub(r"\x1b\[[0-9;]*m", "", invoke(*arguments, COLUMNS="80", FORCE_COLOR="1"))
+    eager = next(line for line in output.split("│ eager")[1:]).split("│")
+    assert "1.00×" in [cell.strip() for cell in eager]
+    assert re.search(r"│ +-?0\.\d{12} +│", output)
+
+
+def test_tensors_without_plain_values_are_named(tmp_path):
+    path = tmp_path / "odd.pt"
+    torch.save({"sparse": torch.eye(4).to_sparse(), "meta": torch.empty(3, 3, device="meta")}, path)
+    assert all(text in invoke("inspect", f"{path}:sparse", code=2) for text in ("sparse in", "save its to_dense()"))
+    assert "meta in" in invoke("inspect", f"{path}:meta", code=2)
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["bench", "--weights"], ["profile", "--op", "cosreg", "--weights"]])
+def test_values_that_are_not_finite_are_counted(tmp_path, command):
+    weight = torch.randn(9000, 4)
+    weight[8000, 1:] = float("nan")
+    torch.save({"weight": weight}, tmp_path / "nan.pt")
+    output = invoke(*command, tmp_path / "nan.pt", code=2)
+    assert "3 non-finite values" in output
+    assert "1 of 9000 rows (first: row 8000)" in output
 
 
 @pytest.mark.parametrize("name", ["broken.safetensors", "broken.pt"])

@@ -12,7 +12,8 @@ from repdeg_fast import CosineRegularization, add_cosine_regularization_, cosine
 from repdeg_fast.ops.cosreg import cosreg, cosreg_add_, operation
 from repdeg_fast.reference import cosreg as definition
 
-SHAPES = [(1, 1), (2, 1), (1, 7), (3, 5), (1, 8), (65, 127), (129, 768), (300, 40), (31, 2304), (9, 8192)]
+SHAPES = [(1, 1), (2, 1), (1, 7), (3, 5), (1, 8), (65, 127), (129, 768), (300, 40), (5, 1024), (31, 2304)]
+SHAPES += [(9, 8192), (3, 12288)]
 
 
 def embedding(n, d, dtype=torch.float64, device="cpu", shift=0.3):
@@ -162,6 +163,41 @@ def test_add_to_gradient(place, weighted):
         assert relative_error(weight.grad, 0.25 * true_grad) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("layout", ["odd", "transposed", "padded"])
+def test_add_to_a_gradient_of_another_layout(place, layout):
+    d = 47 if layout == "odd" else 48
+    weight = embedding(32, d, torch.float32, place.device).requires_grad_()
+    start = (1e-3 * torch.randn(32, 64, device=place.device))[:, :d]
+    if layout == "transposed":
+        start = start.t().contiguous().t()
+    weight.grad = start if layout == "padded" else start.clone()
+    assert weight.grad.is_contiguous() == (layout == "odd")
+    place.skip_unless_served(operation, weight, weight.grad)
+    expected_grad = start.double().cpu() + expected(weight)[1]
+    add_cosine_regularization_(weight, 1.0)
+    assert relative_error(weight.grad, expected_grad) <= 1e-5
+
+
+def test_more_programs_than_one_step_of_the_reduction(place, monkeypatch):
+    if place.backend == "triton" and place.device == "cpu":
+        from repdeg_fast.triton_kernels import cosreg as kernels
+
+        monkeypatch.setattr(kernels, "persistent_programs", lambda tensor, _: 100)
+    weight = embedding(200, 2048, torch.float32, place.device).requires_grad_()
+    value = cosine_regularization(weight)
+    value.backward()
+    assert_matches(value, weight.grad, weight)
+
+
+def test_many_rows_of_one_direction():
+    """Where rows add up without cancelling, a long fp32 sum would be off by more than the tolerance."""
+    weight = (torch.randn(4, dtype=torch.float64) + torch.randn(300_000, 4, dtype=torch.float64) * 1e-3).float()
+    for backend in ("reference", "cpu"):
+        with repdeg_fast.use_backend(backend):
+            value = cosine_regularization(weight)
+        assert relative_error(value, definition.closed_form(weight.double())) <= 1e-5
+
+
 def test_add_accumulates_and_makes_a_missing_gradient(place):
     weight = embedding(30, 16, torch.float32, place.device).requires_grad_()
     add_cosine_regularization_(weight, 100.0)
@@ -222,17 +258,17 @@ def test_opcheck():
         torch.library.opcheck(cosreg_add_, (grad, weight.detach(), 0.5, p, 1e-12, "auto"))
 
 
-def test_compiles_as_one_graph():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
     weight = embedding(40, 16, torch.float32).requires_grad_()
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def step(weight):
-        return 2 * cosine_regularization(weight.tanh())
+    def step(weight, eps):
+        return 2 * cosine_regularization(weight.tanh(), eps=eps)
 
-    step(weight).backward()
-    compiled, weight.grad = weight.grad, None
-    (2 * cosine_regularization(weight.tanh())).backward()
-    assert relative_error(compiled, weight.grad) <= 1e-6
+    step(weight, 1e-6).backward()
+    eager, weight.grad = weight.grad, None
+    torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)(weight, 1e-6).backward()
+    assert relative_error(weight.grad, eager) <= 1e-6
 
 
 def test_checkpointing_and_autocast():
@@ -280,6 +316,11 @@ def good():
         (lambda: cosine_regularization(torch.eye(3).to_sparse()), ValueError, "weight: expected a dense tensor"),
         (lambda: cosine_regularization(good(), eps=0), ValueError, "eps: .*got 0"),
         (lambda: cosine_regularization(good(), eps=float("nan")), ValueError, "eps: "),
+        (lambda: cosine_regularization(good(), eps=None), TypeError, "eps: expected a number, got NoneType"),
+        (lambda: CosineRegularization("1"), TypeError, "coefficient: expected a number, got str"),
+        (lambda: add_cosine_regularization_(good(), float("nan")), ValueError, "coefficient: .*finite"),
+        (lambda: add_cosine_regularization_(good() * 2, 1.0), ValueError, "weight: expected a parameter"),
+        (lambda: add_cosine_regularization_(good().detach(), 1.0), ValueError, "weight: is frozen"),
         (lambda: cosine_regularization(good(), row_weight=torch.ones(3)), ValueError, r"row_weight: .*\(4,\).*\(3,\)"),
         (lambda: cosine_regularization(good(), row_weight=torch.ones(4, 1)), ValueError, "row_weight: expected shape"),
         (lambda: cosine_regularization(good(), row_weight=torch.ones(4).int()), TypeError, "row_weight: "),
@@ -306,6 +347,9 @@ def test_bad_gradient():
     weight = good()
     weight.grad = torch.zeros(4, 3).to_sparse()
     with pytest.raises(ValueError, match=r"weight.grad: .*sparse=False"):
+        add_cosine_regularization_(weight, 1.0)
+    weight.grad = torch.zeros(3).expand(4, 3)
+    with pytest.raises(ValueError, match=r"weight.grad: .*clone"):
         add_cosine_regularization_(weight, 1.0)
     half = torch.zeros(4, 3, dtype=torch.bfloat16, requires_grad=True)
     half.grad = torch.zeros(4, 3, dtype=torch.bfloat16)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import relative_error
 
+import repdeg_fast
 from repdeg_fast import MultiLayerMLMHead
 from repdeg_fast.bench.weights import minilm_checkpoint
 
@@ -179,6 +180,58 @@ def test_autocast(model):
         loss = huggingface.apply(model)(**inputs).loss
     assert loss.dtype == torch.float32
     assert relative_error(loss, expected) <= 1e-2
+
+
+def test_admin_norm_in_every_layer(model, tmp_path):
+    """Without dropout outputs and gradients are those of the model; a save, a copy and a revert work."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    original, names = type(model), [name for name, _ in model.named_parameters()]
+    inputs = batch()
+    model.double()
+    expected, right = loss_and_gradients(copy.deepcopy(model), inputs)
+    huggingface.apply(model, admin_norm=True)
+    omegas = {name for name, _ in model.named_parameters()} - set(names)
+    assert len(omegas) == 4
+    assert all(name.endswith("LayerNorm.omega") for name in omegas)
+    for other in (copy.deepcopy(model), huggingface.apply(model, admin_norm=True)):
+        loss, gradients = loss_and_gradients(other, inputs)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        assert all(gradients[name].norm() > 0 for name in omegas)
+        for name in names:
+            torch.testing.assert_close(gradients[name], right[name], rtol=1e-8, atol=1e-10)
+
+    model.float().save_pretrained(tmp_path)
+    expected = model.eval()(**inputs).loss
+    torch.testing.assert_close(original.from_pretrained(tmp_path).eval()(**inputs).loss, expected)
+    with torch.no_grad():
+        model.get_parameter(min(omegas))[3] = 1.5
+    assert model(**inputs).loss != expected
+    with pytest.raises(ValueError, match=r"an omega .* is no longer 1"):
+        huggingface.revert(model)
+    with torch.no_grad():
+        model.get_parameter(min(omegas)).fill_(1)
+    huggingface.revert(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert type(model) is original
+    assert not [module for module in model.modules() if type(module).__module__.startswith("repdeg_fast")]
+    torch.testing.assert_close(model(**inputs).loss, expected)
+
+
+def test_admin_norm_applies_the_dropout_of_each_layer(model):
+    huggingface.apply(model, admin_norm=True).train()
+    norms = [module for module in model.modules() if isinstance(module, repdeg_fast.AdminNorm)]
+    assert [norm.dropout for norm in norms] == [0.1] * 4
+    assert all(norm.training for norm in norms)
+    inputs = batch()
+    torch.manual_seed(0)
+    first = model(**inputs).loss
+    assert model(**inputs).loss != first
+    torch.manual_seed(0)
+    assert model(**inputs).loss == first
+    model.eval()
+    assert model(**inputs).loss == model(**inputs).loss
 
 
 def trainer(model, folder, **options):

@@ -14,6 +14,7 @@ import repdeg_fast
 from repdeg_fast import linear_cross_entropy, multi_layer_mlm_loss
 from repdeg_fast.ops import _vocabulary_chunks
 from repdeg_fast.ops import linear_cross_entropy as ops
+from repdeg_fast.ops.linear_cross_entropy import operation  # noqa: F401 - tells conftest where to test
 
 STRATEGIES = ("chunked", "streaming")
 # V, M, d: each of the awkward values at least twice, in different company
@@ -72,13 +73,6 @@ def assert_close(loss, leaves, true_loss, true_gradients, tolerance):
             assert relative_error(leaf.grad, true) <= tolerance
         else:  # one class: the gradient is a difference that cancels
             assert leaf.grad.norm().item() <= tolerance
-
-
-@pytest.fixture(autouse=True)
-def _served(request):
-    if "place" in request.fixturenames:
-        place = request.getfixturevalue("place")
-        place.skip_unless_served(ops.operation, torch.empty(1, device=place.device), torch.empty(1))
 
 
 @pytest.fixture

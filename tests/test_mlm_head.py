@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import repdeg_fast
 from repdeg_fast import MultiLayerMLMHead
-from repdeg_fast.ops.linear_cross_entropy import operation
+from repdeg_fast.ops.linear_cross_entropy import operation  # noqa: F401 - tells conftest where to test
 
 V, WIDTH, K, B, T = 61, 24, 3, 4, 9
 
@@ -41,7 +41,6 @@ def test_losses_and_all_gradients(place):
     model, weights = Model().to(place.device), torch.tensor([1.0, 0.5, 2.0], device=place.device)
     nn.init.normal_(model.head.bias)
     hidden_states, target = batch(place.device)
-    place.skip_unless_served(operation, hidden_states, model.head.weight)
     hidden_states.requires_grad_()
     losses = model.head(hidden_states, target)
     (losses * weights).sum().backward()
@@ -234,6 +233,7 @@ def test_under_torch_compile():
         (lambda head, h, t: head([], t), ValueError, "hidden_states: expected at least one"),
         (lambda head, h, t: head([None], t), TypeError, r"hidden_states\[0\]: expected a tensor, got NoneType"),
         (lambda head, h, t: head(h.double(), t), TypeError, "hidden_states: expected torch.float32 like the head"),
+        (lambda head, h, t: head(h.to("meta"), t), ValueError, r"hidden_states\[0\]: expected device cpu like target"),
         (lambda head, h, t: head(h, t.float()), TypeError, "target: .*int64 or int32"),
         (lambda head, h, t: head(h, t.tolist()), TypeError, "target: expected a tensor"),
         (lambda head, h, t: head(h, t.masked_fill(t > 0, V)), ValueError, "target: expected values from 0 to 60"),

@@ -15,12 +15,13 @@
 namespace repdeg_fast {
 namespace {
 
-constexpr int64_t kMaxBlocks = 128;  // partial column sums: at most this many rows of d
-constexpr int64_t kGroup = 4;        // rows that share one pass over the column sum
+constexpr int64_t kGroup = 4;  // rows that share one pass over the column sum
 
+// Enough blocks for any number of cores, and no more rows in one than fp32 adds up well; the blocks' sums are added in
+// double.
 int64_t rows_per_block(int64_t rows) {
-  const int64_t even = (rows + kMaxBlocks - 1) / kMaxBlocks;
-  return std::max<int64_t>(64, (even + kGroup - 1) / kGroup * kGroup);
+  const int64_t even = (rows / 128 + kGroup) / kGroup * kGroup;
+  return std::clamp<int64_t>(even, 64, 1024);
 }
 
 // 1/max(‖w‖, eps); 0 for a zero row, NaN where the squared norm overflows (never a silent zero).
@@ -55,7 +56,7 @@ double forward_block(const Rows<T>& weight, const A* p, A eps, int64_t begin, in
     const A* x[kGroup];
     A coefficient[kGroup];
     for (int64_t k = 0; k < kGroup; ++k) {
-      const int64_t i = std::min(first + k, end - 1);
+      const int64_t i = std::min(first + k, end - 1);  // beyond the end: the last row again, times 0
       x[k] = read_row(weight.row(i), weight.column_stride, d, buffer.data() + k * d);
       coefficient[k] = 0;
       if (first + k >= end) continue;
@@ -68,8 +69,6 @@ double forward_block(const Rows<T>& weight, const A* p, A eps, int64_t begin, in
       const double unit = inv == 0 ? 0 : (inv * eps < 1 ? 1 : double(squared) * inv * inv);
       self += double(weight_i) * weight_i * unit;
     }
-    if (first + kGroup > end)  // a row that is not there must add nothing, not even 0·NaN
-      for (int64_t k = end - first; k < kGroup; ++k) x[k] = buffer.data() + kGroup * d;
     add_rows(sum, x, coefficient, d);
   }
   return self;
@@ -87,7 +86,7 @@ void forward(const Tensor& weight_tensor, const std::optional<Tensor>& row_weigh
   std::vector<double> self(blocks);
 
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> buffer((kGroup + 1) * d);  // four rows, and one of zeros
+    std::vector<A> buffer(kGroup * d);
     for (int64_t b = begin; b < end; ++b)
       self[b] = forward_block(weight, p, A(eps), b * step, std::min(n, (b + 1) * step), partial + b * d,
                               static_cast<A*>(inverse.data_ptr()), buffer);
@@ -100,8 +99,10 @@ void forward(const Tensor& weight_tensor, const std::optional<Tensor>& row_weigh
   }
   for (int64_t b = 0; b < blocks; ++b) self_sum += self[b];
   std::vector<double> sum(d);
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t i = 0; i < d; ++i) sum[i] += partial[b * d + i];
+  torch::stable::parallel_for(0, d, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t i = begin; i < end; ++i) sum[i] += partial[b * d + i];
+  });
   A* out = static_cast<A*>(column_sum.data_ptr());
   for (int64_t i = 0; i < d; ++i) {
     out[i] = A(sum[i]);

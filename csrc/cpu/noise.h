@@ -1,7 +1,5 @@
-// Rows of random words and of Gumbel noise for CPU kernels. Definition: repdeg_fast/reference/philox.py.
+// Rows of random words, and Gumbel noise from them, for CPU kernels. Definition: repdeg_fast/reference/philox.py.
 #pragma once
-
-#include <cstdint>
 
 #include "../philox.h"
 #include "logarithm.h"
@@ -22,8 +20,12 @@ inline void fill_words(uint32_t* __restrict out, uint64_t seed, uint32_t row, ui
   }
 }
 
-inline __attribute__((always_inline)) float gumbel_noise(uint32_t word) {
-  return -vector_log(-vector_log(philox_uniform(word)));
+// −log(−log u) of a vector of words, in the arithmetic of A.
+template <typename A>
+inline typename Vector<A>::type gumbel_noise(const uint32_t* words) {
+  typename Vector<A>::type u;
+  for (int64_t i = 0; i < Vector<A>::lanes; ++i) u[i] = philox_uniform(words[i]);
+  return -log(-log(u));
 }
 
 }  // namespace repdeg_fast

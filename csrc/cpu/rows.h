@@ -138,6 +138,14 @@ struct Rows {
         column_stride(t.stride(1)) {}
 
   T* row(int64_t i) const { return data + i * row_stride; }
+
+  // The same matrix without its first rows.
+  Rows from(int64_t first) const {
+    Rows rest = *this;
+    rest.data += first * row_stride;
+    rest.rows -= first;
+    return rest;
+  }
 };
 
 }  // namespace repdeg_fast

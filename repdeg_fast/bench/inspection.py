@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from repdeg_fast.bench.plots import pyplot
+from repdeg_fast.bench.plots import plain, pyplot
 from repdeg_fast.bench.suite import InputError, dtype_name
 
 CHUNK = 4096  # rows in float64 at a time
@@ -40,8 +41,19 @@ class Inspection:
         return int((self.norms == 0).sum())
 
 
+def check_finite(weight: Tensor, name: str = "the tensor") -> None:
+    """Raises InputError for NaN or Inf, with how many there are and where the first is."""
+    bad = torch.cat([(~torch.isfinite(rows)).sum(1) for rows in weight.split(CHUNK)])
+    if bad.any():
+        raise InputError(
+            f"weights: {name} has {int(bad.sum())} non-finite values (NaN or Inf), in {int((bad > 0).sum())} of"
+            f" {len(bad)} rows (first: row {int(bad.nonzero()[0])}); repair them or choose another tensor"
+        )
+
+
 def inspect_embedding(weight: Tensor, tick: Callable[[int], None] = lambda rows: None) -> Inspection:
     """One pass over the rows, a chunk at a time: beyond the weight only a d×d matrix is in memory."""
+    check_finite(weight)
     n, d = weight.shape
     if d > _WIDEST:
         raise InputError(f"weights: expected rows of at most {_WIDEST:,} values, got shape ({n}, {d}); transposed?")
@@ -56,11 +68,6 @@ def inspect_embedding(weight: Tensor, tick: Callable[[int], None] = lambda rows:
         total += rows.sum(0)
         unit_total += (rows / norm.masked_fill(norm == 0, 1)[:, None]).sum(0)
         tick(len(rows))
-    if not torch.isfinite(norms).all():
-        bad = int((~torch.isfinite(norms)).sum())
-        raise InputError(
-            f"weights: {bad} of {n} rows hold NaN or Inf (first: row {int((~torch.isfinite(norms)).nonzero()[0])})"
-        )
     nonzero = int((norms > 0).sum())
     off_diagonal = float(unit_total.square().sum()) - nonzero
     energies, vectors = torch.linalg.eigh(gram)
@@ -111,7 +118,8 @@ def tables(name: str, found: Inspection) -> list[Table]:
 
 
 def _overview(name: str, found: Inspection) -> Table:
-    out = Table(title=f"{name}: {found.rows:,} × {found.columns:,} {dtype_name(found.dtype)}", title_justify="left")
+    title = f"{name}: {found.rows:,} × {found.columns:,} {dtype_name(found.dtype)}"
+    out = Table(title=escape(title), title_justify="left")
     out.add_column("measure")
     out.add_column("value", justify="right")
     out.add_column("meaning", style="dim")
@@ -184,7 +192,7 @@ def plot(name: str, weight: Tensor, found: Inspection, path: Path) -> Path:
     )
     spectrum.grid(alpha=0.25, which="both")
     spectrum.legend(frameon=False)
-    figure.suptitle(f"{name}, {found.rows:,} × {found.columns:,}", fontweight="bold")
+    figure.suptitle(f"{plain(name)}, {found.rows:,} × {found.columns:,}", fontweight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)

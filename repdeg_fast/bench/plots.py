@@ -29,6 +29,11 @@ def pyplot() -> Any:
     return plt
 
 
+def plain(text: str) -> str:
+    """A tensor's name is no formula: matplotlib would read what is between two "$" as one."""
+    return text.replace("$", r"\$")
+
+
 def plot_run(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Time and memory of each case as bars, and each sweep as lines; returns the files written."""
     measured = [row for row in rows if row.samples]
@@ -60,7 +65,7 @@ def _plot_time(rows: Sequence[Row], path: Path) -> Path:
         high = [(row.percentile(0.8) or 0) - value for row, value in zip(bars, values, strict=True)]
         _bars(axis, bars, values, notes, errors=[low, high])
         axis.set_xlabel("ms, median (whisker: p20–p80); in brackets: times faster than eager")
-        axis.set_title(f"{case}\n{pass_}")
+        axis.set_title(f"{plain(str(case))}\n{pass_}")
     return grid.save(path, f"{rows[0].suite.op}: time on {_where(rows[0])}")
 
 
@@ -75,7 +80,7 @@ def _plot_memory(rows: Sequence[Row], path: Path) -> Path:
         _bars(axis, bars, [size / 1e6 for size in sizes], [f" {format_bytes(size)}" for size in sizes])
         explained = "peak beyond the inputs (fresh gradients included)" if kind == "peak" else "saved for backward"
         axis.set_xlabel(f"MB, {explained}")
-        axis.set_title(f"{case}\n{explained}")
+        axis.set_title(f"{plain(str(case))}\n{explained}")
     return grid.save(path, f"{rows[0].suite.op}: memory of forward+backward on {_where(rows[0])}")
 
 
@@ -162,7 +167,7 @@ def plot_timelines(timelines: dict[str, Timeline], title: str, path: Path) -> Pa
     patches = [plt.Rectangle((0, 0), 1, 1, color=_PHASES[phase], alpha=0.25) for phase in seen]
     figure.legend(patches, seen, loc="outside lower center", ncols=len(seen), frameon=False)
     axes[-1, 0].set_xlabel("ms (under the profiler, slower than alone)")
-    figure.suptitle(title, fontweight="bold")
+    figure.suptitle(plain(title), fontweight="bold")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

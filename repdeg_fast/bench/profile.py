@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from repdeg_fast.bench import memory
 from repdeg_fast.bench.measure import Step, clear_gradients, describe, unfit
 from repdeg_fast.bench.memory import Timeline
+from repdeg_fast.bench.outputs import file_name
 from repdeg_fast.bench.report import format_bytes
 from repdeg_fast.bench.suite import Case, Inputs, Provider, Suite
 
@@ -40,13 +42,11 @@ def profile_case(
     found = []
     for provider in providers:
         tick(provider.name)
-        reason = unfit(provider, case, inputs, device) or (
-            f"no implementation: {provider.floor}" if provider.floor else ""
-        )
+        reason = unfit(provider, case, inputs, device) or provider.floor
         if reason:
             found.append(Profile(provider, reason=reason))
             continue
-        snapshot = folder / f"{suite.op}-{case.name}-{provider.name}-snapshot.pickle"
+        snapshot = folder / f"{suite.op}-{file_name(case.name)}-{provider.name}-snapshot.pickle"
         try:
             found.append(_profile(provider, inputs, device, snapshot if device.type == "cuda" else None))
         except Exception as failure:  # a peer that does not work here is a row like others
@@ -68,7 +68,8 @@ def _profile(provider: Provider, inputs: Inputs, device: torch.device, snapshot:
 
 
 def table(suite: Suite, case: Case, profiles: Sequence[Profile], device: torch.device) -> Table:
-    out = Table(title=f"{suite.op} · {case} on {device.type}: memory beyond the inputs", title_justify="left")
+    title = f"{suite.op} · {case} on {device.type}: memory beyond the inputs"
+    out = Table(title=escape(title), title_justify="left")
     out.add_column("provider", no_wrap=True)
     for name in ("forward peak", "saved for backward", "held after forward", "backward peak", "held after"):
         out.add_column(name, justify="right")
@@ -76,7 +77,7 @@ def table(suite: Suite, case: Case, profiles: Sequence[Profile], device: torch.d
     for profile in profiles:
         name, timeline = profile.provider.name, profile.timeline
         if timeline is None:
-            out.add_row(name, *["–"] * 5, f"[dim]{profile.reason}[/]")
+            out.add_row(name, *["–"] * 5, f"[dim]{escape(profile.reason or '')}[/]")
             continue
         first = next(iter(timeline.phases))  # forward; or both passes, where one call does them
         backward = "backward" in timeline.phases

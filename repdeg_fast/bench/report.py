@@ -17,6 +17,7 @@ from repdeg_fast.bench.measure import speedup
 from repdeg_fast.bench.runner import Row
 from repdeg_fast.bench.suite import dtype_name
 
+_VALUE_WIDTH = 15  # characters of a value with 12 decimals
 _MARKS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -31,7 +32,7 @@ def table(rows: Sequence[Row]) -> Table:
     with_tokens = first.case.tokens is not None
     title = f"{first.suite.op} · {first.case} on {first.device}"
     caption = "\n".join([f"{first.suite.value_name} in float64 = {first.exact:.12f}", *_verdicts(rows)])
-    out = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    out = Table(title=escape(title), title_justify="left", caption=escape(caption), caption_justify="left")
     out.add_column("provider", no_wrap=True)
     out.add_column("pass", no_wrap=True)
     out.add_column("ms (p20–p80)", justify="right", no_wrap=True)
@@ -39,8 +40,8 @@ def table(rows: Sequence[Row]) -> Table:
         out.add_column(name, justify="right", no_wrap=True)
     floor = next((row.provider.name for row in rows if row.times_floor), None)
     for name in ("vs eager", "vs best rival", *([f"time ÷ {floor}"] if floor else [])):
-        out.add_column(name, justify="right", max_width=9)
-    out.add_column(f"{first.suite.value_name}, or why not measured", overflow="fold")
+        out.add_column(name, justify="right", width=9)
+    out.add_column(f"{first.suite.value_name}, or why not measured", overflow="fold", min_width=_VALUE_WIDTH)
     for row in rows:
         if row.samples:
             style = "bold" if row.provider.ours else None
@@ -73,7 +74,7 @@ def sweep_table(rows: Sequence[Row]) -> Table:
     cases = sorted({row.case for row in rows}, key=suite.size)
     title = f"{suite.op} · {group}: ms against {suite.size_label}, {dtype_name(cases[0].dtype)} on {rows[0].device}"
     caption = f"growth: p where the time grows like ({suite.size_label})^p, by least squares; 1 is linear"
-    out = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    out = Table(title=escape(title), title_justify="left", caption=escape(caption), caption_justify="left")
     out.add_column("provider", no_wrap=True)
     out.add_column("pass", no_wrap=True)
     for case in cases:
@@ -130,7 +131,9 @@ def print_notes(console: Console, rows: Sequence[Row]) -> None:
     """What the figures mean, and every value that is wrong."""
     versions = rows[0].versions
     named = ", ".join(f"{key} {value}" for key, value in versions.items() if value is not None)
-    console.print(f"[dim]{named}; THP_MEM_ALLOC_ENABLE {'set' if versions['THP_MEM_ALLOC_ENABLE'] else 'not set'}[/]")
+    console.print(
+        f"[dim]{escape(named)}; THP_MEM_ALLOC_ENABLE {'set' if versions['THP_MEM_ALLOC_ENABLE'] else 'not set'}[/]"
+    )
     console.print(
         "[dim]GB/s, TFLOP/s and % roof count the bytes and operations that the pass needs, whoever does it; the roof is"
         " a copy and a GEMM measured in this run (small cases lie in a cache and may pass it; so may, on a CPU, passes"
@@ -148,7 +151,7 @@ def print_notes(console: Console, rows: Sequence[Row]) -> None:
     for row in rows:
         if row.wrong:
             console.print(
-                f"[bold red]WRONG VALUE[/]: {row.suite.op}, {row.case.name}, {row.provider.name}, {row.pass_}: "
+                f"[bold red]WRONG VALUE[/]: {row.suite.op}, {escape(row.case.name)}, {row.provider.name}, {row.pass_}: "
                 f"{row.value!r}, the float64 value is {row.exact!r} (relative error {row.error:.1e})"
             )
 

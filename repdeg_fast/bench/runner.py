@@ -76,7 +76,7 @@ class Row:
 
 
 def count_ticks(cases: Sequence[Case], providers: Sequence[Provider]) -> int:
-    """How often :func:`run` will call ``tick``: once a provider is ready, and once for each pass it has."""
+    """How many steps :func:`run` reports by ``tick``: one when a provider is ready, and one for each pass it has."""
     return len(cases) * sum(1 + len(provider.passes) for provider in providers)
 
 
@@ -86,7 +86,7 @@ def run(
     providers: Sequence[Provider],
     device: torch.device,
     seconds: float,
-    tick: Callable[[str], None] = lambda text: None,
+    tick: Callable[..., None] = lambda text, steps=1: None,
 ) -> Iterator[list[Row]]:
     """The rows of each case in turn, as soon as it is done."""
     for case in cases:
@@ -99,11 +99,13 @@ def _run_case(
     providers: Sequence[Provider],
     device: torch.device,
     seconds: float,
-    tick: Callable[[str], None],
+    tick: Callable[..., None],
 ) -> list[Row]:
     torch._dynamo.reset()  # each case compiles afresh, for its own sizes
+    tick("measuring the roof", steps=0)
     roof = measure.roof(device, case.dtype)
     versions = measure.versions(device)
+    tick(f"{case.name}: inputs, and the value in float64", steps=0)
     inputs = suite.make_inputs(case, device)
     exact = suite.exact(inputs)
     rows, steps = [], []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,11 @@ def parse(specification: str) -> tuple[Path, str | None]:
     """``FILE[:TENSOR]`` → path and tensor name."""
     if Path(specification).exists():
         return Path(specification), None
-    file, separator, tensor = specification.rpartition(":")
-    if separator and Path(file).exists():
-        return Path(file), tensor
+    parts = specification.split(":")
+    for i in range(len(parts) - 1, 0, -1):  # either name may hold a ":" itself
+        file = ":".join(parts[:i])
+        if file and Path(file).exists():
+            return Path(file), ":".join(parts[i:])
     raise InputError(f"weights: no file {specification!r}; expected FILE or FILE:TENSOR")
 
 
@@ -51,9 +55,22 @@ def load(path: Path, name: str | None = None) -> tuple[str, Tensor]:
     """Tensor ``name`` of a checkpoint, or its word embedding; returns the name with it.
 
     Raises:
-        InputError: unreadable file, no such tensor (lists those that are there), not a floating (N, d) tensor.
+        InputError: unreadable file, no such tensor (lists those that are there), not a floating dense (N, d) tensor.
     """
-    return _load_safetensors(path, name) if path.suffix == ".safetensors" else _load_torch(path, name)
+    if path.name.endswith(".index.json"):
+        raise InputError(f"weights: {path} is the index of a sharded checkpoint; name the shard FILE with the tensor")
+    return _load_safetensors(path, name) if _is_safetensors(path) else _load_torch(path, name)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its suffix, else by its content: the length of a header in 8 bytes, then the header, in JSON."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise InputError(f"weights: cannot read {path}: {error.strerror}") from error
+    by_content = start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+    return path.suffix == ".safetensors" or by_content
 
 
 def _load_safetensors(path: Path, name: str | None) -> tuple[str, Tensor]:
@@ -73,19 +90,33 @@ def _load_torch(path: Path, name: str | None) -> tuple[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its several readers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"weights: {path} is not a readable safetensors or torch checkpoint: {reason}") from error
+        raise InputError(
+            f"weights: {path} is not a readable safetensors or torch checkpoint: {_torch_reason(error)}"
+        ) from error
     tensors = dict(_flatten(content, ""))
     name = _choose(path, name, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     return name, _checked(path, name, tensors[name])
 
 
-def _flatten(content: Any, prefix: str) -> list[tuple[str, Tensor]]:
+def _torch_reason(error: Exception) -> str:
+    """torch's own text for what ``weights_only`` refuses advises to allow it to run code."""
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return (
+            f"it holds a {found[1]}, which is no tensor, and loading it could run code;"
+            " save the model's state_dict() in its stead"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is no pickle of tensors"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _flatten(content: Any, prefix: str, above: tuple[Any, ...] = ()) -> list[tuple[str, Tensor]]:
     if isinstance(content, Tensor):
         return [(prefix or "tensor", content.detach())]
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or any(content is one for one in above):  # a dict can hold itself
         return []
-    parts = (_flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in content.items())
+    above = (*above, content)
+    parts = (_flatten(value, f"{prefix}.{key}" if prefix else str(key), above) for key, value in content.items())
     return [pair for part in parts for pair in part]
 
 
@@ -110,6 +141,10 @@ def find_embedding(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise InputError(f"weights: {name} in {path} is a meta tensor, without values; save it once it holds some")
+    if tensor.layout != torch.strided:
+        raise InputError(f"weights: {name} in {path} is sparse ({tensor.layout}); save its to_dense()")
     if tensor.dim() != 2 or tensor.numel() == 0:
         raise InputError(f"weights: {name} in {path} has shape {tuple(tensor.shape)}; expected (N, d), not empty")
     if tensor.dtype not in DTYPES.values():

@@ -2,12 +2,15 @@
 
 from repdeg_fast.functional.admin_norm import admin_norm
 from repdeg_fast.functional.cosreg import add_cosine_regularization_, cosine_regularization
+from repdeg_fast.functional.gumbel_mix import gradient_reversal, gumbel_mix
 from repdeg_fast.functional.linear_cross_entropy import linear_cross_entropy, multi_layer_mlm_loss
 
 __all__ = [
     "add_cosine_regularization_",
     "admin_norm",
     "cosine_regularization",
+    "gradient_reversal",
+    "gumbel_mix",
     "linear_cross_entropy",
     "multi_layer_mlm_loss",
 ]

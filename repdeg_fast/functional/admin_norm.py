@@ -140,7 +140,7 @@ def _omega(omega: Tensor | float | None, x: Tensor) -> Tensor | None:
         omega = torch.full((1,), float(omega), dtype=arithmetic_dtype(x), device=x.device)
     _check_parameter("omega", omega, x)
     d = x.shape[-1]
-    if omega.shape not in ((d,), (1,), ()):
+    if omega.dim() > 1 or (omega.numel() != 1 and omega.numel() != d):
         raise ValueError(f"omega: expected shape ({d},), one value a column, or one value, got {tuple(omega.shape)}")
     return omega.to(arithmetic_dtype(x)).expand(d).contiguous()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from repdeg_fast import backends
-from repdeg_fast._checks import check_floating, check_positive
+from repdeg_fast._checks import check_finite, check_floating, check_positive
 from repdeg_fast.ops import cosreg as _cosreg
 from repdeg_fast.reference.cosreg import arithmetic_dtype
 
@@ -53,10 +53,19 @@ def add_cosine_regularization_(
     gradient. Under a gradient scaler call it after ``scaler.unscale_(optimizer)``. A missing ``.grad`` is made.
 
     Raises:
-        TypeError, ValueError: naming the argument; also when ``weight.grad`` is sparse or of another dtype.
+        TypeError, ValueError: naming the argument; also when ``weight`` is frozen or not a leaf, and when its ``.grad``
+            is sparse, of another dtype, or expanded.
     """
     row_weight = _check_cosreg(weight, row_weight, eps)
+    check_finite("coefficient", coefficient)
+    if not weight.is_leaf:
+        raise ValueError(
+            "weight: expected a parameter, got the result of a computation, which has no .grad to add to; make "
+            "cosine_regularization(weight) a term of the loss"
+        )
     if weight.grad is None:
+        if not weight.requires_grad:
+            raise ValueError("weight: is frozen (requires_grad=False) and has no .grad to add to; leave the call out")
         weight.grad = torch.zeros_like(weight)
     grad = weight.grad
     if grad.layout != torch.strided:
@@ -65,6 +74,8 @@ def add_cosine_regularization_(
         )
     if grad.dtype != weight.dtype:
         raise TypeError(f"weight.grad: expected {weight.dtype} like weight, got {grad.dtype}")
+    if any(stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)):
+        raise ValueError("weight.grad: elements share memory (an expanded tensor); use weight.grad.clone()")
     return _cosreg.cosreg_add_(grad, weight, float(coefficient), row_weight, eps, backends.requested())
 
 

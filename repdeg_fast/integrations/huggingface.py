@@ -1,4 +1,4 @@
-"""Hugging Face models with the fused masked-language-model loss. Needs transformers 5
+"""Hugging Face models with the fused masked-language-model loss, and with ADMIN's residual blocks. Needs transformers 5
 (``pip install 'repdeg-fast[hf]'``).
 
 Example::
@@ -15,11 +15,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from repdeg_fast.nn.admin_norm import AdminNorm
 from repdeg_fast.nn.mlm_head import HuggingFaceHead, masked_lm_losses
 
 try:
     from transformers import BertForMaskedLM, PreTrainedModel, RobertaForMaskedLM
     from transformers.modeling_outputs import MaskedLMOutput
+    from transformers.models.bert.modeling_bert import BertOutput, BertSelfOutput
+    from transformers.models.roberta.modeling_roberta import RobertaOutput, RobertaSelfOutput
     from transformers.utils import can_return_tuple
 except ImportError as error:
     raise ImportError(
@@ -31,7 +34,7 @@ LOGITS = ("auto", "always", "never")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply(model: Model, *, logits: str = "auto") -> Model:
+def apply(model: Model, *, logits: str = "auto", admin_norm: bool = False) -> Model:
     """Give a ``BertForMaskedLM`` or ``RobertaForMaskedLM`` the fused head and loss, in place, and return it.
 
     The weights, their names and tying, the signature of ``forward`` and the loss stay as they are, so ``Trainer``,
@@ -48,6 +51,11 @@ def apply(model: Model, *, logits: str = "auto") -> Model:
             they always are. ``model(..., skip_logits=True)``, or ``False``, decides for one call: the argument that
             ``Trainer`` passes with ``use_liger_kernel`` where it needs the loss only. A ``logits`` that was not
             computed is ``None``.
+        admin_norm: also replace dropout, residual sum and LayerNorm of each layer by one
+            :class:`~repdeg_fast.AdminNorm`, with the same weight and bias and a new parameter ω of ones
+            (``...LayerNorm.omega``; make the optimizer afterwards). Outputs stay the same until ω changes, but for the
+            dropout masks, which are others. An ordinary model has no place for ω: ``from_pretrained`` reports it as
+            unexpected and leaves it out.
 
     Raises:
         TypeError: for any other model, subclasses of these included (their ``forward`` might do something else).
@@ -63,12 +71,25 @@ def apply(model: Model, *, logits: str = "auto") -> Model:
         # and wrapped (accelerate) like any model's.
         model.__class__ = _FUSED[type(model)]
     model.logits_beside_loss = logits  # type: ignore[assignment]
+    if admin_norm:
+        for module in list(model.modules()):
+            if type(module) in _SUB_LAYER_ENDS:
+                AdminOutput.take_over(module)
     return model
 
 
 def revert(model: Model) -> Model:
-    """Undo :func:`apply`, in place, and return the model. One that it was not applied to is left as it is."""
+    """Undo :func:`apply`, in place, and return the model. One that it was not applied to is left as it is.
+
+    Raises:
+        ValueError: an ω of ``admin_norm`` is no longer 1, so that the outputs would change.
+    """
     if isinstance(model, _FusedMaskedLM):
+        ends = [module for module in model.modules() if isinstance(module, AdminOutput)]
+        for end in ends:
+            end.check_omega()
+        for end in ends:
+            end.hand_back()
         vars(model).pop("logits_beside_loss", None)
         model.__class__ = next(original for original, fused in _FUSED.items() if fused is type(model))
     return model
@@ -133,6 +154,44 @@ class FusedRobertaForMaskedLM(_FusedMaskedLM, RobertaForMaskedLM):
     pass
 
 
+class AdminOutput(nn.Module):
+    """The end of a sub-layer of BERT or RoBERTa with ADMIN's residual block, under the names that its parts have."""
+
+    dense: nn.Linear
+    dropout: nn.Dropout
+    LayerNorm: Any  # nn.LayerNorm before and after
+    original: type[nn.Module]
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return self.LayerNorm(input_tensor, self.dense(hidden_states))
+
+    @staticmethod
+    def take_over(end: nn.Module) -> None:
+        original, end.__class__ = type(end), AdminOutput
+        assert isinstance(end, AdminOutput)
+        before, end.original = end.LayerNorm, original
+        like = {"device": before.weight.device, "dtype": before.weight.dtype}
+        end.LayerNorm = AdminNorm(*before.normalized_shape, dropout=end.dropout.p, eps=before.eps, **like)
+        end.LayerNorm.weight, end.LayerNorm.bias = before.weight, before.bias
+        end.LayerNorm.train(before.training)
+
+    def check_omega(self) -> None:
+        if not bool((self.LayerNorm.omega == 1).all()):
+            raise ValueError(
+                "model: an omega of its AdminNorm modules is no longer 1, and a LayerNorm has no place for it; "
+                "keep the model as it is, or set the omegas to 1"
+            )
+
+    def hand_back(self) -> None:
+        norm = self.LayerNorm
+        like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+        self.LayerNorm = nn.LayerNorm(norm.normalized_shape, norm.eps, **like).train(norm.training)
+        self.LayerNorm.weight, self.LayerNorm.bias = norm.weight, norm.bias
+        original = vars(self).pop("original")
+        self.__class__ = original
+
+
+_SUB_LAYER_ENDS = (BertSelfOutput, BertOutput, RobertaSelfOutput, RobertaOutput)
 _FUSED: dict[type, type] = {BertForMaskedLM: FusedBertForMaskedLM, RobertaForMaskedLM: FusedRobertaForMaskedLM}
 for _original, _fused in _FUSED.items():
     _fused.__name__ = _original.__name__  # what `save_pretrained` writes into config.json, and `Trainer` looks up

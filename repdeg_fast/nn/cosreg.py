@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from repdeg_fast import functional
+from repdeg_fast._checks import check_finite
 
 
 class CosineRegularization(nn.Module):
@@ -22,6 +23,7 @@ class CosineRegularization(nn.Module):
 
     def __init__(self, coefficient: float = 1.0, eps: float = 1e-12) -> None:
         super().__init__()
+        check_finite("coefficient", coefficient)
         self.coefficient = coefficient
         self.eps = eps
 

@@ -238,6 +238,8 @@ def _check_layers(hidden_states: Tensor | Sequence[Tensor], target: Tensor) -> l
                 f"hidden_states[{i}]: expected shape {(*target.shape, layers[0].shape[-1])}, that of target and the "
                 f"width of hidden_states[0], got {tuple(layer.shape)}; a single layer is passed as [hidden_states]"
             )
+        if layer.device != target.device:
+            raise ValueError(f"hidden_states[{i}]: expected device {target.device} like target, got {layer.device}")
     return layers
 
 

@@ -109,9 +109,9 @@ def _(
     chunked: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = arithmetic_dtype(hidden_states)
-    loss = hidden_states.new_empty((heads, len(target)) if reduction == "none" else (heads,), dtype=dtype)
-    lse = hidden_states.new_empty(len(hidden_states), dtype=dtype)
+    dtype = arithmetic_dtype(hidden_states)  # sizes by shape: len() would not do for symbolic ones
+    loss = hidden_states.new_empty((heads, target.shape[0]) if reduction == "none" else (heads,), dtype=dtype)
+    lse = hidden_states.new_empty(hidden_states.shape[0], dtype=dtype)
     return loss, lse, *_empty_gradients(hidden_states, weight, bias, [chunked and need for need in needs])
 
 

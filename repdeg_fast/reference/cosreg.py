@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_CHUNK = 1024  # rows that are summed in fp32 before the sum goes on in double
+
 
 def cosine_regularization(weight: Tensor, row_weight: Tensor | None = None, eps: float = 1e-12) -> Tensor:
     """The definition, O(N²·d) time and O(N²) memory: for tests and benchmarks."""
@@ -43,7 +45,9 @@ def forward(weight: Tensor, row_weight: Tensor | None, eps: float) -> tuple[Tens
     norm = rows.norm(dim=1)
     inverse_norm = torch.where(norm == 0, 0, 1 / norm.clamp_min(eps))
     inverse_norm = inverse_norm.masked_fill(norm.isinf(), float("nan"))  # an overflow must not look like a zero row
-    column_sum = (p * inverse_norm) @ rows
+    coefficients = (p * inverse_norm).split(_CHUNK)
+    parts = [c @ x for c, x in zip(coefficients, rows.split(_CHUNK), strict=True)]
+    column_sum = torch.stack(parts).double().sum(dim=0).to(rows.dtype)
     self_similarity = torch.where(norm == 0, 0, (norm / eps).clamp_max(1)) ** 2
     total_weight = p.sum()
     value = (column_sum.double().square().sum() - (p * p * self_similarity).double().sum()) / total_weight**2

@@ -177,7 +177,7 @@ inline __half __float2half_rn(float x) { return __half(x); }
 // A device with a few multiprocessors, so that small inputs still make persistent blocks loop.
 constexpr int cudaDevAttrMultiProcessorCount = 0;
 inline int cudaGetDevice(int* device) { return *device = 0; }
-inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 3, 0; }
+inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 11, 0; }
 template <typename Kernel>
 int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) { return *blocks = 1, 0; }
 template <typename Kernel>

@@ -1,0 +1,384 @@
+// Gumbel sampling and its straight-through gradient on the CPU. Mathematics: repdeg_fast/reference/gumbel_mix.py.
+//
+// Forward is one GEMM, a chunk of the vocabulary at a time, and one pass over its output in L2: bias, noise made from
+// a counter, running maximum with its token, running sum of exponentials.
+//
+// Backward makes the same logits again, a second GEMM. It then needs E[v] and F[v] only where y_v counts: at τ = 0.3 the
+// noise alone leaves 7 % of 30,522 tokens above 2⁻²⁴/V, and all others together weigh less than the rounding of Σ y = 1.
+// So instead of two more GEMMs (F[v]·r and dz·E) the tokens that count are collected and worked on four at a time, out
+// of a slab of E and F that stays in L2 for all rows. dz needs δ, which is known only at the end of the row, but
+// dh̄ = (Σ y F·r E − δ Σ y E)/τ is linear in it: both sums are kept and nothing is swept twice. The price is paid where
+// every token counts (τ of 1 and more): three products a token instead of a GEMM's two.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "gemm.h"
+#include "noise.h"
+
+namespace repdeg_fast {
+namespace {
+
+constexpr int64_t kBufferBytes = 32 << 20;  // logits, and converted operands, of one chunk of the vocabulary
+constexpr int64_t kAlign = 16;  // columns; rows of logits that start on a cache line also make MKL's h Eᵀ faster
+constexpr int64_t kSlab = 128;  // rows of E and F that stay in L2 while all rows of hidden states pass: 768 KB at d = 768
+constexpr int64_t kGroup = 4;   // tokens that share one pass over a row's sums
+
+int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
+
+// How the vocabulary is cut: chunks of about equal size whose buffers take kBufferBytes.
+int64_t chunk_columns(int64_t vocabulary, int64_t values_per_column, int64_t value_bytes) {
+  const int64_t most = std::max<int64_t>(kSlab, kBufferBytes / value_bytes / std::max<int64_t>(values_per_column, 1));
+  const int64_t chunks = (vocabulary + most - 1) / most;
+  return aligned((vocabulary + chunks - 1) / chunks);
+}
+
+// z of a chunk of the vocabulary for all rows, padded with −∞ to whole vectors.
+template <typename A>
+struct Chunk {
+  A* data;
+  int64_t stride, first, columns;  // `first` is a multiple of four: it starts a Philox call
+  const A* bias;                   // padded likewise; null: none
+
+  A* row(int64_t i) const { return data + i * stride; }
+
+  // z + g of a row in place; returns the largest (NaN apart).
+  A perturb(int64_t i, uint64_t seed) const {
+    constexpr int64_t L = Vector<A>::lanes, kBlock = 1024;
+    alignas(64) uint32_t words[kBlock];
+    A* z = row(i);
+    for (int64_t c = columns; c < aligned(columns); ++c) z[c] = -INFINITY;
+    auto most = broadcast(A(-INFINITY));
+    for (int64_t block = 0; block < columns; block += kBlock) {
+      const int64_t n = std::min(kBlock, aligned(columns) - block);
+      fill_words(words, seed, uint32_t(i), kGumbelStream, uint32_t((first + block) / 4), n);
+      for (int64_t c = 0; c < n; c += L) {
+        auto s = load(z + block + c);
+        if (bias) s += load(bias + first + block + c);
+        s += gumbel_noise<A>(words + c);
+        store(z + block + c, s);
+        most = s > most ? s : most;
+      }
+    }
+    A result = most[0];
+    for (int64_t k = 1; k < L; ++k) result = std::max(result, A(most[k]));
+    return result;
+  }
+};
+
+// Operands of one call, the same in both directions.
+template <typename A>
+struct Vocabulary {
+  static constexpr ScalarType wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  const Tensor& weight;
+  const std::optional<Tensor> embedding;  // null: not needed
+  ScalarType narrow;                       // what the products with the weight are taken of
+  Tensor hidden, logits;
+  std::vector<A> bias;
+  int64_t size, columns;
+
+  Vocabulary(const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias_tensor,
+             const std::optional<Tensor>& embedding)
+      : weight(weight),
+        embedding(embedding),
+        narrow(mixed.scalar_type()),
+        hidden(operand(mixed, narrow, wide)),
+        logits(mixed),
+        size(weight.size(0)) {
+    int64_t values = mixed.size(0);
+    if (!is_operand(weight, wide) || narrow != wide) values += weight.size(1);
+    if (embedding && !is_operand(*embedding, wide)) values += embedding->size(1);
+    columns = chunk_columns(size, values, sizeof(A));
+    logits = torch::stable::new_empty(mixed, {mixed.size(0), columns}, wide);
+    if (!bias_tensor) return;
+    const A* given = static_cast<const A*>(bias_tensor->data_ptr());
+    bias.assign(given, given + size);
+    bias.resize(aligned(size) + kAlign);
+  }
+
+  Tensor columns_of_logits(int64_t n) { return torch::stable::narrow(logits, 1, 0, n); }
+
+  // f(chunk of logits, its rows of E, its rows of F) for each chunk in turn.
+  template <typename F>
+  void each_chunk(F&& f) {
+    for (int64_t first = 0; first < size; first += columns) {
+      const int64_t n = std::min(columns, size - first);
+      const Tensor e = operand(rows_of(weight, first, n), narrow, wide);
+      multiply(columns_of_logits(n), hidden, transposed(e));
+      f(Chunk<A>{static_cast<A*>(logits.data_ptr()), columns, first, n, bias.empty() ? nullptr : bias.data()}, e,
+        embedding ? operand(rows_of(*embedding, first, n), embedding->scalar_type(), wide) : e);
+    }
+  }
+};
+
+// What is known of a row after some of the vocabulary: the largest z + g, Σ exp((z + g − largest)/τ).
+template <typename A>
+struct RowState {
+  A most = -INFINITY, sum = 0;
+
+  A origin() const { return most == -INFINITY ? A(0) : most; }  // −∞ − −∞ would be NaN
+
+  // Take in n values, of which `most_here` is the largest.
+  void take(const A* s, int64_t n, A most_here, A inverse_temperature, int64_t first, int64_t* token) {
+    constexpr int64_t L = Vector<A>::lanes;
+    const A before = most;
+    if (most_here > most) {
+      most = most_here;
+      *token = first + (std::find(s, s + n, most_here) - s);
+    }
+    const A zero = origin();
+    typename Vector<A>::type total[2] = {};
+    for (int64_t c = 0; c < aligned(n); c += L)
+      total[c / L % 2] += exp((load(s + c) - zero) * inverse_temperature);
+    sum *= std::exp((before - zero) * inverse_temperature);
+    for (int64_t k = 0; k < L; ++k) sum += total[0][k] + total[1][k];
+  }
+
+  A log_sum_exp(A inverse_temperature) const { return origin() * inverse_temperature + std::log(sum); }
+};
+
+template <typename A>
+void sample(const Tensor& token_ids, const Tensor& lse, const Tensor& mixed, const Tensor& weight,
+            const std::optional<Tensor>& bias, uint64_t seed, A inverse_temperature) {
+  const int64_t m = mixed.size(0);
+  Vocabulary<A> vocabulary(mixed, weight, bias, std::nullopt);
+  std::vector<RowState<A>> state(m);
+  int64_t* tokens = static_cast<int64_t*>(token_ids.data_ptr());
+  std::fill(tokens, tokens + m, int64_t(0));
+  vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor&, const Tensor&) {
+    torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const A most = z.perturb(i, seed);
+        state[i].take(z.row(i), z.columns, most, inverse_temperature, z.first, tokens + i);
+      }
+    });
+  });
+  A* out = static_cast<A*>(lse.data_ptr());
+  for (int64_t i = 0; i < m; ++i) out[i] = state[i].log_sum_exp(inverse_temperature);
+}
+
+// y of a chunk in place of its logits.
+template <typename A>
+void write_weights(const Chunk<A>& z, int64_t begin, int64_t end, const A* lse, A inverse_temperature) {
+  for (int64_t i = begin; i < end; ++i)
+    for (A* s = z.row(i); s < z.row(i) + z.columns; s += Vector<A>::lanes)
+      store(s, exp(load(s) * inverse_temperature - lse[i]));
+}
+
+template <typename A>
+void soft_value(const Tensor& value, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
+                const Tensor& embedding, const Tensor& lse, uint64_t seed, A inverse_temperature) {
+  const int64_t m = mixed.size(0), size = value.numel();
+  Vocabulary<A> vocabulary(mixed, weight, bias, embedding);
+  const Tensor part = torch::stable::empty_like(value);
+  A* sum = static_cast<A*>(value.data_ptr());
+  const A* added = static_cast<const A*>(part.data_ptr());
+  std::fill(sum, sum + size, A(0));
+  vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor&, const Tensor& f) {
+    torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) z.perturb(i, seed);
+      write_weights(z, begin, end, static_cast<const A*>(lse.data_ptr()), inverse_temperature);
+    });
+    multiply(part, vocabulary.columns_of_logits(z.columns), f);
+    for (int64_t j = 0; j < size; ++j) sum[j] += added[j];
+  });
+}
+
+// Tokens of one slab that count for one row: which, and their y.
+template <typename A>
+struct Tokens {
+  int64_t count = 0;
+  int32_t index[kSlab + kGroup];
+  A y[kSlab + kAlign];
+
+  // Those of the n ≤ kSlab values s with s/τ − lse at least `smallest`.
+  void collect(const A* s, int64_t n, A inverse_temperature, A lse, A smallest) {
+    constexpr int64_t L = Vector<A>::lanes;
+    count = 0;
+    for (int64_t c = 0; c < n; c += L) {
+      const auto exponent = load(s + c) * inverse_temperature - lse;
+      const auto counts = exponent >= smallest;
+      for (int64_t k = 0; k < L; ++k) {  // no branch: one in ten counts, in no order
+        index[count] = int32_t(c + k);
+        y[count] = exponent[k];
+        count -= counts[k];
+      }
+    }
+    for (int64_t c = 0; c < count; c += L) store(y + c, exp(load(y + c)));
+    for (int64_t k = count; k < count + kGroup; ++k) {  // whole groups: a token that is there, with weight 0
+      index[k] = count ? index[count - 1] : 0;
+      y[k] = 0;
+    }
+  }
+};
+
+// Four rows that are read together. Pointers and factors are copied into locals: the compiler must see that no store
+// to the sums changes them, or it loads them again each time.
+template <typename A>
+struct Group {
+  const A* row[kGroup];
+
+  Group(const Rows<A>& rows, const int32_t* index) {
+    for (int64_t k = 0; k < kGroup; ++k) row[k] = rows.row(index[k]);
+  }
+
+  // row[k]·r
+  void products(const A* r, int64_t d, A* out) const {
+    constexpr int64_t L = Vector<A>::lanes;
+    const A *x0 = row[0], *x1 = row[1], *x2 = row[2], *x3 = row[3];
+    typename Vector<A>::type s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    int64_t i = 0;
+    for (; i + L <= d; i += L) {
+      const auto v = load(r + i);
+      s0 += load(x0 + i) * v;
+      s1 += load(x1 + i) * v;
+      s2 += load(x2 + i) * v;
+      s3 += load(x3 + i) * v;
+    }
+    A sum[kGroup] = {};
+    for (; i < d; ++i)
+      for (int64_t k = 0; k < kGroup; ++k) sum[k] += row[k][i] * r[i];
+    for (int64_t l = 0; l < L; ++l) {
+      sum[0] += s0[l];
+      sum[1] += s1[l];
+      sum[2] += s2[l];
+      sum[3] += s3[l];
+    }
+    std::copy(sum, sum + kGroup, out);
+  }
+
+  // a += Σ p[k] row[k] and b += Σ q[k] row[k]
+  void add_to(A* a, const A* p, A* b, const A* q, int64_t d) const {
+    constexpr int64_t L = Vector<A>::lanes;
+    const A *x0 = row[0], *x1 = row[1], *x2 = row[2], *x3 = row[3];
+    const A p0 = p[0], p1 = p[1], p2 = p[2], p3 = p[3], q0 = q[0], q1 = q[1], q2 = q[2], q3 = q[3];
+    int64_t i = 0;
+    for (; i + L <= d; i += L) {
+      const auto v0 = load(x0 + i), v1 = load(x1 + i), v2 = load(x2 + i), v3 = load(x3 + i);
+      store(a + i, load(a + i) + p0 * v0 + p1 * v1 + p2 * v2 + p3 * v3);
+      store(b + i, load(b + i) + q0 * v0 + q1 * v1 + q2 * v2 + q3 * v3);
+    }
+    for (; i < d; ++i)
+      for (int64_t k = 0; k < kGroup; ++k) {
+        a[i] += p[k] * row[k][i];
+        b[i] += q[k] * row[k][i];
+      }
+  }
+};
+
+// The three sums of a row that dh̄ is made of.
+template <typename A>
+struct RowSums {
+  A* weighted;  // Σ y (F·r − origin) E
+  A* plain;     // Σ y E
+  A* delta;     // Σ y (F·r − origin)
+
+  void take(const Tokens<A>& tokens, const Rows<A>& e, const Rows<A>& f, const A* r, A origin) {
+    for (int64_t t = 0; t < tokens.count; t += kGroup) {
+      A product[kGroup];
+      Group<A>(f, tokens.index + t).products(r, f.columns, product);
+      for (int64_t k = 0; k < kGroup; ++k) {
+        product[k] = (product[k] - origin) * tokens.y[t + k];
+        *delta += product[k];
+      }
+      Group<A>(e, tokens.index + t).add_to(weighted, product, plain, tokens.y + t, e.columns);
+    }
+  }
+
+  void finish(A inverse_temperature, int64_t d) {
+    for (int64_t j = 0; j < d; ++j) weighted[j] = (weighted[j] - *delta * plain[j]) * inverse_temperature;
+  }
+};
+
+template <typename A>
+void backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_embedding, const Tensor& grad,
+              const Tensor& origin_tensor, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
+              const Tensor& embedding, const Tensor& lse_tensor, uint64_t seed, A inverse_temperature) {
+  const int64_t m = mixed.size(0), d = mixed.size(1);
+  Vocabulary<A> vocabulary(mixed, weight, bias, grad_mixed ? std::optional<Tensor>(embedding) : std::nullopt);
+  const Tensor upstream = operand(grad, grad.scalar_type(), Vocabulary<A>::wide);
+  const Rows<A> r(upstream);
+  const A* lse = static_cast<const A*>(lse_tensor.data_ptr());
+  const A* origin = static_cast<const A*>(origin_tensor.data_ptr());
+  const A smallest = std::log(std::numeric_limits<A>::epsilon() / 2 / A(weight.size(0)));
+  const Tensor plain_tensor = torch::stable::new_zeros(lse_tensor, {grad_mixed ? m : 0, d});
+  A* plain = static_cast<A*>(plain_tensor.data_ptr());
+  A* weighted = grad_mixed ? static_cast<A*>(grad_mixed->data_ptr()) : nullptr;
+  if (grad_mixed) std::fill(weighted, weighted + m * d, A(0));
+  std::vector<A> delta(m);
+  const auto sums = [&](int64_t i) { return RowSums<A>{weighted + i * d, plain + i * d, &delta[i]}; };
+
+  vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor& e_tensor, const Tensor& f_tensor) {
+    torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) z.perturb(i, seed);
+      if (!grad_mixed) return;
+      const Rows<A> e(e_tensor), f(f_tensor);
+      Tokens<A> tokens;
+      for (int64_t slab = 0; slab < z.columns; slab += kSlab) {
+        const int64_t n = std::min(kSlab, z.columns - slab);
+        const Rows<A> e_slab = e.from(slab), f_slab = f.from(slab);
+        for (int64_t i = begin; i < end; ++i) {
+          tokens.collect(z.row(i) + slab, n, inverse_temperature, lse[i], smallest);
+          sums(i).take(tokens, e_slab, f_slab, r.row(i), origin[i]);
+        }
+      }
+    });
+    if (!grad_embedding) return;
+    torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      write_weights(z, begin, end, lse, inverse_temperature);
+    });
+    const Tensor y = vocabulary.columns_of_logits(z.columns);
+    const Tensor out = rows_of(*grad_embedding, z.first, z.columns);
+    if (out.scalar_type() == Vocabulary<A>::wide) return multiply(out, transposed(y), upstream);
+    Tensor rounded = out;
+    torch::stable::copy_(rounded, torch::stable::matmul(transposed(y), upstream));
+  });
+  for (int64_t i = 0; grad_mixed && i < m; ++i) {
+    if (!std::isfinite(lse[i])) delta[i] = NAN;  // no token counts where the logits are NaN
+    sums(i).finish(inverse_temperature, d);
+  }
+}
+
+uint64_t key_of(const Tensor& seed) { return uint64_t(*static_cast<const int64_t*>(seed.data_ptr())); }
+
+// Call f with a value of the type of arithmetic.
+template <typename F>
+void dispatch_wide(const Tensor& lse, F&& f) {
+  lse.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+void gumbel_mix_sample(Tensor token_ids, Tensor lse, const Tensor& mixed, const Tensor& weight,
+                       const std::optional<Tensor>& bias, const Tensor& seed, double temperature) {
+  dispatch_wide(lse, [&](auto a) {
+    sample<decltype(a)>(token_ids, lse, mixed, weight, bias, key_of(seed), decltype(a)(1 / temperature));
+  });
+}
+
+void gumbel_mix_soft_value(Tensor value, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const Tensor& embedding, const Tensor& lse, const Tensor& seed, double temperature) {
+  dispatch_wide(lse, [&](auto a) {
+    soft_value<decltype(a)>(value, mixed, weight, bias, embedding, lse, key_of(seed), decltype(a)(1 / temperature));
+  });
+}
+
+void gumbel_mix_backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_embedding,
+                         const Tensor& grad_embeddings, const Tensor& origin, const Tensor& mixed, const Tensor& weight,
+                         const std::optional<Tensor>& bias, const Tensor& embedding, const Tensor& lse,
+                         const Tensor& seed, double temperature) {
+  dispatch_wide(lse, [&](auto a) {
+    backward<decltype(a)>(grad_mixed, grad_embedding, grad_embeddings, origin, mixed, weight, bias, embedding, lse,
+                          key_of(seed), decltype(a)(1 / temperature));
+  });
+}
+
+}  // namespace
+}  // namespace repdeg_fast
+
+STABLE_TORCH_LIBRARY_IMPL(repdeg_fast_native, CPU, m) {
+  m.impl("gumbel_mix_sample", TORCH_BOX(&repdeg_fast::gumbel_mix_sample));
+  m.impl("gumbel_mix_soft_value", TORCH_BOX(&repdeg_fast::gumbel_mix_soft_value));
+  m.impl("gumbel_mix_backward", TORCH_BOX(&repdeg_fast::gumbel_mix_backward));
+}

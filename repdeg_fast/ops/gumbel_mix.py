@@ -1,0 +1,196 @@
+"""The operators behind Gumbel mixing. Mathematics: :mod:`repdeg_fast.reference.gumbel_mix`.
+
+Drawing a sample (no gradient) and its value (all of it) are two operators, so that a sweep over the vocabulary that
+serves other ends can draw the sample too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repdeg_fast.backends import Operation
+from repdeg_fast.ops._common import forbid_double_backward
+from repdeg_fast.reference.cosreg import arithmetic_dtype
+from repdeg_fast.reference.gumbel_mix import mix, mix_backward
+
+
+def _triton_limit(hidden_states: Tensor, *_: Tensor) -> str | None:
+    if hidden_states.dtype == torch.float64:
+        return "float64 is for the reference and cpu backends"
+    return None
+
+
+operation = Operation(
+    "gumbel_mix",
+    functions=("sample", "soft_value", "backward"),
+    backends={"cpu": lambda *_: None, "triton": _triton_limit},
+)
+
+
+@torch.library.custom_op("repdeg_fast::gumbel_sample", mutates_args=())
+def gumbel_sample(
+    hidden_states: Tensor,
+    mixture_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Token ids (M,) and log Σ exp((z + g)/τ) (M,). Not differentiable: takes detached tensors."""
+    token_ids, lse = _fake_sample(hidden_states)
+    mixed = mix(hidden_states, mixture_logits)
+    kernels = operation.kernels(backend, hidden_states, weight)
+    kernels.sample(token_ids, lse, mixed, weight, _wide(bias, lse), seed, temperature)
+    return token_ids, lse
+
+
+@gumbel_sample.register_fake
+def _fake_sample(hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows = hidden_states.shape[1]
+    return (
+        hidden_states.new_empty(rows, dtype=torch.int64),
+        hidden_states.new_empty(rows, dtype=arithmetic_dtype(hidden_states)),
+    )
+
+
+@torch.library.custom_op("repdeg_fast::gumbel_value", mutates_args=())
+def gumbel_value(
+    hidden_states: Tensor,
+    mixture_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    token_ids: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    temperature: float,
+    hard: bool,
+    gradient_scale: float,
+    backend: str,
+) -> Tensor:
+    """Embeddings (M, d_f) of a sample: of its tokens, or the soft value. Gradients for the mixture logits and the
+    embedding."""
+    if hard:
+        value = embedding.index_select(0, token_ids)
+    else:
+        sums = lse.new_empty(len(lse), embedding.shape[1])
+        mixed = mix(hidden_states, mixture_logits)
+        kernels = operation.kernels(backend, hidden_states, weight)
+        kernels.soft_value(sums, mixed, weight, _wide(bias, lse), embedding, lse, seed, temperature)
+        value = sums.to(embedding.dtype)
+    # a token was drawn even where a logit is NaN; the embedding says so
+    return value.masked_fill_(~lse.isfinite()[:, None], float("nan"))
+
+
+@gumbel_value.register_fake
+def _(
+    hidden_states: Tensor,
+    mixture_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    token_ids: Tensor,
+    *_: Any,
+) -> Tensor:
+    return embedding.new_empty(token_ids.shape[0], embedding.shape[1])
+
+
+@torch.library.custom_op("repdeg_fast::gumbel_mix_backward", mutates_args=())
+def gumbel_mix_backward(
+    grad_embeddings: Tensor,
+    hidden_states: Tensor,
+    mixture_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    token_ids: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    temperature: float,
+    hard: bool,
+    gradient_scale: float,
+    needs_mixture: bool,
+    needs_embedding: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the mixture logits and of the embedding; an empty tensor for one that is not needed."""
+    grad_mixture, grad_embedding = lse.new_empty(0), lse.new_empty(0)
+    if needs_embedding and hard:
+        grad_embedding = torch.ops.aten.embedding_dense_backward(grad_embeddings, token_ids, len(weight), -1, False)
+    elif needs_embedding:
+        grad_embedding = torch.empty_like(embedding)
+    if needs_mixture or (needs_embedding and not hard):
+        mixed = mix(hidden_states, mixture_logits)
+        grad_mixed = lse.new_empty(mixed.shape) if needs_mixture else None
+        grad_soft = grad_embedding if needs_embedding and not hard else None
+        origin = (grad_embeddings * embedding.index_select(0, token_ids)).sum(dim=1, dtype=lse.dtype)
+        operation.kernels(backend, hidden_states, weight).backward(
+            grad_mixed,
+            grad_soft,
+            grad_embeddings,
+            origin,
+            mixed,
+            weight,
+            _wide(bias, lse),
+            embedding,
+            lse,
+            seed,
+            temperature,
+        )
+        if grad_mixed is not None and mixture_logits is not None:
+            grad_mixture = mix_backward(grad_mixed.mul_(gradient_scale), hidden_states, mixture_logits)
+    return grad_mixture, grad_embedding
+
+
+@gumbel_mix_backward.register_fake
+def _(
+    grad_embeddings: Tensor,
+    hidden_states: Tensor,
+    mixture_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    token_ids: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    temperature: float,
+    hard: bool,
+    gradient_scale: float,
+    needs_mixture: bool,
+    needs_embedding: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return (
+        lse.new_empty(0)
+        if mixture_logits is None or not needs_mixture
+        else mixture_logits.new_empty(mixture_logits.shape),
+        embedding.new_empty(embedding.shape) if needs_embedding else lse.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.temperature, ctx.hard, ctx.gradient_scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad_embeddings: Tensor) -> tuple[Tensor | None, ...]:
+    needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[4])
+    gradients = gumbel_mix_backward(
+        grad_embeddings.contiguous(),
+        *ctx.saved_tensors, ctx.temperature, ctx.hard, ctx.gradient_scale, *needs, ctx.backend,
+    )  # fmt: skip
+    grad_mixture, grad_embedding = (grad if need else None for grad, need in zip(gradients, needs, strict=True))
+    return None, grad_mixture, None, None, grad_embedding, *[None] * 7
+
+
+gumbel_value.register_autograd(_backward, setup_context=_setup_context)
+forbid_double_backward(gumbel_mix_backward, "gumbel_mix")
+
+
+def _wide(bias: Tensor | None, lse: Tensor) -> Tensor | None:
+    """As the kernels take it: contiguous, in the arithmetic dtype."""
+    return None if bias is None else bias.to(lse.dtype).contiguous()

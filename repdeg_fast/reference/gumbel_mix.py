@@ -1,0 +1,155 @@
+"""Sampling from a learned mixture of K language-model heads (AMOS, arXiv 2204.03243, section 3).
+
+With mixture weights α = softmax(mixture logits), logits z = Σ_k α_k (E h^(k) + b), Gumbel noise g, temperature τ and an
+embedding F:
+
+    token x̂ = argmax_v (z_v + g_v),    y = softmax((z + g)/τ),    value F[x̂] (hard) or Σ_v y_v F[v] (soft)
+
+:func:`gumbel_mix` is that definition, M×V matrices and all. Because logits are affine in h and Σ α = 1, the kernels mix
+hidden states, h̄ = Σ_k α_k h^(k), and take one product z = E h̄ + b.
+
+Gradients are those of the straight-through estimator: of the value F[x̂] with respect to F, of the soft value with
+respect to α; hidden states, E and b get none. With r the upstream gradient and L = log Σ_v exp((z_v + g_v)/τ):
+
+    y_v = exp((z_v + g_v)/τ − L),    δ = Σ_v y_v (F[v]·r),    dz_v = y_v (F[v]·r − δ)/τ,
+    dh̄ = Σ_v dz_v E[v],    dα_k = dh̄·h^(k);    dF[x̂] += r (hard) or dF[v] += y_v r (soft)
+
+dz does not change when a constant is taken off all F[v]·r of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from repdeg_fast.reference import philox
+from repdeg_fast.reference.cosreg import arithmetic_dtype
+
+_CHUNK = 1 << 23  # logits held at a time
+
+
+def gumbel_mix(
+    hidden_states: Tensor,  # (K, M, d)
+    mixture_logits: Tensor,  # (M, K)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    embedding: Tensor,  # (V, d_f)
+    seed: Tensor,
+    temperature: float,
+    hard: bool,
+) -> tuple[Tensor, Tensor]:
+    """The definition, differentiable by autograd (``gradient_scale`` 1), K·M·V logits: for tests and benchmarks."""
+    logits = hidden_states.detach() @ weight.detach().T
+    if bias is not None:
+        logits = logits + bias.detach()
+    mixed = torch.einsum("mk,kmv->mv", mixture_logits.softmax(dim=1), logits)
+    noise = philox.gumbel(seed, range(len(mixed)), range(len(weight)), dtype=mixed.dtype)
+    y = ((mixed + noise) / temperature).softmax(dim=1)
+    token_ids = y.argmax(dim=1)
+    if hard:
+        y = torch.nn.functional.one_hot(token_ids, len(weight)) - y.detach() + y
+    return token_ids, y @ embedding
+
+
+def mix(hidden_states: Tensor, mixture_logits: Tensor | None) -> Tensor:
+    """h̄ (M, d) in the dtype of the hidden states, summed in fp32 (float64); no mixture logits: K is 1."""
+    if mixture_logits is None:
+        return hidden_states[0]
+    alpha = mixture_logits.to(arithmetic_dtype(hidden_states)).softmax(dim=1)
+    mixed = alpha[:, :1] * hidden_states[0]
+    for k in range(1, len(hidden_states)):
+        mixed += alpha[:, k : k + 1] * hidden_states[k]
+    return mixed.to(hidden_states.dtype)
+
+
+def mix_backward(grad_mixed: Tensor, hidden_states: Tensor, mixture_logits: Tensor) -> Tensor:
+    """The gradient of the mixture logits, (M, K) in their dtype, from that of h̄."""
+    alpha = mixture_logits.to(grad_mixed.dtype).softmax(dim=1)
+    grad_alpha = torch.stack([(grad_mixed * hidden).sum(dim=1) for hidden in hidden_states], dim=1)
+    grad = alpha * (grad_alpha - (alpha * grad_alpha).sum(dim=1, keepdim=True))
+    return grad.to(mixture_logits.dtype)
+
+
+def sample(
+    token_ids: Tensor,  # (M,), written
+    lse: Tensor,  # (M,), written
+    mixed: Tensor,  # (M, d)
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    temperature: float,
+) -> None:
+    """x̂ and L. Where a logit is NaN or +∞, or all are −∞, L is not finite, and x̂ is any token."""
+    for rows in _row_chunks(mixed, weight):
+        part = slice(rows.start, rows.stop)
+        perturbed = _perturbed_logits(mixed, weight, bias, seed, rows)
+        token_ids[part] = perturbed.argmax(dim=1)
+        lse[part] = (perturbed / temperature).logsumexp(dim=1)
+
+
+def soft_value(
+    value: Tensor,  # (M, d_f), written
+    mixed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    temperature: float,
+) -> None:
+    """Σ_v y_v F[v]."""
+    for rows in _row_chunks(mixed, weight):
+        part = slice(rows.start, rows.stop)
+        y = (_perturbed_logits(mixed, weight, bias, seed, rows) / temperature - lse[part, None]).exp()
+        value[part] = y @ embedding.to(y.dtype)
+
+
+def backward(
+    grad_mixed: Tensor | None,  # (M, d), written where given
+    grad_embedding: Tensor | None,  # (V, d_f), the gradient of the soft value, written where given
+    grad_embeddings: Tensor,  # (M, d_f)
+    origin: Tensor,  # (M,)
+    mixed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    temperature: float,
+) -> None:
+    """dh̄ and, for a soft value, dF. ``origin`` is F[x̂]·r: products F[v]·r are taken from there, so that what rows of F
+    have in common cancels before it is rounded."""
+    r = grad_embeddings.to(lse.dtype)
+    total = None if grad_embedding is None else torch.zeros_like(grad_embedding, dtype=lse.dtype)
+    for rows in _row_chunks(mixed, weight):
+        part = slice(rows.start, rows.stop)
+        y = (_perturbed_logits(mixed, weight, bias, seed, rows) / temperature - lse[part, None]).exp()
+        if total is not None:
+            total.addmm_(y.T, r[part])
+        if grad_mixed is not None:
+            fr = r[part] @ embedding.to(r.dtype).T - origin[part, None]
+            delta = (y * fr).sum(dim=1, keepdim=True)
+            grad_mixed[part] = (y * (fr - delta) / temperature) @ _operand(weight, mixed)
+    if grad_embedding is not None and total is not None:
+        grad_embedding.copy_(total)
+
+
+def _operand(weight: Tensor, mixed: Tensor) -> Tensor:
+    """``weight`` rounded to the dtype of the hidden states, which is what gets multiplied, and widened to sum."""
+    return weight.to(mixed.dtype).to(arithmetic_dtype(mixed))
+
+
+def _perturbed_logits(mixed: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, rows: range) -> Tensor:
+    wide = arithmetic_dtype(mixed)
+    logits = mixed[rows.start : rows.stop].to(wide) @ _operand(weight, mixed).T
+    if bias is not None:
+        logits += bias
+    return logits + philox.gumbel(seed, rows, range(len(weight)), dtype=wide)
+
+
+def _row_chunks(mixed: Tensor, weight: Tensor) -> Iterator[range]:
+    step = max(1, _CHUNK // len(weight))
+    for first in range(0, len(mixed), step):
+        yield range(first, min(first + step, len(mixed)))

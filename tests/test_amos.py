@@ -1,0 +1,536 @@
+"""AMOS against its published formula written out with K logits tensors, its options, and the training script."""
+
+import copy
+import importlib.util
+import pydoc_data.topics
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TOLERANCE, relative_error
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from repdeg_fast.data import MaskingCollator
+from repdeg_fast.reference import philox
+
+transformers = pytest.importorskip("transformers")
+from transformers import BertForSequenceClassification, BertModel  # noqa: E402
+
+from repdeg_fast.models import AmosConfig, AmosForPreTraining  # noqa: E402
+
+V, B, T = 61, 3, 11
+MASK, FIRST = 4, 5  # the mask token, and the first that is not special
+SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 64, "max_position_embeddings": 20, "mlm_layers": (1, 2, 4)}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+EXAMPLE = Path(__file__).parent.parent / "examples" / "pretrain_amos.py"
+
+
+def amos(**options):
+    """Tiny, and away from where its initialization puts it: with biases, and mixture weights that differ."""
+    torch.manual_seed(0)
+    model = AmosForPreTraining(AmosConfig(**SIZES | NO_DROPOUT | options))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def batch():
+    """Masked, with padding at the end of one row."""
+    generator = torch.Generator().manual_seed(2)
+    words = torch.randint(FIRST, V, (B, T), generator=generator)
+    attention_mask = torch.ones_like(words)
+    attention_mask[1, -3:] = 0
+    masked = (torch.rand(B, T, generator=generator) < 0.4) & (attention_mask == 1)
+    return {
+        "input_ids": words.masked_fill(masked, MASK).masked_fill(attention_mask == 0, 0),
+        "attention_mask": attention_mask,
+        "labels": words.masked_fill(~masked, -100),
+    }
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def published(model, input_ids, attention_mask, labels, seed):
+    """The paper's model as its authors wrote it: K logits tensors, mixed; F.gumbel_softmax's arithmetic with the noise
+    of ``seed``; a product of one-hot rows and the embedding."""
+    masked = labels != -100
+    extended = torch.zeros(attention_mask.shape, dtype=model.dtype).masked_fill(attention_mask == 0, -1e9)
+    hidden = model.generator.embeddings(input_ids)
+    weight, bias = model.discriminator.embeddings.word_embeddings.weight, model.mlm_head.bias
+    logits, scores, losses = [], [], []
+    for number, layer in enumerate(model.generator.encoder.layer, start=1):
+        hidden = layer(hidden, extended[:, None, None])
+        if number in model.config.mlm_layers:
+            features = hidden[masked]
+            hidden = hidden.detach()
+            head = model.mlm_head
+            transformed = head.layer_norm(F.gelu(head.dense(features)))
+            logits.append(F.linear(transformed, weight, bias))
+            scores.append(model.mixture.score(features))
+            losses.append(F.cross_entropy(logits[-1], labels[masked]))
+    alpha = torch.cat(scores, dim=1).softmax(dim=1)
+    mixed = (torch.stack(logits, dim=2).detach() @ alpha[:, :, None]).squeeze(2)
+    noise = philox.gumbel(torch.tensor([seed]), range(len(mixed)), range(V), dtype=mixed.dtype)
+    soft = ((mixed + noise) / model.config.gumbel_temperature).softmax(dim=1)
+    hard = F.one_hot(soft.argmax(dim=1), V).to(soft)
+    sample = Reverse.apply(hard - soft.detach() + soft)
+    corrupted = input_ids.clone()
+    corrupted[masked] = sample.argmax(dim=1)
+    embeddings = model.discriminator.embeddings.word_embeddings(corrupted)
+    embeddings[masked] = sample @ weight
+    states = model.discriminator(inputs_embeds=embeddings, attention_mask=attention_mask).last_hidden_state
+    real = attention_mask == 1
+    target = (corrupted != torch.where(masked, labels, input_ids))[real]
+    answer = model.rtd_head(states[real]).squeeze(1)
+    rtd_loss = F.binary_cross_entropy_with_logits(answer, target.to(answer))
+    return {
+        "loss": sum(losses) + 50 * rtd_loss,
+        "mlm_losses": torch.stack(losses),
+        "rtd_loss": rtd_loss,
+        "rtd_accuracy": ((answer > 0) == target).to(answer).mean(),
+        "replaced": target.to(answer).mean(),
+        "mixture_weights": alpha.mean(dim=0),
+        "sampled_ids": corrupted,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_published_formula(dtype):
+    model = amos().to(dtype)
+    for seed in range(3):
+        expected = published(model, **batch(), seed=seed)
+        output = model(**batch(), seed=seed)
+        assert torch.equal(output.sampled_ids, expected["sampled_ids"])
+        for name, value in expected.items():
+            assert relative_error(output[name], value) <= TOLERANCE[dtype], name
+        right, mine = gradients(model, expected["loss"]), gradients(model, output.loss)
+        assert right.keys() == mine.keys() == dict(model.named_parameters()).keys()
+        right["discriminator.embeddings.word_embeddings.weight"][0] = 0  # the head does not train the padding word
+        for name in right:
+            if "key.bias" not in name:  # rounding only: attention does not feel them
+                assert relative_error(mine[name], right[name]) <= 20 * TOLERANCE[dtype], name
+
+
+def test_samples_that_equal_the_original_count_as_original():
+    model = amos()
+    with torch.no_grad():
+        model.mlm_head.bias[7] += 1000  # now it always samples 7
+    inputs = batch()
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] == -100, 7)
+    output = model(**inputs)
+    assert (output.sampled_ids[inputs["labels"] == 7] == 7).all()
+    assert output.replaced == 0
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] == -100, 8)
+    share = (inputs["labels"] == 8).sum() / inputs["attention_mask"].sum()
+    torch.testing.assert_close(model(**inputs).replaced, share)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_gradient_stops_between_blocks(stop):
+    model = amos(stop_gradient=stop, detach_mixture=True)
+    last = gradients(model, model(**batch()).mlm_losses[2])
+    below = [f"generator.encoder.layer.{n}.output.dense.weight" for n in (0, 1)]
+    assert [name in last and bool(last[name].any()) for name in below] == [not stop] * 2
+    assert last["generator.encoder.layer.2.output.dense.weight"].any()
+    assert last["generator.encoder.layer.3.output.dense.weight"].any()
+
+
+def reversed_gradient(**options):
+    """Of the discriminator's loss alone."""
+    model = amos(**options)
+    grads = gradients(model, model(**batch(), seed=0).rtd_loss)
+    return grads.get("mixture.score.weight"), grads.get("generator.encoder.layer.0.output.dense.weight")
+
+
+def test_the_mixture_gets_the_scaled_gradient_and_passes_it_on_unless_detached():
+    v, generator = reversed_gradient()
+    for scale in (1.0, 0.5):
+        other_v, other_generator = reversed_gradient(gradient_scale=scale)
+        torch.testing.assert_close(other_v, -scale * v)
+        torch.testing.assert_close(other_generator, -scale * generator)
+    assert v.any()
+    assert generator.any()
+    detached_v, detached_generator = reversed_gradient(detach_mixture=True)
+    assert torch.equal(detached_v, v)
+    assert detached_generator is None
+    assert reversed_gradient(gradient_scale=0.0) == (None, None)
+
+
+def topics(rows=32):
+    """Each row has words of one of four topics: what is from another topic is easy to tell, all else is not."""
+    words = FIRST + 5 * torch.randint(4, (rows, 1)) + torch.randint(5, (rows, 12))
+    masked = torch.rand(rows, 12) < 0.25
+    return {"input_ids": words.masked_fill(masked, MASK), "labels": words.masked_fill(~masked, -100)}
+
+
+def fit(model, steps, learning_rate):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=learning_rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**topics()).loss.backward()
+        optimizer.step()
+
+
+def grown(model, **options):
+    """A model with the same weights under other options."""
+    other = AmosForPreTraining(AmosConfig(**{**model.config.to_dict(), **options}))
+    other.load_state_dict(model.state_dict(), strict=False)
+    return other.requires_grad_(False)
+
+
+def test_frozen_mixture_moves_against_the_discriminator_or_with_it():
+    """A generator whose second layer has learned what its first has not, and a discriminator that has seen both."""
+    sizes = {**SIZES, "vocab_size": 25, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
+    teacher = AmosForPreTraining(AmosConfig(**sizes | NO_DROPOUT | {"mlm_layers": (2,), "rtd_weight": 5.0}))
+    fit(teacher, 100, 3e-3)
+    both = grown(teacher, mlm_layers=(1, 2), mixture="equal")
+    both.discriminator.encoder.requires_grad_(True)
+    both.rtd_head.requires_grad_(True)
+    fit(both, 100, 3e-3)
+
+    held_out = topics(256)
+    for scale in (-1.0, 1.0):
+        model = grown(both, mixture="learned", gradient_scale=scale)
+        model.mixture.requires_grad_(True)
+
+        def measure(model=model):
+            with torch.no_grad():
+                outputs = [model(**held_out, seed=seed) for seed in range(4)]
+            return sum(output.rtd_loss for output in outputs) / 4, outputs[0].mixture_weights[1]
+
+        loss_before, good_before = measure()
+        fit(model, 40, 0.03)
+        loss, good = measure()
+        assert -scale * (good - good_before) > 0.1  # −1: to the layer whose samples are hard to tell
+        assert -scale * (loss - loss_before) > 0.003
+
+
+def test_equal_weights_and_a_single_layer():
+    assert amos(mixture="equal").mixture is None
+    torch.testing.assert_close(amos(mixture="equal")(**batch()).mixture_weights, torch.full((3,), 1 / 3))
+    single = amos(mlm_layers=(2,))
+    output = single(**batch())
+    assert output.mlm_losses.shape == (1,)
+    assert torch.equal(output.mixture_weights, torch.ones(1))
+    assert len(single.generator.encoder.layer) == 2
+    assert single.mixture is None
+
+
+def test_a_random_layer_for_each_position():
+    model = amos(mixture="random")
+    logits = model._mixture_logits(torch.zeros(3, 6000, 32))
+    assert torch.equal(logits.softmax(dim=1).sort(dim=1).values, torch.tensor([0.0, 0.0, 1.0]).expand(6000, 3))
+    frequency = logits.softmax(dim=1).mean(dim=0)
+    assert (frequency - 1 / 3).abs().max() < 5 * (2 / 9 / 6000) ** 0.5
+    output = model(**batch())
+    assert torch.isfinite(output.loss)
+    assert len(gradients(model, output.loss)) == len(list(model.parameters()))
+
+
+def test_layers_switch_as_training_goes_on():
+    """… and the sample is that of a model with that layer alone."""
+    model = amos(mixture="switch")
+    for progress, index in ((0.0, 0), (0.32, 0), (0.34, 1), (0.67, 2), (1.0, 2)):
+        model.progress = progress
+        output = model(**batch(), seed=5)
+        assert output.mixture_weights.argmax() == index
+        assert output.mixture_weights[index] == 1
+        layer = SIZES["mlm_layers"][index]
+        single = grown(model, mlm_layers=(layer,), mixture="learned")
+        assert torch.equal(single(**batch(), seed=5).sampled_ids, output.sampled_ids)
+    model.progress = 1.5
+    with pytest.raises(ValueError, match=r"progress: expected a number from 0 to 1, got 1\.5"):
+        model(**batch())
+
+
+def test_generator_dropout_is_off_unless_asked_for():
+    for on in (False, True):
+        model = amos(generator_dropout=on, hidden_dropout_prob=0.3, mixture="equal").train()
+        first, second = (model(**batch()) for _ in range(2))
+        assert torch.equal(first.mlm_losses, second.mlm_losses) != on
+        assert not torch.equal(first.rtd_logits, second.rtd_logits)
+
+
+def test_save_and_load(tmp_path):
+    model = amos().eval()
+    expected = model(**batch(), seed=3)
+    model.save_pretrained(tmp_path / "amos")
+    loaded = AmosForPreTraining.from_pretrained(tmp_path / "amos")
+    assert loaded.config.mlm_layers == (1, 2, 4)
+    output = loaded(**batch(), seed=3)
+    for name in expected:  # not to the bit: a loaded file may lie differently in memory
+        torch.testing.assert_close(output[name], expected[name])
+    tied = loaded.discriminator.embeddings.word_embeddings.weight
+    assert loaded.mlm_head.weight is tied
+    assert loaded.generator.embeddings.word_embeddings.weight is tied
+    copied = copy.deepcopy(loaded)
+    assert copied.mlm_head.weight is copied.get_input_embeddings().weight is not tied
+    changed = AmosForPreTraining.from_pretrained(tmp_path / "amos", mixture="equal", gradient_scale=1.0)
+    torch.testing.assert_close(changed(**batch()).mlm_losses, expected.mlm_losses)
+
+
+def test_the_discriminator_is_a_plain_bert(tmp_path):
+    model = amos().eval()
+    encoder = model.discriminator_encoder()
+    assert type(encoder) is BertModel
+    assert {n: p.tolist() for n, p in encoder.named_parameters()} == {
+        n: p.tolist() for n, p in model.discriminator.named_parameters()
+    }
+    encoder.save_pretrained(tmp_path)
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    states = BertModel.from_pretrained(tmp_path, add_pooling_layer=False)(**inputs).last_hidden_state
+    torch.testing.assert_close(model.rtd_head(states).squeeze(2), model(**inputs).rtd_logits)
+    classifier = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert torch.equal(classifier.bert.embeddings.word_embeddings.weight, model.mlm_head.weight)
+    assert model.discriminator_encoder(add_pooling_layer=True).pooler is not None
+    encoder.embeddings.word_embeddings.weight.data.zero_()
+    assert model.mlm_head.weight.any()  # a copy
+
+
+def test_new_words():
+    model = amos().eval()
+    before = model(**batch(), seed=0).mlm_losses
+    model.resize_token_embeddings(V + 8)
+    assert len(model.mlm_head.weight) == len(model.mlm_head.bias) == model.config.vocab_size == V + 8
+    assert model.generator.embeddings.word_embeddings.weight is model.mlm_head.weight
+    with torch.no_grad():
+        model.mlm_head.bias[V:] = -1e4
+    torch.testing.assert_close(model(**batch(), seed=0).mlm_losses, before)
+
+
+def test_activation_checkpointing_changes_nothing():
+    model = amos().train()
+    expected = gradients(model, model(**batch(), seed=0).loss)
+    model.gradient_checkpointing_enable()
+    mine = gradients(model, model(**batch(), seed=0).loss)
+    assert expected.keys() == mine.keys()
+    assert all(torch.equal(mine[name], expected[name]) for name in mine)
+
+
+def test_autocast_in_bfloat16():
+    model = amos()
+    expected = model(**batch(), seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch(), seed=0)
+    output.loss.backward()
+    assert relative_error(output.mlm_losses, expected.mlm_losses) <= TOLERANCE[torch.bfloat16]
+    assert output.rtd_loss.dtype == torch.float32
+    assert model.mixture.score.weight.grad.isfinite().all()
+
+
+def test_a_batch_without_masks():
+    model = amos()
+    inputs = batch()
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    output = model(**inputs)
+    assert torch.equal(output.mlm_losses, torch.zeros(3))
+    assert torch.equal(output.sampled_ids, inputs["input_ids"])
+    assert torch.equal(output.mixture_weights, torch.zeros(3))
+    assert all(grad.isfinite().all() for grad in gradients(model, output.loss).values())
+
+
+def test_the_host_waits_once(monkeypatch):
+    """On a GPU `nonzero` waits, and so would a value that is read back (`item`, `tolist`, `bool`)."""
+    counted = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default):
+                counted.append(function)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr("repdeg_fast.ops.linear_cross_entropy._check_target", lambda *_: None)  # on the CPU only
+    for attention in ("sdpa", "eager"):
+        model = amos(attn_implementation=attention)
+        with Count():
+            model(**batch()).loss.backward()
+        assert counted == [torch.ops.aten.nonzero.default]
+        counted.clear()
+
+
+@pytest.mark.gpu
+def test_one_wait_on_a_gpu():
+    model = amos().cuda()
+    inputs = {name: value.cuda() for name, value in batch().items()}
+    model(**inputs).loss.backward()  # compiles
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(**inputs).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) == 1, waits
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mlm_layers": (4, 2)}, r"mlm_layers: .*increasing .*from 1 to num_hidden_layers = 4, got \(4, 2\)"),
+        ({"mlm_layers": (2, 2)}, r"mlm_layers: .*got \(2, 2\)"),
+        ({"mlm_layers": ()}, r"mlm_layers: .*got \(\)"),
+        ({"mlm_layers": (0, 2)}, r"mlm_layers: .*got \(0, 2\)"),
+        ({"mlm_layers": (4, 6, 8)}, r"mlm_layers: .*num_hidden_layers = 4, got \(4, 6, 8\)"),
+        ({"hidden_size": 30}, "hidden_size: expected a multiple of num_attention_heads = 4, got 30"),
+        ({"gumbel_temperature": 0.0}, "gumbel_temperature: expected a finite number above 0"),
+        ({"gradient_scale": float("nan")}, "gradient_scale: expected a finite number"),
+        ({"rtd_weight": -1.0}, "rtd_weight: expected a finite number, at least 0"),
+        ({"mixture": "best"}, "mixture: expected one of learned, equal, random, switch, got 'best'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ],
+)
+def test_bad_configurations(options, message):
+    with pytest.raises(ValueError, match=message):
+        AmosConfig(**SIZES | options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": torch.zeros(B, T + 1, dtype=torch.int64)}, r"labels: expected shape \(3, 11\) like input_ids"),
+        ({"attention_mask": torch.ones(B, 1, T, T)}, r"attention_mask: expected shape \(3, 11\)"),
+        ({"input_ids": torch.zeros(T, dtype=torch.int64)}, r"input_ids: expected shape \(B, T\), got \(11,\)"),
+        ({"labels": torch.full((B, T), V)}, f"target: expected values from 0 to {V - 1}"),
+        ({"seed": 1.5}, "seed: expected an int"),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        amos()(**batch() | changes)
+
+
+# the collator
+
+WORDS = list(range(10, 50))  # of these, odd ones continue the word before
+
+
+def collator(**options):
+    return MaskingCollator(mask_token_id=3, pad_token_id=0, special_token_ids=[1, 2], **options)
+
+
+def sentences(number=400, length=64):
+    generator = torch.Generator().manual_seed(0)
+    inner = [torch.randint(10, 50, (n,), generator=generator) for n in range(length - number % length, length)]
+    inner += [torch.randint(10, 50, (length,), generator=generator) for _ in range(number)]
+    return [torch.cat([torch.tensor([1]), words, torch.tensor([2])]) for words in inner]
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize("probability", [0.15, 0.5])
+def test_masked_share(whole_words, probability):
+    continuations = WORDS[1::2] if whole_words else None
+    generator = torch.Generator().manual_seed(1)
+    examples = sentences()
+    result = collator(probability=probability, continuation_token_ids=continuations, generator=generator)(examples)
+    original = torch.nn.utils.rnn.pad_sequence(examples, batch_first=True)
+    masked = result["labels"] != -100
+    ordinary = original >= 10
+    assert not (masked & ~ordinary).any()
+    assert torch.equal(result["attention_mask"].bool(), original != 0)
+    assert torch.equal(result["labels"][masked], original[masked])
+    assert torch.equal(result["input_ids"], original.masked_fill(masked, 3))
+    share = masked.sum() / ordinary.sum()
+    tokens_a_word = 3 if whole_words else 1  # E n²/E n of a geometric n with mean 2
+    error = (probability * (1 - probability) * tokens_a_word / ordinary.sum()) ** 0.5
+    assert abs(share - probability) < 4 * error
+    if whole_words:
+        continues = (original % 2 == 1) & ordinary
+        continues[:, :2] = False  # the first word may begin within
+        assert torch.equal(masked[:, 1:][continues[:, 1:]], masked[:, :-1][continues[:, 1:]])
+        assert (masked[:, 2:] != masked[:, 1:-1]).any()
+
+
+def test_the_generator_decides():
+    draw = [collator(generator=torch.Generator().manual_seed(seed))(sentences())["labels"] for seed in (1, 1, 2)]
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+
+
+def test_examples_as_mappings():
+    mappings = [{"input_ids": [1, 10, 11, 2], "token_type_ids": [0, 0, 1, 1]}, {"input_ids": [1, 10, 2]}]
+    mappings[1] |= {"token_type_ids": [0, 0, 0], "attention_mask": [1, 0, 1]}
+    result = collator(probability=1.0)(mappings)
+    assert result["input_ids"].tolist() == [[1, 3, 3, 2], [1, 10, 2, 0]]
+    assert result["labels"].tolist() == [[-100, 10, 11, -100], [-100] * 4]
+    assert result["token_type_ids"].tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
+
+
+def test_collator_bad_input():
+    with pytest.raises(ValueError, match=r"probability: expected a number from 0 to 1, got 1\.5"):
+        collator(probability=1.5)
+    with pytest.raises(ValueError, match="examples: expected at least one"):
+        collator()([])
+
+
+# the example
+
+
+@pytest.fixture(scope="module")
+def example():
+    specification = importlib.util.spec_from_file_location("pretrain_amos", EXAMPLE)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["pretrain_amos"] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(pydoc_data.topics.topics.values())[:40_000], encoding="utf-8")
+    options = "--tokenizer text --vocabulary-size 400 --hidden-size 16 --layers 2 --mlm-layers 1 2 --sequence-length 16"
+    return ["--text", str(text), "--whole-words", "--checkpoint-every", "4", *options.split()]
+
+
+def test_resumed_training_is_exact(example, arguments, tmp_path):
+    unbroken = example.main([*arguments, "--steps", "8", "--output", str(tmp_path / "unbroken")])
+    broken = example.Training(example.parse([*arguments, "--steps", "8", "--output", str(tmp_path / "broken")]))
+    (tmp_path / "broken").mkdir()
+    for step in range(6):  # dies two steps after its checkpoint
+        broken.step()
+        if step == 3:
+            broken.save()
+    resumed = example.main([*arguments, "--steps", "8", "--output", str(tmp_path / "broken")])
+    assert resumed.history == unbroken.history
+    for (name, mine), (_, right) in zip(
+        resumed.model.named_parameters(), unbroken.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(mine, right), name
+    written = {path.name for path in (tmp_path / "broken").iterdir()}
+    assert written >= {"checkpoint.pt", "amos", "encoder", "history.csv"}
+    assert len((tmp_path / "broken" / "history.csv").read_text().splitlines()) == 9
+    assert type(transformers.AutoModel.from_pretrained(tmp_path / "broken" / "encoder")) is BertModel
+    with pytest.raises(SystemExit, match=r"other options .steps 8 → 9"):
+        example.main([*arguments, "--steps", "9", "--output", str(tmp_path / "broken")])
+
+
+def test_training_lowers_all_losses(example, arguments, tmp_path):
+    options = ["--steps", "60", "--learning-rate", "5e-3", "--output", str(tmp_path)]
+    training = example.Training(example.parse([*arguments, *options]))
+    for _ in range(60):
+        training.step()
+    for name in ("mlm_loss_1", "mlm_loss_2", "rtd_loss"):
+        losses = [line[name] for line in training.history]
+        assert sum(losses[-10:]) < 0.95 * sum(losses[:10]), name

@@ -1,0 +1,334 @@
+"""Gumbel sampling and its straight-through gradient in Triton. Mathematics: ``repdeg_fast/reference/gumbel_mix.py``.
+
+Compute-bound: forward is one product of hidden states and vocabulary (2·M·V·d operations) whose tiles never leave
+registers, where noise is made from a counter and maximum, token and sum of exponentials are kept. Backward makes the
+tiles again and takes the products F·r; it writes y and y (F·r − origin) of one chunk of the vocabulary to a reused
+buffer, which one product by torch's library turns into Σ y E and Σ y (F·r − origin) E for all rows. δ is known only
+when all chunks have passed, but dh̄ is linear in it: four products, nothing swept twice. No atomics: the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import gumbel
+from .tuning import Specialization, persistent_programs
+
+_PROGRAMS = 2  # a multiprocessor
+_COMBINE_ROWS = 32
+_BUFFER_BYTES = 64 << 20  # y and y (F·r − origin) of one chunk of the vocabulary
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``rows`` × ``columns`` logits at a time, products in steps of ``depth``."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def _tile(dtype: torch.dtype) -> Tile:
+    """Noise needs about as many registers as the logits themselves, so 64 × 128 fp32 sums on 8 warps leave room; fp32
+    products run without matrix units, from registers, and get smaller tiles."""
+    if dtype == torch.float32:
+        return Tile(32, 64, 32, 4, 2)
+    return Tile(64, 128, 32, 8, 4)
+
+
+# a[rows] · b[columns]ᵀ, b rounded to the dtype of a; out of bounds: zeros.
+@triton.jit
+def _product(
+    a, b, rows, columns, m, v, depth, a_stride, a_depth_stride, b_stride, b_depth_stride,
+    EVEN: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    at = tl.arange(0, DEPTH)
+    a_row = a + rows.to(tl.int64)[:, None] * a_stride
+    b_row = b + columns.to(tl.int64)[None, :] * b_stride
+    a_inside = (rows < m)[:, None]
+    b_inside = (columns < v)[None, :]
+    total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for first in range(0, depth, DEPTH):
+        k = (first + at).to(tl.int64)
+        if EVEN:
+            x = tl.load(a_row + k[None, :] * a_depth_stride, mask=a_inside, other=0.0)
+            w = tl.load(b_row + k[:, None] * b_depth_stride, mask=b_inside, other=0.0)
+        else:
+            x = tl.load(a_row + k[None, :] * a_depth_stride, mask=a_inside & (k < depth)[None, :], other=0.0)
+            w = tl.load(b_row + k[:, None] * b_depth_stride, mask=b_inside & (k < depth)[:, None], other=0.0)
+        total = tl.dot(x, w.to(x.dtype), total, input_precision="ieee")
+    return total
+
+
+# z + g of a tile; −∞ beyond the vocabulary.
+@triton.jit
+def _perturbed_logits(
+    mixed, weight, bias, seed, rows, first_column, m, v, depth,
+    mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride,
+    EVEN: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    columns = first_column + tl.arange(0, COLUMNS)
+    s = _product(
+        mixed, weight, rows, columns, m, v, depth, mixed_stride, mixed_depth_stride, weight_stride,
+        weight_depth_stride, EVEN, DEPTH,
+    )  # fmt: skip
+    if bias is not None:
+        s += tl.load(bias + columns, mask=columns < v, other=0.0)[None, :]
+    s += gumbel(seed, rows, first_column, COLUMNS)
+    return tl.where((columns < v)[None, :], s, float("-inf"))
+
+
+# A block of rows and one split of the vocabulary: running maximum, its token and Σ exp((s − maximum)/τ).
+# Neighbouring programs share the split, so each tile of the weight is read from L2 by all but the first.
+@triton.jit
+def _forward_kernel(
+    partial_most, partial_token, partial_sum, mixed, weight, bias, seed, inverse_temperature,
+    m, v, depth, split_columns,
+    mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    key = tl.load(seed)
+    most = tl.full((ROWS,), float("-inf"), tl.float32)
+    token = tl.zeros((ROWS,), tl.int32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for first in tl.range(split * split_columns, tl.minimum((split + 1) * split_columns, v), COLUMNS):
+        s = _perturbed_logits(
+            mixed, weight, bias, key, rows, first, m, v, depth,
+            mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride, EVEN, COLUMNS, DEPTH,
+        )  # fmt: skip
+        # a NaN is nobody's maximum, but stays in the sum
+        tile_most, index = tl.max(tl.where(s == s, s, float("-inf")), axis=1, return_indices=True)
+        token = tl.where(tile_most > most, first + index, token)
+        new = tl.maximum(most, tile_most)
+        origin = tl.where(new == float("-inf"), 0.0, new)
+        total *= tl.exp((most - origin) * inverse_temperature)
+        total += tl.sum(tl.exp((s - origin[:, None]) * inverse_temperature), axis=1)
+        most = new
+    at = split * m + rows
+    tl.store(partial_most + at, most, mask=rows < m)
+    tl.store(partial_token + at, token, mask=rows < m)
+    tl.store(partial_sum + at, total, mask=rows < m)
+
+
+# The splits put together, in their order.
+@triton.jit
+def _combine_kernel(
+    token_ids, lse, partial_most, partial_token, partial_sum, inverse_temperature, m, splits,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.arange(0, SPLITS)
+    at = split[:, None] * m + rows[None, :]
+    inside = (split < splits)[:, None] & (rows < m)[None, :]
+    all_most = tl.load(partial_most + at, mask=inside, other=float("-inf"))
+    most, winner = tl.max(all_most, axis=0, return_indices=True)
+    tokens = tl.load(partial_token + at, mask=inside, other=0)
+    token = tl.sum(tl.where(split[:, None] == winner[None, :], tokens, 0), axis=0)
+    origin = tl.where(most == float("-inf"), 0.0, most)
+    sums = tl.load(partial_sum + at, mask=inside, other=0.0)
+    total = tl.sum(sums * tl.exp((all_most - origin[None, :]) * inverse_temperature), axis=0)
+    tl.store(token_ids + rows, token.to(tl.int64), mask=rows < m)
+    tl.store(lse + rows, origin * inverse_temperature + tl.log(total), mask=rows < m)
+
+
+# One tile of y = exp((z + g)/τ − lse) and, where `weighted` is given, of y (F·r − origin) and of its sum over the tile.
+@triton.jit
+def _weights_kernel(
+    y_out, weighted, delta, mixed, weight, bias, embedding, grad, origin, lse, seed, inverse_temperature,
+    m, v, depth, embedding_depth, chunk_first, chunk_columns,
+    mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride,
+    embedding_stride, embedding_depth_stride, grad_stride,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile = chunk_first // COLUMNS + tl.program_id(1)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    s = _perturbed_logits(
+        mixed, weight, bias, tl.load(seed), rows, tile * COLUMNS, m, v, depth,
+        mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride, EVEN, COLUMNS, DEPTH,
+    )  # fmt: skip
+    row_lse = tl.load(lse + rows, mask=rows < m, other=float("inf"))
+    y = tl.exp(s * inverse_temperature - row_lse[:, None])
+    at = rows.to(tl.int64)[:, None] * chunk_columns + (columns - chunk_first)[None, :]
+    inside = (rows < m)[:, None] & (columns < v)[None, :]
+    tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=inside)
+    if weighted is not None:
+        fr = _product(
+            grad, embedding, rows, columns, m, v, embedding_depth, grad_stride, 1,
+            embedding_stride, embedding_depth_stride, EVEN, DEPTH,
+        )  # fmt: skip
+        y *= fr - tl.load(origin + rows, mask=rows < m, other=0.0)[:, None]
+        tl.store(weighted + at, y.to(weighted.dtype.element_ty), mask=inside)
+        tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(tl.where(inside, y, 0.0), axis=1), mask=rows < m)
+
+
+def sample(
+    token_ids: Tensor, lse: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, temperature: float
+) -> None:
+    """x̂ and L."""
+    (m, d), v = mixed.shape, len(weight)
+    if m == 0:
+        return
+    tile = _tile(mixed.dtype)
+    blocks, tiles = triton.cdiv(m, tile.rows), triton.cdiv(v, tile.columns)
+    split_tiles = triton.cdiv(tiles, max(1, persistent_programs(mixed, _PROGRAMS) // blocks))
+    splits = triton.cdiv(tiles, split_tiles)
+    partial_most, partial_sum = mixed.new_empty(2, splits, m, dtype=torch.float32)
+    partial_token = mixed.new_empty(splits, m, dtype=torch.int32)
+    _forward_kernel[(blocks, splits)](
+        partial_most, partial_token, partial_sum, mixed, weight, bias, seed, 1 / temperature,
+        m, v, d, split_tiles * tile.columns, *mixed.stride(), *weight.stride(),
+        EVEN=d % tile.depth == 0, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    _combine_kernel[(triton.cdiv(m, _COMBINE_ROWS),)](
+        token_ids, lse, partial_most, partial_token, partial_sum, 1 / temperature, m, splits,
+        SPLITS=triton.next_power_of_2(splits), ROWS=_COMBINE_ROWS,
+    )  # fmt: skip
+
+
+def soft_value(
+    value: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, lse: Tensor, seed: Tensor,
+    temperature: float,
+) -> None:  # fmt: skip
+    """Σ_v y_v F[v]."""
+    value.zero_()
+    if len(value) == 0:
+        return
+    for part, (y,) in _weight_chunks(None, mixed, weight, bias, embedding, lse, seed, temperature):
+        _add_product(value, y, embedding[part])
+
+
+def backward(
+    grad_mixed: Tensor | None, grad_embedding: Tensor | None, grad_embeddings: Tensor, origin: Tensor, mixed: Tensor,
+    weight: Tensor, bias: Tensor | None, embedding: Tensor, lse: Tensor, seed: Tensor, temperature: float,
+) -> None:  # fmt: skip
+    """dh̄ and, for a soft value, dF."""
+    m, d = mixed.shape
+    if m == 0:
+        if grad_embedding is not None:
+            grad_embedding.zero_()
+        return
+    upstream = None
+    if grad_mixed is not None:
+        # rows of length 1: neither do large gradients overflow in fp16, nor do small ones vanish
+        norm = torch.linalg.vector_norm(grad_embeddings, dim=1, dtype=torch.float32)
+        inverse = torch.where(norm == 0, 0, 1 / norm)
+        tiles = triton.cdiv(len(weight), _tile(mixed.dtype).columns)
+        delta = lse.new_zeros(tiles, m)
+        upstream = ((grad_embeddings * inverse[:, None]).to(mixed.dtype), origin * inverse, delta)
+        sums = lse.new_zeros(2 * m, d)
+    for part, buffers in _weight_chunks(upstream, mixed, weight, bias, embedding, lse, seed, temperature):
+        if grad_mixed is not None:
+            _add_product(sums, buffers.flatten(0, 1), weight[part])
+        if grad_embedding is not None:
+            grad_embedding[part] = 0
+            _add_product(grad_embedding[part], buffers[0].t(), grad_embeddings)
+    if grad_mixed is not None:
+        plain, weighted = sums.view(2, m, d)
+        weighted -= delta.sum(dim=0)[:, None] * plain
+        torch.mul(weighted, (norm / temperature)[:, None], out=grad_mixed)
+
+
+def _weight_chunks(
+    upstream: tuple[Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor, bias: Tensor | None,
+    embedding: Tensor, lse: Tensor, seed: Tensor, temperature: float,
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+    """Chunks of the vocabulary and their y (1, M, n); with ``upstream`` (r, origin and δ of each tile, which is
+    written) y and y (F·r − origin) (2, M, n). The buffer is reused."""
+    (m, d), v = mixed.shape, len(weight)
+    tile = _tile(mixed.dtype)
+    grad, origin, delta = (None, None, None) if upstream is None else upstream
+    count = 1 if upstream is None else 2
+    step = max(1, _BUFFER_BYTES // (count * m * mixed.element_size() * tile.columns)) * tile.columns
+    buffer = mixed.new_empty(count * m * min(step, v))
+    depths = (d, embedding.shape[1])
+    for first in range(0, v, step):
+        n = min(step, v - first)
+        buffers = buffer[: count * m * n].view(count, m, n)
+        _weights_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.columns))](
+            buffers[0], None if upstream is None else buffers[1], delta, mixed, weight, bias, embedding, grad, origin,
+            lse, seed, 1 / temperature, m, v, *depths, first, n,
+            *mixed.stride(), *weight.stride(), *embedding.stride(), 0 if grad is None else grad.stride(0),
+            EVEN=all(depth % tile.depth == 0 for depth in depths),
+            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )  # fmt: skip
+        yield slice(first, first + n), buffers
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in fp32; b is rounded to the dtype of a."""
+    b = b.to(a.dtype)
+    if a.is_cuda and a.dtype != torch.float32:
+        total += torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        total += torch.mm(a, b).to(total.dtype)
+
+
+_PARTIALS = {"partial_most": "*fp32", "partial_token": "*i32", "partial_sum": "*fp32"}
+
+
+def specializations() -> Iterator[Specialization]:
+    """What the launchers above ask the compiler for."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        for bias in (None, "*fp32"):
+            yield _forward_specialization(name, _tile(dtype), bias)
+            for weighted in (False, True):
+                yield _weights_specialization(name, _tile(dtype), bias, weighted)
+    types = {
+        **_PARTIALS,
+        "token_ids": "*i64",
+        "lse": "*fp32",
+        "inverse_temperature": "fp32",
+        "m": "i32",
+        "splits": "i32",
+    }
+    yield Specialization(_combine_kernel, types, {"SPLITS": 8, "ROWS": _COMBINE_ROWS})
+
+
+def _logits_types(name: str, bias: str | None) -> dict[str, str]:
+    """Of the arguments that both kernels make logits from."""
+    types = dict.fromkeys(("mixed", "weight"), f"*{name}") | {"seed": "*i64", "inverse_temperature": "fp32"}
+    types |= dict.fromkeys(("m", "v", "depth", "mixed_stride", "weight_stride"), "i32")
+    return types | ({"bias": bias} if bias else {})
+
+
+def _logits_constants(tile: Tile, bias: str | None) -> dict[str, object]:
+    constants: dict[str, object] = {"EVEN": True, "mixed_depth_stride": 1, "weight_depth_stride": 1}
+    constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    return constants if bias else constants | {"bias": None}
+
+
+def _forward_specialization(name: str, tile: Tile, bias: str | None) -> Specialization:
+    types = _logits_types(name, bias) | _PARTIALS | {"split_columns": "i32"}
+    divisible = ("depth", "mixed_stride", "weight_stride", "split_columns")
+    label = name + (" bias" if bias else "")
+    constants = _logits_constants(tile, bias)
+    return Specialization(_forward_kernel, types, constants, tile.num_warps, tile.num_stages, divisible, label)
+
+
+def _weights_specialization(name: str, tile: Tile, bias: str | None, weighted: bool) -> Specialization:
+    types = _logits_types(name, bias) | {"embedding": f"*{name}", "lse": "*fp32", "y_out": f"*{name}"}
+    types |= dict.fromkeys(
+        ("embedding_depth", "chunk_first", "chunk_columns", "embedding_stride", "grad_stride"), "i32"
+    )
+    constants = _logits_constants(tile, bias) | {"embedding_depth_stride": 1}
+    if weighted:
+        types |= {"weighted": f"*{name}", "delta": "*fp32", "grad": f"*{name}", "origin": "*fp32"}
+    else:
+        constants |= dict.fromkeys(("weighted", "delta", "grad", "origin"))
+    strides = ("mixed_stride", "weight_stride", "embedding_stride", "grad_stride")
+    divisible = ("depth", "embedding_depth", "chunk_first", *strides)
+    label = name + (" bias" if bias else "") + (" weighted" if weighted else "")
+    return Specialization(_weights_kernel, types, constants, tile.num_warps, tile.num_stages, divisible, label)
