@@ -227,8 +227,9 @@ def plot(runs: list[Run], options: argparse.Namespace) -> Path:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for run in runs:
-        left.plot(run.losses, label=run.name, linewidth=0.8)
-        right.plot(run.gradient_norms, label=run.name, linewidth=0.8)
+        for axes, values in ((left, run.losses), (right, run.gradient_norms)):
+            (line,) = axes.plot(values, linewidth=0.6, alpha=0.3)
+            axes.plot(smooth(values), label=run.name, color=line.get_color())
     left.set(xlabel="step", ylabel="training loss")
     right.set(xlabel="step", ylabel="gradient norm", yscale="log")
     left.legend()
@@ -239,6 +240,12 @@ def plot(runs: list[Run], options: argparse.Namespace) -> Path:
     path = options.out / "curves.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def smooth(values: list[float], width: int = 20) -> list[float]:
+    """The mean of each value and up to ``width`` - 1 before it."""
+    parts = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+    return [sum(part) / len(part) for part in parts]
 
 
 def parse() -> argparse.Namespace:
