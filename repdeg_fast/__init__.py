@@ -1,8 +1,16 @@
 """Fused kernels for representation-aware language-model pretraining: CosReg, AMOS, Condenser, ADMIN."""
 
-from repdeg_fast import backends, nn
+from repdeg_fast import backends, data, models, nn
 from repdeg_fast.backends import use_backend
-from repdeg_fast.functional import add_cosine_regularization_, admin_norm, cosine_regularization, gradient_reversal, gumbel_mix, linear_cross_entropy, multi_layer_mlm_loss
+from repdeg_fast.functional import (
+    add_cosine_regularization_,
+    admin_norm,
+    cosine_regularization,
+    gradient_reversal,
+    gumbel_mix,
+    linear_cross_entropy,
+    multi_layer_mlm_loss,
+)
 from repdeg_fast.nn import AdminNorm, CosineRegularization, GumbelMixture, MultiLayerMLMHead
 
 __version__ = "0.1.0"
@@ -15,9 +23,11 @@ __all__ = [
     "admin_norm",
     "backends",
     "cosine_regularization",
+    "data",
     "gradient_reversal",
     "gumbel_mix",
     "linear_cross_entropy",
+    "models",
     "multi_layer_mlm_loss",
     "nn",
     "use_backend",
