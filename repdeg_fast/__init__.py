@@ -1,27 +1,9 @@
 """Fused kernels for representation-aware language-model pretraining: CosReg, AMOS, Condenser, ADMIN."""
 
-from repdeg_fast import backends, nn
+from repdeg_fast import backends, data, models, nn
 from repdeg_fast.backends import use_backend
-from repdeg_fast.functional import (
-    add_cosine_regularization_,
-    admin_norm,
-    cosine_regularization,
-    gradient_reversal,
-    gumbel_mix,
-    linear_cross_entropy,
-    multi_layer_mlm_loss,
-)
-from repdeg_fast.nn import (
-    AdminNorm,
-    AdminTransformer,
-    CosineRegularization,
-    GumbelMixture,
-    MultiLayerMLMHead,
-    fold_admin,
-    from_torch,
-    initialize_admin_,
-    residual_dependency,
-)
+from repdeg_fast.functional import add_cosine_regularization_, admin_norm, cosine_regularization, gradient_reversal, gumbel_mix, linear_cross_entropy, multi_layer_mlm_loss
+from repdeg_fast.nn import AdminNorm, AdminTransformer, CosineRegularization, GumbelMixture, MultiLayerMLMHead, fold_admin, from_torch, initialize_admin_, residual_dependency
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,12 +16,14 @@ __all__ = [
     "admin_norm",
     "backends",
     "cosine_regularization",
+    "data",
     "fold_admin",
     "from_torch",
     "gradient_reversal",
     "gumbel_mix",
     "initialize_admin_",
     "linear_cross_entropy",
+    "models",
     "multi_layer_mlm_loss",
     "nn",
     "residual_dependency",

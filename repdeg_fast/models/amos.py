@@ -138,7 +138,7 @@ class AmosGenerator(BertModel):
         super().__init__(config, add_pooling_layer=False)
         self.mlm_layers, self.stop_gradient = mlm_layers, stop_gradient
 
-    def forward(self, input_ids: Tensor, mask: Tensor | None, **inputs: Tensor | None) -> list[Tensor]:
+    def forward(self, input_ids: Tensor, mask: Any, **inputs: Tensor | None) -> list[Tensor]:
         """K of (B, T, d); ``mask`` as the attention takes it."""
         hidden_states = self.embeddings(input_ids, **inputs)
         outputs = []
@@ -240,16 +240,13 @@ class AmosForPreTraining(BertPreTrainedModel):
         rtd_logits = self._discriminate(flat.view_as(embeddings), mask, inputs)
         sampled_ids = input_ids.reshape(-1).index_copy(0, positions, tokens).view_as(input_ids)
         replaced = sampled_ids != torch.where(labels == IGNORE_INDEX, input_ids, labels)
-        counted = torch.ones_like(rtd_logits) if attention_mask is None else attention_mask.to(rtd_logits.dtype)
-        rtd_loss = F.binary_cross_entropy_with_logits(rtd_logits, replaced.to(rtd_logits), counted, reduction="sum")
-        number = counted.sum().clamp(min=1)
-        rtd_loss = rtd_loss / number
+        rtd_loss, accuracy, share = _judge(rtd_logits, replaced, attention_mask)
         return AmosOutput(
             loss=mlm_losses.sum() + self.config.rtd_weight * rtd_loss,
             mlm_losses=mlm_losses,
             rtd_loss=rtd_loss,
-            rtd_accuracy=(((rtd_logits > 0) == replaced) * counted).sum() / number,
-            replaced=(replaced * counted).sum() / number,
+            rtd_accuracy=accuracy,
+            replaced=share,
             rtd_logits=rtd_logits,
             mixture_weights=mixture_weights,
             sampled_ids=sampled_ids,
@@ -298,18 +295,27 @@ class AmosForPreTraining(BertPreTrainedModel):
             raise ValueError(f"progress: expected a number from 0 to 1, got {self.progress}")
         return min(int(self.progress * heads), heads - 1)
 
-    def _attention_mask(self, embeddings: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-        """As the attention takes it, for both encoders. Made here because they would look whether anything is masked at
-        all, and a GPU's stream would stop."""
+    def _attention_mask(self, embeddings: Tensor, attention_mask: Tensor | None) -> Any:
+        """As the attention takes it, for both encoders. Made here because each of them would look first whether there
+        is any padding, and a GPU's stream would stop."""
         if attention_mask is None:
             return None
         return create_bidirectional_mask(self.config, embeddings, attention_mask, allow_is_bidirectional_skip=False)
 
-    def _discriminate(self, embeddings: Tensor, mask: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+    def _discriminate(self, embeddings: Tensor, mask: Any, inputs: dict[str, Any]) -> Tensor:
         """(B, T, d) → (B, T), in float32 at least."""
         output = self.discriminator(inputs_embeds=embeddings, attention_mask=mask, **inputs)
         logits = self.rtd_head(output.last_hidden_state).squeeze(2)
         return _wide(logits)
+
+
+def _judge(rtd_logits: Tensor, replaced: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Means over the positions that are not padding: the loss, what was right, and what was replaced."""
+    counted = torch.ones_like(rtd_logits) if attention_mask is None else attention_mask.to(rtd_logits.dtype)
+    number = counted.sum().clamp(min=1)
+    loss = F.binary_cross_entropy_with_logits(rtd_logits, replaced.to(rtd_logits), counted, reduction="sum")
+    right = (rtd_logits > 0) == replaced
+    return loss / number, (right * counted).sum() / number, (replaced * counted).sum() / number
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:
