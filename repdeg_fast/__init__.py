@@ -2,8 +2,26 @@
 
 from repdeg_fast import backends, data, models, nn
 from repdeg_fast.backends import use_backend
-from repdeg_fast.functional import add_cosine_regularization_, admin_norm, cosine_regularization, gradient_reversal, gumbel_mix, linear_cross_entropy, multi_layer_mlm_loss
-from repdeg_fast.nn import AdminNorm, AdminTransformer, CosineRegularization, GumbelMixture, MultiLayerMLMHead, fold_admin, from_torch, initialize_admin_, residual_dependency
+from repdeg_fast.functional import (
+    add_cosine_regularization_,
+    admin_norm,
+    cosine_regularization,
+    gradient_reversal,
+    gumbel_mix,
+    linear_cross_entropy,
+    multi_layer_mlm_loss,
+)
+from repdeg_fast.nn import (
+    AdminNorm,
+    AdminTransformer,
+    CosineRegularization,
+    GumbelMixture,
+    MultiLayerMLMHead,
+    fold_admin,
+    from_torch,
+    initialize_admin_,
+    residual_dependency,
+)
 
 __version__ = "0.1.0"
 __all__ = [
