@@ -3,7 +3,8 @@
 // Bandwidth-bound: forward must read x and the branch once and write y once; backward must read dy and y (and x, for
 // dω) once and write dx and df once. Each row is brought into L1 once and all its passes run there. Parameters lie in
 // L1 too, absent ones as ones or zeros, so that one loop serves every combination; a dropout mask is drawn into a
-// row's buffer, vectorized, and so are rows of 16-bit values converted. Sums over rows are taken within fixed blocks of rows, then over the blocks in order.
+// row's buffer, vectorized, and so are rows of 16-bit values converted. Sums over rows are taken within fixed blocks
+// of rows, then over the blocks in order.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
