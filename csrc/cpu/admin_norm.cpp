@@ -3,7 +3,8 @@
 // Bandwidth-bound: forward must read x and the branch once and write y once; backward must read dy and y (and x, for
 // dω) once and write dx and df once. Each row is brought into L1 once and all its passes run there. Parameters lie in
 // L1 too, absent ones as ones or zeros, so that one loop serves every combination; a dropout mask is drawn into a
-// row's buffer, vectorized. Sums over rows are taken within fixed blocks of rows, then over the blocks in order.
+// row's buffer, vectorized, and so are rows of 16-bit values converted. Sums over rows are taken within fixed blocks
+// of rows, then over the blocks in order.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 
 #include "noise.h"
 #include "rows.h"
+#include "vector_math.h"
 
 namespace repdeg_fast {
 namespace {
@@ -62,14 +64,85 @@ class Keep {
   Buffer<A> values_;
 };
 
+// The rows of a matrix as arithmetic values: in place where they already are, else converted into a row's buffer. Rows
+// of zeros where there is no matrix.
+template <typename T>
+class InputRows {
+ public:
+  using A = typename Arithmetic<T>::type;
+  InputRows(const MaybeTensor& t, int64_t d) : buffer_(t && std::is_same_v<T, A> ? 0 : d, A(0)), d_(d) {
+    if (t) rows_.emplace(*t);
+  }
+
+  const A* row(int64_t i) {
+    if (!rows_) return buffer_.data();
+    const T* row = rows_->row(i);
+    if constexpr (std::is_same_v<T, A>) {
+      return row;
+    } else {
+      constexpr int64_t L = Vector<A>::lanes;
+      int64_t j = 0;
+      for (; j + L <= d_; j += L) store(buffer_.data() + j, load_values(row + j));
+      for (; j < d_; ++j) buffer_[j] = static_cast<A>(row[j]);
+      return buffer_.data();
+    }
+  }
+
+  // Hardware stops fetching ahead at the end of a page, and rows of several matrices take turns.
+  void prefetch(int64_t i) const {
+    if (!rows_ || i >= rows_->rows) return;
+    const char* bytes = reinterpret_cast<const char*>(rows_->row(i));
+    for (int64_t j = 0; j < d_ * int64_t(sizeof(T)); j += 64) __builtin_prefetch(bytes + j, 0, 2);
+  }
+
+ private:
+  std::optional<Rows<T>> rows_;
+  Buffer<A> buffer_;
+  int64_t d_;
+};
+
+// Where the rows of a matrix are to be written, as arithmetic values: write to row(i), then store(i). Nowhere, if there
+// is no matrix.
+template <typename T>
+class OutputRows {
+ public:
+  using A = typename Arithmetic<T>::type;
+  OutputRows(const MaybeTensor& t, int64_t d) : buffer_(t && std::is_same_v<T, A> ? 0 : d), d_(d) {
+    if (t) rows_.emplace(*t);
+  }
+
+  A* row(int64_t i) {
+    if constexpr (std::is_same_v<T, A>) {
+      if (rows_) return rows_->row(i);
+    }
+    return buffer_.data();
+  }
+
+  void store(int64_t i) {
+    if constexpr (!std::is_same_v<T, A>) {
+      if (!rows_) return;
+      constexpr int64_t L = Vector<A>::lanes;
+      T* row = rows_->row(i);
+      int64_t j = 0;
+      for (; j + L <= d_; j += L) store_values(row + j, load(buffer_.data() + j));
+      for (; j < d_; ++j) row[j] = static_cast<T>(buffer_[j]);
+    }
+  }
+
+ private:
+  std::optional<Rows<T>> rows_;
+  Buffer<A> buffer_;
+  int64_t d_;
+};
+
 // z = x ⊙ ω + k ⊙ (f + b); returns its sum.
-template <typename T, typename A>
-A residual_sum(A* __restrict z, const T* __restrict x, const T* __restrict f, const A* __restrict omega,
+template <typename A>
+A residual_sum(A* __restrict z, const A* __restrict x, const A* __restrict f, const A* __restrict omega,
                const A* __restrict branch_bias, const A* __restrict keep, int64_t d) {
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < d; ++i) {
-    z[i] = static_cast<A>(x[i]) * omega[i] + (static_cast<A>(f[i]) + branch_bias[i]) * keep[i];
+    z[i] = x[i] * omega[i] + (f[i] + branch_bias[i]) * keep[i];
     sum += z[i];
   }
   return sum;
@@ -83,17 +156,11 @@ A squared_distance(const A* z, A mean, int64_t d) {
   return sum;
 }
 
-template <typename T, typename A>
-void affine(T* __restrict y, const A* __restrict z, const A* __restrict weight, const A* __restrict bias, A mean,
+template <typename A>
+void affine(A* __restrict y, const A* __restrict z, const A* __restrict weight, const A* __restrict bias, A mean,
             A rstd, int64_t d) {
 #pragma omp simd
-  for (int64_t i = 0; i < d; ++i) y[i] = static_cast<T>((z[i] - mean) * rstd * weight[i] + bias[i]);
-}
-
-template <typename T>
-void prefetch(const T* row, int64_t d) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < d * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
+  for (int64_t i = 0; i < d; ++i) y[i] = (z[i] - mean) * rstd * weight[i] + bias[i];
 }
 
 template <typename T>
@@ -101,25 +168,26 @@ void forward(Tensor& y_tensor, Tensor& mean, Tensor& rstd, const Tensor& x_tenso
              const MaybeTensor& omega_tensor, const MaybeTensor& weight_tensor, const MaybeTensor& bias_tensor,
              const MaybeTensor& branch_bias_tensor, const MaybeTensor& seed, double dropout, double eps, bool center) {
   using A = typename Arithmetic<T>::type;
-  const Rows<T> y_rows(y_tensor), x_rows(x_tensor), f_rows(branch);
-  const int64_t n = x_rows.rows, d = x_rows.columns;
+  const int64_t n = x_tensor.size(0), d = x_tensor.size(1);
   const Buffer<A> omega = parameter(omega_tensor, d, A(1)), weight = parameter(weight_tensor, d, A(1)),
-                       bias = parameter(bias_tensor, d, A(0)), branch_bias = parameter(branch_bias_tensor, d, A(0));
+                  bias = parameter(bias_tensor, d, A(0)), branch_bias = parameter(branch_bias_tensor, d, A(0));
+  A *means = static_cast<A*>(mean.data_ptr()), *rstds = static_cast<A*>(rstd.data_ptr());
   torch::stable::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
+    InputRows<T> x_rows(x_tensor, d), f_rows(branch, d);
+    OutputRows<T> y_rows(y_tensor, d);
     Keep<A> keep(seed, dropout, d);
-    Buffer<A> buffer(d);
-    A* z = buffer.data();
+    Buffer<A> z(d);
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t next = std::min(row + 1, n - 1);
-      prefetch(x_rows.row(next), d);
-      prefetch(f_rows.row(next), d);
-      const A sum =
-          residual_sum(z, x_rows.row(row), f_rows.row(row), omega.data(), branch_bias.data(), keep.row(row), d);
+      x_rows.prefetch(row + 1);
+      f_rows.prefetch(row + 1);
+      const A sum = residual_sum(z.data(), x_rows.row(row), f_rows.row(row), omega.data(), branch_bias.data(),
+                                 keep.row(row), d);
       const A mu = center ? sum / d : A(0);
-      const A r = 1 / std::sqrt(squared_distance(z, mu, d) / d + A(eps));
-      affine(y_rows.row(row), z, weight.data(), bias.data(), mu, r, d);
-      static_cast<A*>(mean.data_ptr())[row] = mu;
-      static_cast<A*>(rstd.data_ptr())[row] = r;
+      const A r = 1 / std::sqrt(squared_distance(z.data(), mu, d) / d + A(eps));
+      affine(y_rows.row(row), z.data(), weight.data(), bias.data(), mu, r, d);
+      y_rows.store(row);
+      means[row] = mu;
+      rstds[row] = r;
     }
   });
 }
@@ -156,15 +224,15 @@ class ParameterSums {
 };
 
 // n = (y − β)/γ.
-template <typename T, typename A>
-void normalized_from_output(A* __restrict n, const T* __restrict y, const A* __restrict bias,
+template <typename A>
+void normalized_from_output(A* __restrict n, const A* __restrict y, const A* __restrict bias,
                             const A* __restrict inverse_weight, int64_t d) {
 #pragma omp simd
-  for (int64_t i = 0; i < d; ++i) n[i] = (static_cast<A>(y[i]) - bias[i]) * inverse_weight[i];
+  for (int64_t i = 0; i < d; ++i) n[i] = (y[i] - bias[i]) * inverse_weight[i];
 }
 
-template <typename T, typename A>
-void normalized_from_input(A* __restrict n, const T* x, const T* f, const A* omega, const A* branch_bias,
+template <typename A>
+void normalized_from_input(A* __restrict n, const A* x, const A* f, const A* omega, const A* branch_bias,
                            const A* keep, A mean, A rstd, int64_t d) {
   residual_sum(n, x, f, omega, branch_bias, keep, d);
 #pragma omp simd
@@ -172,50 +240,35 @@ void normalized_from_input(A* __restrict n, const T* x, const T* f, const A* ome
 }
 
 // mean(g) and mean(g ⊙ n) of a row, which also adds its share of dγ and dβ.
-template <typename T, typename A>
-std::pair<A, A> upstream_means(const A* __restrict n, const T* __restrict dy, const A* __restrict weight,
+template <typename A>
+std::pair<A, A> upstream_means(const A* __restrict n, const A* __restrict dy, const A* __restrict weight,
                                A* __restrict grad_weight, A* __restrict grad_bias, int64_t d) {
   A sum = 0, product = 0;
 #pragma omp simd reduction(+ : sum, product)
   for (int64_t i = 0; i < d; ++i) {
-    const A upstream = static_cast<A>(dy[i]);
-    sum += upstream * weight[i];
-    product += upstream * weight[i] * n[i];
-    grad_weight[i] += upstream * n[i];
-    grad_bias[i] += upstream;
+    sum += dy[i] * weight[i];
+    product += dy[i] * weight[i] * n[i];
+    grad_weight[i] += dy[i] * n[i];
+    grad_bias[i] += dy[i];
   }
   return {sum / d, product / d};
 }
 
 // dx and df of a row, which also adds its share of dω and db.
-template <typename T, typename A>
-void row_gradients(T* __restrict dx, T* __restrict df, const A* __restrict n, const T* __restrict dy,
-                   const T* __restrict x, const A* __restrict weight, const A* __restrict omega,
+template <typename A>
+void row_gradients(A* __restrict dx, A* __restrict df, const A* __restrict n, const A* __restrict dy,
+                   const A* __restrict x, const A* __restrict weight, const A* __restrict omega,
                    const A* __restrict keep, A* __restrict grad_omega, A* __restrict grad_branch_bias, A rstd, A c1,
                    A c2, int64_t d) {
 #pragma omp simd
   for (int64_t i = 0; i < d; ++i) {
-    const A dz = rstd * (static_cast<A>(dy[i]) * weight[i] - c1 - c2 * n[i]), branch = dz * keep[i];
-    dx[i] = static_cast<T>(dz * omega[i]);
-    df[i] = static_cast<T>(branch);
-    grad_omega[i] += dz * static_cast<A>(x[i]);
+    const A dz = rstd * (dy[i] * weight[i] - c1 - c2 * n[i]), branch = dz * keep[i];
+    dx[i] = dz * omega[i];
+    df[i] = branch;
+    grad_omega[i] += dz * x[i];
     grad_branch_bias[i] += branch;
   }
 }
-
-// The rows of an optional matrix; where it is absent, one row of zeros that stands in for each.
-template <typename T>
-class MaybeRows {
- public:
-  MaybeRows(const MaybeTensor& t, int64_t d) : stand_in_(t ? 0 : d, T(0)) {
-    if (t) rows_.emplace(*t);
-  }
-  T* row(int64_t i) { return rows_ ? rows_->row(i) : stand_in_.data(); }
-
- private:
-  std::optional<Rows<T>> rows_;
-  Buffer<T> stand_in_;
-};
 
 template <typename T>
 void backward(Tensor& grad_x, const MaybeTensor& grad_branch, const MaybeTensor& grad_omega,
@@ -226,8 +279,7 @@ void backward(Tensor& grad_x, const MaybeTensor& grad_branch, const MaybeTensor&
               const Tensor& rstd_tensor, double dropout, bool center) {
   using A = typename Arithmetic<T>::type;
   using Sums = ParameterSums<A>;
-  const Rows<T> dy_rows(grad_y), dx_rows(grad_x);
-  const int64_t rows = dy_rows.rows, d = dy_rows.columns;
+  const int64_t rows = grad_y.size(0), d = grad_y.size(1);
   const Buffer<A> omega = parameter(omega_tensor, d, A(1)), weight = parameter(weight_tensor, d, A(1)),
                        bias = parameter(bias_tensor, d, A(0)), branch_bias = parameter(branch_bias_tensor, d, A(0));
   Buffer<A> inverse_weight(d);  // 0 where γ is 0 and y says nothing of n
@@ -237,27 +289,26 @@ void backward(Tensor& grad_x, const MaybeTensor& grad_branch, const MaybeTensor&
   Sums sums(rows, d);
 
   torch::stable::parallel_for(0, sums.blocks(), 1, [&](int64_t begin, int64_t end) {
-    MaybeRows<T> df_rows(grad_branch, d), y_rows(y, d), x_rows(x, d), f_rows(branch, d);
+    InputRows<T> dy_rows(grad_y, d), y_rows(y, d), x_rows(x, d), f_rows(branch, d);
+    OutputRows<T> dx_rows(grad_x, d), df_rows(grad_branch, d);
     Keep<A> keep_rows(seed, dropout, d);
-    Buffer<A> buffer(d);
-    A* n = buffer.data();
+    Buffer<A> n(d);
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t row = sums.first_row(block); row < sums.first_row(block + 1); ++row) {
-        const A *keep = keep_rows.row(row), r = rstd[row];
-        const T *dy = dy_rows.row(row), *x_row = x_rows.row(row);
-        const int64_t next = std::min(row + 1, rows - 1);
-        prefetch(dy_rows.row(next), d);
-        if (y) prefetch(y_rows.row(next), d);
-        prefetch(x_rows.row(next), d);
+        for (const auto* input : {&dy_rows, &y_rows, &x_rows, &f_rows}) input->prefetch(row + 1);
+        const A *keep = keep_rows.row(row), *dy_row = dy_rows.row(row), *x_row = x_rows.row(row), r = rstd[row];
         if (y) {
-          normalized_from_output(n, y_rows.row(row), bias.data(), inverse_weight.data(), d);
+          normalized_from_output(n.data(), y_rows.row(row), bias.data(), inverse_weight.data(), d);
         } else {
-          normalized_from_input(n, x_row, f_rows.row(row), omega.data(), branch_bias.data(), keep, mean[row], r, d);
+          normalized_from_input(n.data(), x_row, f_rows.row(row), omega.data(), branch_bias.data(), keep, mean[row], r,
+                                d);
         }
-        const auto [c1, c2] = upstream_means(n, dy, weight.data(), sums.of(block, Sums::kWeight),
+        const auto [c1, c2] = upstream_means(n.data(), dy_row, weight.data(), sums.of(block, Sums::kWeight),
                                              sums.of(block, Sums::kBias), d);
-        row_gradients(dx_rows.row(row), df_rows.row(row), n, dy, x_row, weight.data(), omega.data(), keep,
+        row_gradients(dx_rows.row(row), df_rows.row(row), n.data(), dy_row, x_row, weight.data(), omega.data(), keep,
                       sums.of(block, Sums::kOmega), sums.of(block, Sums::kBranchBias), r, center ? c1 : A(0), c2, d);
+        dx_rows.store(row);
+        df_rows.store(row);
       }
     }
   });

@@ -1,11 +1,11 @@
 // ADMIN's residual block in CUDA. Mathematics: repdeg_fast/reference/admin_norm.py.
 //
 // Bandwidth-bound: forward must read x and the branch and write y, backward must read dy and y (and x, for dω) and
-// write dx and df. A group of threads holds a row in registers, 16 or 32 bytes of each matrix a thread, so that 8 to 16
-// columns a thread leave room for their share of four parameter gradients; blocks stay and go over the rows. Registers
-// are what is scarce, so the next row waits in shared memory: each thread copies its own part of it there, past the
-// registers, while it works on the row before, and reads only what it copied itself. Parameters come from L1 again for
-// each row. Backward takes one launch, and one that adds up the blocks' sums; no float atomics.
+// write dx and df. A group of threads holds a row together, 16 bytes of each matrix a thread (64 in the longest rows),
+// and beside it, for as long as the block lives, its columns' share of four parameter gradients. That makes registers
+// scarce, so the next row waits in shared memory: each thread copies its own part of it there, past the registers,
+// while it works on the row before, and reads only what it copied itself. Parameters come from L1 again for each row,
+// n is made twice. Backward takes one launch, and one that adds up the blocks' sums; no float atomics.
 //
 // Longer rows are read twice: forward walks over a row three times (from the L2 cache after the first), backward takes
 // the row means of its gradient in a launch of its own, after which columns need nothing of each other.
