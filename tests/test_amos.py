@@ -29,6 +29,15 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pretrain_amos.py"
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors this small only make threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def amos(**options):
     """Tiny, and away from where its initialization puts it: with biases, and mixture weights that differ."""
     torch.manual_seed(0)
