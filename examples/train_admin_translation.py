@@ -1,8 +1,26 @@
 """Train a deep post-LN translation model with ADMIN and without, from the same seed, and see which one learns.
 
-    python examples/train_admin_translation.py
+    pip install "repdeg-fast[examples]"
+    python examples/train_admin_translation.py                        # 18L-6L; minutes on two CPU cores
+    python examples/train_admin_translation.py --encoder-layers 60 --decoder-layers 12 --d-model 512  # on a GPU
 
-The data are the English–German texts of the gettext catalogues on this machine.
+The data are the English texts of two words or more and their German translations in the gettext catalogues of this
+machine, 500 pairs held out; ``--pairs FILE.tsv`` takes others. Curves, ω and what each residual branch explains go to
+``--out``. The ADMIN model is evaluated after ``fold_admin``, as a plain ``nn.Transformer``.
+
+Measured with 30,279 training pairs from a Debian machine with programs for developers (torch 2.13, CPU, one thread),
+the defaults (width 64, 400 steps, learning rate 2e-3 after 60 steps of warm-up) and seeds 0, 1, 2, by
+``--encoder-layers N --seed S --threads 1``; two to three minutes of processor time a run. A model that knows no more
+than how frequent each subword is has loss 5.948.
+
+    layers   held-out loss post-LN   ADMIN                  BLEU post-LN    ADMIN
+    6-6      5.671, 5.398, 5.513     4.798, 4.833, 4.922    0.1, 4.4, 3.4   2.6, 3.4, 3.9
+    9-6      5.677, 5.579, 5.720     4.800, 4.835, 4.752    0.5, 3.5, 0.6   3.3, 2.9, 4.6
+    12-6     5.883, 5.827, 5.831     4.924, 4.888, 4.944    0.0, 0.0, 0.0   3.4, 3.2, 2.2
+    18-6     5.836, 6.061, 5.870     4.973, 4.967, 4.851    0.0, 0.0, 0.0   2.8, 2.1, 2.6
+
+So 12-6 is the smallest of these depths at which post-LN does not get going with any seed: it stays near the loss of the
+frequencies and answers each text with the same few letters. At 6-6 and 9-6 it learns, more slowly.
 """
 
 from __future__ import annotations
