@@ -25,6 +25,10 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
   m.def(
       "gumbel_mix_sample(Tensor(a!) token_ids, Tensor(b!) lse, Tensor mixed, Tensor weight, Tensor? bias, Tensor seed,"
       " float temperature) -> ()");
+  // From logits (K, M, V) without the bias, of rows whose noise starts with that of first_row; alpha is (M, K).
+  m.def(
+      "gumbel_mix_sample_logits(Tensor(a!) token_ids, Tensor(b!) lse, Tensor logits, Tensor alpha, Tensor? bias,"
+      " Tensor seed, float temperature, int first_row) -> ()");
   m.def(
       "gumbel_mix_soft_value(Tensor(a!) value, Tensor mixed, Tensor weight, Tensor? bias, Tensor embedding, Tensor lse,"
       " Tensor seed, float temperature) -> ()");
