@@ -88,9 +88,9 @@ def test_ours_saves_a_token_and_a_number_a_row():
     assert 0 < memory.saved_bytes(provider.prepare(inputs), inputs) <= (8 + 4) * 40
 
 
-def test_work_counts_three_products_and_the_weight_thrice():
+def test_work_counts_the_logits_twice_and_the_weight_thrice():
     forward, both = (SUITE.work(TINY, pass_, False) for pass_ in (FORWARD, FORWARD_BACKWARD))
-    assert both.flops == 3 * forward.flops == 6 * 40 * 301 * 24
+    assert both.flops == 2 * forward.flops == 4 * 40 * 301 * 24
     longer = Case("longer", {**SIZES, "V": 302})
     assert SUITE.work(longer, FORWARD, False).bytes - forward.bytes == 4 * 24
     assert SUITE.work(longer, FORWARD_BACKWARD, False).bytes - both.bytes == 3 * 4 * 24

@@ -1,11 +1,11 @@
 """Gumbel mixing: the K logits tensors of published code, the same with hidden states mixed in their place, ours, and
-the products that none can do without.
+the products that make the logits.
 
 The embedding is the heads' projection, as in AMOS: the value and the gradient come from rows of ``weight``.
 
-PyTorch's forms draw noise of their own, so there is no value that they could be held to. What ours is held to is the
-sample of the seed: h̄ rounded to the dtype that the products take, as all kernels have it, and float64 from there on.
-Without that rounding a 16-bit case would draw a few other tokens, for its logits are others.
+PyTorch's forms draw noise of their own, so there is no value that they could be held to. Ours is held to the sample
+that the seed stands for: with h̄ rounded to the dtype of the products, as every kernel has it, and in float64 from there
+on. Without that rounding a few rows of a 16-bit case would rightly get other tokens.
 """
 
 from __future__ import annotations
@@ -70,14 +70,18 @@ def exact(inputs: Inputs) -> Tensor:
 
 
 def work(case: Case, pass_: str, graph_free: bool) -> Work:
-    """One product of M, V and d forward, two more backward. Forward reads the hidden states, the mixture logits and the
-    weight, and writes a value a row; backward reads all that again, and the value's gradient, and writes those of the
-    weight and the mixture logits."""
+    """The product that makes the logits, forward and again backward, where it replaces keeping them: F[v]·r and dz E
+    are needed for tokens alone that weigh something, 7 % of 30,522 at τ = 0.3.
+
+    Forward reads the hidden states, the mixture logits and the weight, and writes a row of the embedding for each of
+    the M; backward reads all that again, with the gradient of these, and writes those of the weight and of the mixture
+    logits.
+    """
     k, m, v, d = (case.sizes[name] for name in "KMVd")
     size, operands = case.dtype.itemsize, k * m * d + m * k + v * d
     if pass_ == FORWARD:
         return Work(size * (operands + m * d), 2 * m * v * d)
-    return Work(size * (2 * operands + 2 * m * d + v * d + m * k), 6 * m * v * d)
+    return Work(size * (2 * operands + 2 * m * d + v * d + m * k), 4 * m * v * d)
 
 
 def _matrices(all_heads: bool, wide: int) -> Callable[[Case], Work]:
@@ -117,11 +121,10 @@ def _ours(inputs: Inputs) -> Tensor:
 
 
 def _prepare_gemms(inputs: Inputs) -> Callable[[], Tensor]:
-    """h̄ Eᵀ forward; r Eᵀ and dz E backward."""
-    leaf, weight = inputs["weight"], inputs["weight"].detach()
-    mixed = inputs["hidden_states"][0]
-    logits, value = products.new_rows(mixed, len(mixed), len(weight)), torch.empty_like(mixed)
-    return products.prepare(leaf, [(mixed, weight.t(), logits)], [(mixed, weight.t(), logits), (logits, weight, value)])
+    """h̄ Eᵀ forward, and again backward: see :func:`work`."""
+    weight, mixed = inputs["weight"].detach(), inputs["hidden_states"][0]
+    logits = [(mixed, weight.t(), products.new_rows(mixed, len(mixed), len(weight)))]
+    return products.prepare(inputs["weight"], forward=logits, backward=logits)
 
 
 def _torchs(name: str, function: Callable[..., Tensor], needs: Callable[[Case], Work], compile_: bool) -> Provider:
@@ -133,7 +136,7 @@ def _torchs(name: str, function: Callable[..., Tensor], needs: Callable[[Case], 
 
 
 PROVIDERS = [
-    Provider("gemms", _prepare_gemms, needs=_matrices(False, wide=0), floor="a floor: no sample"),
+    Provider("gemms", _prepare_gemms, needs=_matrices(False, wide=0), floor="a floor: logits alone"),
     _torchs("eager", _published, _matrices(True, wide=6), compile_=False),
     _torchs("compile", _published, _matrices(True, wide=2), compile_=True),
     _torchs("compile-mixed-first", _mixed_first, _matrices(False, wide=3), compile_=True),
