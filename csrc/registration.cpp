@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
       "linear_cross_entropy_rows(Tensor(a!) logits, Tensor(b!) lse, Tensor(c!)? loss, Tensor(d!)? grad_bias,"
       " Tensor target, Tensor? bias, Tensor? scale, Tensor? lse_scale, int vocabulary, int first_row,"
       " int first_column, int ignore_index, float label_smoothing, float softcap, bool accumulate_bias) -> ()");
+  m.def("linear_cross_entropy_multiply(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   m.def("linear_cross_entropy_add(Tensor(a!) total, Tensor product) -> ()");
   m.def("linear_cross_entropy_advise(Tensor(a!) fresh) -> ()");  // contents unchanged: a hint about its pages
   m.def(

@@ -88,7 +88,7 @@ def _over_rows(
     for first, last in chunks:
         z, hidden = logits[: last - first], _operand(hidden_states[first:last], dtype)
         for begin, end in tiles:
-            torch.mm(hidden, _operand(weight[begin:end], dtype).t(), out=z[:, begin:end])
+            _multiply(kernels, z[:, begin:end], hidden, _operand(weight[begin:end], dtype).t())
         scale = None if grad_loss is None else grad_loss[first:last]
         outputs = (lse[first:last], loss[first:last], grad_bias)
         kernels.rows(z, *outputs, target, values, scale, None, vocabulary, first, 0, *options, first > 0)
@@ -136,7 +136,7 @@ def backward(
         for first, last in chunks:
             chunk = slice(first, last)
             z, hidden = logits[: last - first, : end - begin], _operand(hidden_states[chunk], dtype)
-            torch.mm(hidden, part.t(), out=z)
+            _multiply(kernels, z, hidden, part.t())
             inputs = (target, _part(values, columns), grad_loss[chunk], _part(grad_lse, chunk))
             kernels.rows(
                 z, lse[chunk], None, _part(grad_bias, columns), *inputs, vocabulary, first, begin, *options, first > 0
@@ -204,7 +204,7 @@ class _Sum:
     """A gradient that is a sum of products, held in a wide dtype until the last of `parts` has been added."""
 
     def __init__(self, kernels: Any, gradient: Tensor | None, wide: torch.dtype, parts: int) -> None:
-        self.accumulate = getattr(kernels, "add", torch.Tensor.add_)
+        self.kernels, self.accumulate = kernels, getattr(kernels, "add", torch.Tensor.add_)
         self.gradient = self.total = gradient
         if gradient is not None and parts > 1 and _needs_sum(gradient.dtype, wide):
             self.total = _large_pages(kernels, gradient.new_empty(gradient.shape, dtype=wide))
@@ -214,7 +214,7 @@ class _Sum:
         assert self.total is not None
         total = self.total[part]
         if total.dtype == a.dtype:
-            torch.mm(a, b, out=total) if first else torch.addmm(total, a, b, out=total)
+            _multiply(self.kernels, total, a, b, not first)
         elif total.dtype == torch.float32 and _adds_to_fp32(total.device, a.dtype):
             wide = torch.float32
             torch.mm(a, b, wide, out=total) if first else torch.addmm(total, a, b, wide, out=total)
@@ -225,6 +225,16 @@ class _Sum:
     def finish(self) -> None:
         if self.gradient is not None and self.total is not None and self.total is not self.gradient:
             self.gradient.copy_(self.total)
+
+
+def _multiply(kernels: Any, out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
+    """out = a @ b, or out += a @ b: by the vendor's GEMM, which the CPU kernels spread over the threads themselves."""
+    if hasattr(kernels, "multiply"):
+        kernels.multiply(out, a, b, accumulate)
+    elif accumulate:
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
 
 
 @functools.cache

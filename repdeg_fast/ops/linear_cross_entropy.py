@@ -29,7 +29,7 @@ def _triton_limit(hidden_states: Tensor, weight: Tensor) -> str | None:
 
 operation = Operation(
     "linear_cross_entropy",
-    functions=("rows", "add", "advise"),
+    functions=("rows", "multiply", "add", "advise"),
     backends={"cpu": lambda hidden_states, weight: None, "triton": _triton_limit},
 )
 
