@@ -170,7 +170,7 @@ def profile(
             timelines = {p.provider.name: p.timeline for p in profiles if p.timeline}
             if timelines:
                 path = out / f"{op}-{outputs.file_name(chosen.name)}-timeline.png"
-                title = f"{op} · {chosen} on {target.type}: bytes beyond the inputs"
+                title = f"{op}: bytes beyond the inputs on {target.type}\n{chosen}"
                 console.print(f"timeline: {plots.plot_timelines(timelines, title, path)}", soft_wrap=True, markup=False)
             for found in profiles:
                 if found.snapshot:
