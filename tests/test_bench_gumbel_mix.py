@@ -112,3 +112,13 @@ def test_profile_shows_who_keeps_logits(tmp_path):
     assert timelines["eager"].peak() > 4 * logits
     assert timelines["ours-cpu"].peak() < timelines["eager"].peak() / 2
     assert {one.provider.name: one.saved > logits for one in found[1:]} == {"eager": True, "ours-cpu": False}
+
+
+def test_losses_and_sample_are_held_to_the_definition():
+    joint = suites()["mlm_losses_and_sample"]
+    names = ("losses-alone", "eager", "ours-separate-cpu", "ours-joint-cpu")
+    chosen = [provider for provider in joint.providers if provider.name in names]
+    (rows,) = runner.run(joint, [TINY], chosen, CPU, seconds=0)
+    ours = [row for row in rows if row.provider.ours]
+    assert {row.provider.name for row in ours} == {"ours-separate-cpu", "ours-joint-cpu"}
+    assert all(row.error < 1e-6 and row.samples for row in ours)

@@ -26,18 +26,18 @@ from repdeg_fast.reference.cosreg import arithmetic_dtype
 from repdeg_fast.reference.gumbel_mix import mix
 
 _COLUMNS = 4096  # logits a row of the exact value that are in float64 at a time
-_TEMPERATURE = 0.3
-_SEED = 2204_03243
+TEMPERATURE = 0.3
+SEED = 2204_03243
 
 
-def _heads(name: str, k: int, m: int, v: int, d: int, **options: object) -> Case:
+def heads(name: str, k: int, m: int, v: int, d: int, **options: object) -> Case:
     return Case(name, {"K": k, "M": m, "V": v, "d": d}, tokens=m, **options)  # type: ignore[arg-type]
 
 
 CASES = [
-    _heads("bert-512", 3, 512, 30522, 768, default_on=("cpu",)),
-    _heads("amos-base", 3, 4915, 32768, 768, default_on=("cuda",), dtype=torch.bfloat16),
-    *(_heads(f"sweep-{v}", 3, 256, v, 256, group="sweep", default_on=("cuda",)) for v in (4096, 16384, 65536)),
+    heads("bert-512", 3, 512, 30522, 768, default_on=("cpu",)),
+    heads("amos-base", 3, 4915, 32768, 768, default_on=("cuda",), dtype=torch.bfloat16),
+    *(heads(f"sweep-{v}", 3, 256, v, 256, group="sweep", default_on=("cuda",)) for v in (4096, 16384, 65536)),
 ]
 
 
@@ -51,7 +51,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         "hidden_states": torch.randn(k, m, d, **options),
         "mixture_logits": torch.randn(m, k, **options).requires_grad_(),
         "weight": weight.contiguous().requires_grad_(),
-        "seed": torch.tensor([_SEED], device=device),
+        "seed": torch.tensor([SEED], device=device),
     }
 
 
@@ -100,24 +100,24 @@ def _published(hidden_states: Tensor, mixture_logits: Tensor, weight: Tensor) ->
     """The heads' logits are there for their losses, and are detached; they get mixed, and the mixture sampled."""
     alpha = repdeg_fast.gradient_reversal(mixture_logits).softmax(dim=1)
     logits = hidden_states @ weight.detach().T
-    return _embedded_sample(torch.einsum("mk,kmv->mv", alpha, logits), weight)
+    return embedded_sample(torch.einsum("mk,kmv->mv", alpha, logits), weight)
 
 
 def _mixed_first(hidden_states: Tensor, mixture_logits: Tensor, weight: Tensor) -> Tensor:
     """Our algebra without our kernels: one product instead of K."""
     mixed = mix(hidden_states, repdeg_fast.gradient_reversal(mixture_logits))
-    return _embedded_sample(mixed @ weight.detach().T, weight)
+    return embedded_sample(mixed @ weight.detach().T, weight)
 
 
-def _embedded_sample(logits: Tensor, embedding: Tensor) -> Tensor:
+def embedded_sample(logits: Tensor, embedding: Tensor) -> Tensor:
     """Straight-through: a product with one-hot rows, since the gradient of the soft sample has to pass."""
-    one_hot = F.gumbel_softmax(logits.to(arithmetic_dtype(logits)), tau=_TEMPERATURE, hard=True)
+    one_hot = F.gumbel_softmax(logits.to(arithmetic_dtype(logits)), tau=TEMPERATURE, hard=True)
     return one_hot.to(embedding.dtype) @ embedding
 
 
 def _ours(inputs: Inputs) -> Tensor:
     arguments = (inputs["hidden_states"], inputs["mixture_logits"], inputs["weight"])
-    return repdeg_fast.gumbel_mix(*arguments, temperature=_TEMPERATURE, seed=inputs["seed"])[1]
+    return repdeg_fast.gumbel_mix(*arguments, temperature=TEMPERATURE, seed=inputs["seed"])[1]
 
 
 def _prepare_gemms(inputs: Inputs) -> Callable[[], Tensor]:
@@ -153,5 +153,5 @@ SUITE = Suite(
     size=lambda case: case.sizes["V"],
     size_label="V",
     value_name="mean embedding",
-    case_of_weights=lambda name, weight: _heads(name, 3, 512, *weight.shape, dtype=weight.dtype, load=lambda: weight),
+    case_of_weights=lambda name, weight: heads(name, 3, 512, *weight.shape, dtype=weight.dtype, load=lambda: weight),
 )
