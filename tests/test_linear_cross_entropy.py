@@ -406,13 +406,14 @@ def test_peak_memory(strategy, number, threads):
     assert gradients < peak_bytes(step) <= gradients + (64 << 20)
 
 
-def test_chunk_rows(threads):
+def test_chunk_positions(threads):
     threads(2)
     weight = torch.empty(30522, 768)
-    call = lambda rows, dtype=torch.float32: _vocabulary_chunks.chunk_rows(  # noqa: E731
-        rows, weight.to(dtype), dtype, torch.float32, True
+    call = lambda positions, dtype=torch.float32, heads=1: _vocabulary_chunks.chunk_positions(  # noqa: E731
+        positions, heads, weight.to(dtype), dtype, torch.float32, True
     )
     assert call(1536) == 512  # three chunks of equal size, 63 MB each
+    assert call(512, heads=3) == 171  # three chunks as well, of 171, 171 and 170
     assert call(100) == 100
     assert call(1536, torch.bfloat16) == 1536  # one chunk is smaller than an fp32 copy of the gradient
     assert call(4096, torch.bfloat16) * 30528 * 2 <= 64 << 20

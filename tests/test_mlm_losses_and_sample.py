@@ -124,10 +124,12 @@ def test_one_product_with_the_vocabulary_serves_both(monkeypatch):
         problem.joint(strategy="streaming")
 
 
-def test_chunks_do_not_change_the_sample(monkeypatch):
-    problem = Problem((3, 64, 500, 16, 16))
+@pytest.mark.parametrize("rows", [64, 61])  # 61: the last chunk has a single position
+def test_chunks_do_not_change_the_sample(rows, monkeypatch):
+    problem = Problem((3, rows, 500, 16, 16))
     expected = problem.results(problem.joint(strategy="chunked"))
-    for limit in (20_000, 100_000):
+    monkeypatch.setattr(_vocabulary_chunks, "FEWEST_ROWS", 1)
+    for limit in (1, 20_000, 100_000):
         monkeypatch.setattr(_vocabulary_chunks, "LIMIT", {"cpu": limit, "cuda": limit})
         results = problem.results(problem.joint(strategy="chunked"))
         assert torch.equal(results[1], expected[1])

@@ -94,7 +94,7 @@ def _over_rows(
     grad_hidden, grad_weight, grad_bias = _gradients(kernels, hidden_states, weight, wide, needs)
     values = None if bias is None else bias.to(wide).contiguous()
     tiles = list(_ranges(vocabulary, vocabulary if _is_operand(weight, dtype) else TILE))
-    step = max(1, chunk_rows(n, weight, dtype, accumulate_dtype, needs[1]) // heads)
+    step = chunk_positions(n // heads, heads, weight, dtype, accumulate_dtype, needs[1])
     chunks = [slice(*chunk) for chunk in _ranges(n // heads, step)]
     weight_sum = _Sum(kernels, grad_weight, accumulate_dtype, len(chunks))
     logits = _buffer(kernels, hidden_states, heads * min(step, n // heads), vocabulary, dtype)
@@ -204,25 +204,30 @@ def operand_dtype(hidden_states: Tensor) -> torch.dtype:
     return dtype
 
 
-def chunk_rows(rows: int, weight: Tensor, dtype: torch.dtype, accumulate_dtype: torch.dtype, grad_weight: bool) -> int:
-    """How many rows of logits are held at once: as many as LIMIT allows, in chunks of about equal size.
+def chunk_positions(
+    positions: int, heads: int, weight: Tensor, dtype: torch.dtype, accumulate_dtype: torch.dtype, grad_weight: bool
+) -> int:
+    """How many positions, each with a row of logits a head, are held at once: as many as LIMIT allows, in chunks of
+    about equal size.
 
-    All rows, if cutting them would take no less memory: a 16-bit weight gradient that is summed over chunks needs a
-    wide copy of itself.
+    All positions, if cutting them would take no less memory: a 16-bit weight gradient that is summed over chunks needs
+    a wide copy of itself.
     """
     vocabulary, width = weight.shape
     row_bytes = _aligned(vocabulary, dtype) * dtype.itemsize
-    limit = _limit(weight) - 24 * rows - 12 * vocabulary  # targets, losses, log-sum-exps; biases
+    limit = _limit(weight) - 24 * heads * positions - 12 * vocabulary  # targets, losses, log-sum-exps; biases
     if not _is_operand(weight, dtype):
         limit -= 2 * TILE * width * dtype.itemsize  # one converted tile of the weight, one of its gradient
     if weight.device.type == "cpu":
         sums = (torch.get_num_threads() - 1) * (limit // row_bytes) * width * arithmetic_dtype(weight).itemsize
         limit -= sums if sums <= THREAD_SUMS else 0
-    wide_copy = vocabulary * width * accumulate_dtype.itemsize
-    if grad_weight and _needs_sum(weight.dtype, accumulate_dtype) and rows * row_bytes <= wide_copy + limit:
-        return rows
-    chunks = max(1, -(-rows * row_bytes // max(limit, FEWEST_ROWS * row_bytes)))
-    return max(1, -(-rows // chunks))
+    if grad_weight and _needs_sum(weight.dtype, accumulate_dtype):
+        wide_copy = vocabulary * width * accumulate_dtype.itemsize
+        if heads * positions * row_bytes <= wide_copy + limit:
+            return max(1, positions)
+    most = max(1, limit // (heads * row_bytes), FEWEST_ROWS // heads)
+    chunks = max(1, -(-positions // most))
+    return max(1, -(-positions // chunks))
 
 
 class _Sum:
@@ -310,8 +315,11 @@ def _limit(tensor: Tensor) -> int:
 
 
 def _rows(tensor: Tensor, heads: int, positions: slice) -> Tensor:
-    """The same positions of every head, head by head: a view where there is one head, else a copy."""
-    return tensor.unflatten(0, (heads, -1))[:, positions].flatten(0, 1)
+    """The same positions of every head, head by head: a view where there is one head, else contiguous, which the kernels
+    rely on and `flatten` alone does not see to (of a single position it is a view that skips from head to head)."""
+    if heads == 1:
+        return tensor[positions]
+    return tensor.unflatten(0, (heads, -1))[:, positions].flatten(0, 1).contiguous()
 
 
 def _store(tensor: Tensor, rows: Tensor, heads: int, positions: slice) -> None:
