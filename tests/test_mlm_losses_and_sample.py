@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import TOLERANCE, relative_error
+from torch.utils.checkpoint import checkpoint
 
 import repdeg_fast
 from repdeg_fast import gumbel_mix, mlm_losses_and_sample, multi_layer_mlm_loss
@@ -122,6 +123,20 @@ def test_one_product_with_the_vocabulary_serves_both(monkeypatch):
     problem.joint(strategy="chunked")
     with pytest.raises(pytest.fail.Exception, match="a second sweep"):
         problem.joint(strategy="streaming")
+
+
+def test_checkpointing_draws_the_same_sample():
+    """The first pass of a reentrant checkpoint needs no gradient; the sample must not depend on that."""
+    problem, drawn = Problem((3, 1000, 400, 16, 16), torch.bfloat16), []
+
+    def step(hidden_states):
+        problem.hidden_states = 4 * hidden_states
+        losses, token_ids, embeddings = problem.joint(strategy="chunked")
+        drawn.append(token_ids)
+        return losses.sum() + embeddings.float().sum()
+
+    checkpoint(step, problem.hidden_states, use_reentrant=True).backward()
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("rows", [64, 61])  # 61: the last chunk has a single position

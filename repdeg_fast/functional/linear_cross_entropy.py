@@ -140,10 +140,12 @@ def call(
             buffer_bytes=LIMIT["cpu" if weight.device.type == "cpu" else "cuda"],
             free_bytes=_free_bytes(weight.device),
         )  # fmt: skip
+    # a sample is drawn in the same way whether or not gradients are needed: activation checkpointing draws it twice
+    one_sweep = any(needs) or sampling[1] is not None
     loss, lse, _, _, _, token_ids, sample_lse = _ops.linear_cross_entropy(
         hidden_states.reshape(-1, width), weight, target.contiguous(), bias, *sampling, heads,
         ignore_index, label_smoothing, softcap, reduction, padding_idx, accumulate_dtype,
-        needs, strategy == "chunked" and reduction != "none" and any(needs), backends.requested(),
+        needs, strategy == "chunked" and reduction != "none" and one_sweep, backends.requested(),
     )  # fmt: skip
     return loss, lse, token_ids, sample_lse
 

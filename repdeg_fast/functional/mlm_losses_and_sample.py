@@ -36,8 +36,8 @@ def mlm_losses_and_sample(
 
     Where the losses are computed in chunks, the mixture is made of the K logits that are there, and sampling costs no
     product with the vocabulary. Those logits are in the dtype of ``hidden_states``: in 16 bits a token may differ from
-    that of :func:`repdeg_fast.gumbel_mix` where the two best are within their rounding. With ``strategy="streaming"``,
-    or where no gradient is needed, there are two sweeps.
+    that of :func:`repdeg_fast.gumbel_mix` where the two best are within their rounding. With ``strategy="streaming"``
+    or ``reduction="none"`` there are two sweeps.
 
     Args:
         hidden_states, weight, target, bias, ignore_index, label_smoothing, reduction, strategy, accumulate_dtype,

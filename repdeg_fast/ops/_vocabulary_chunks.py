@@ -315,8 +315,8 @@ def _limit(tensor: Tensor) -> int:
 
 
 def _rows(tensor: Tensor, heads: int, positions: slice) -> Tensor:
-    """The same positions of every head, head by head: a view where there is one head, else contiguous, which the kernels
-    rely on and `flatten` alone does not see to (of a single position it is a view that skips from head to head)."""
+    """The same positions of every head, head by head: a view where there is one head, else contiguous, as the kernels
+    take rows (`flatten` alone gives a view that skips from head to head where there is one position)."""
     if heads == 1:
         return tensor[positions]
     return tensor.unflatten(0, (heads, -1))[:, positions].flatten(0, 1).contiguous()
