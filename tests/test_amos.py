@@ -328,13 +328,24 @@ def test_new_words():
     torch.testing.assert_close(model(**batch(), seed=0).mlm_losses, before)
 
 
-def test_activation_checkpointing_changes_nothing():
+@pytest.mark.filterwarnings("error:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(reentrant):
+    """Least of all that every layer gets gradients, also those whose input is cut off from what is below."""
     model = amos().train()
     expected = gradients(model, model(**batch(), seed=0).loss)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     mine = gradients(model, model(**batch(), seed=0).loss)
     assert expected.keys() == mine.keys()
     assert all(torch.equal(mine[name], expected[name]) for name in mine)
+
+
+def test_int32_batches():
+    model, wide = amos().eval(), batch()
+    expected = model(**wide, seed=0)
+    output = model(**{name: value.int() for name, value in wide.items()}, seed=0)
+    assert torch.equal(output.loss, expected.loss)
+    assert torch.equal(output.sampled_ids, expected.sampled_ids)
 
 
 def test_autocast_in_bfloat16():
@@ -405,13 +416,16 @@ def test_one_wait_on_a_gpu():
         ({"hidden_size": 30}, "hidden_size: expected a multiple of num_attention_heads = 4, got 30"),
         ({"gumbel_temperature": 0.0}, "gumbel_temperature: expected a finite number above 0"),
         ({"gradient_scale": float("nan")}, "gradient_scale: expected a finite number"),
-        ({"rtd_weight": -1.0}, "rtd_weight: expected a finite number, at least 0"),
+        ({"gradient_scale": "x"}, "gradient_scale: expected a number, got str"),
+        ({"rtd_weight": -1.0}, "rtd_weight: expected a number of at least 0"),
+        ({"rtd_weight": float("inf")}, "rtd_weight: expected a finite number"),
+        ({"mlm_layers": 3}, "mlm_layers: expected a tuple .*got 3"),
         ({"mixture": "best"}, "mixture: expected one of learned, equal, random, switch, got 'best'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
     ],
 )
 def test_bad_configurations(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         AmosConfig(**SIZES | options)
 
 
@@ -420,7 +434,8 @@ def test_bad_configurations(options, message):
     [
         ({"labels": torch.zeros(B, T + 1, dtype=torch.int64)}, r"labels: expected shape \(3, 11\) like input_ids"),
         ({"attention_mask": torch.ones(B, 1, T, T)}, r"attention_mask: expected shape \(3, 11\)"),
-        ({"input_ids": torch.zeros(T, dtype=torch.int64)}, r"input_ids: expected shape \(B, T\), got \(11,\)"),
+        ({"labels": torch.zeros(B, T)}, "labels: expected int64 or int32, got torch.float32"),
+        ({"input_ids": torch.zeros(T, dtype=torch.int64)}, r"input_ids: expected .* \(B, T\), got \(11,\)"),
         ({"labels": torch.full((B, T), V)}, f"target: expected values from 0 to {V - 1}"),
         ({"seed": 1.5}, "seed: expected an int"),
     ],

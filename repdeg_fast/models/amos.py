@@ -13,6 +13,7 @@ Discriminator: sees the sampled tokens where masks were, and says of each positi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repdeg_fast._checks import check_positive
+from repdeg_fast._checks import check_finite, check_positive
 from repdeg_fast.data import IGNORE_INDEX
 from repdeg_fast.functional import mlm_losses_and_sample
 from repdeg_fast.nn import GumbelMixture, MultiLayerMLMHead
@@ -68,6 +69,8 @@ class AmosConfig(BertConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if not isinstance(self.mlm_layers, Iterable):
+            raise TypeError(f"mlm_layers: expected a tuple of numbers of layers, got {self.mlm_layers!r}")
         self.mlm_layers = tuple(self.mlm_layers)  # JSON has lists
         self._check()
 
@@ -83,10 +86,10 @@ class AmosConfig(BertConfig):
                 f"got {self.hidden_size}"
             )
         check_positive("gumbel_temperature", self.gumbel_temperature)
-        if not math.isfinite(self.gradient_scale):
-            raise ValueError(f"gradient_scale: expected a finite number, got {self.gradient_scale}")
-        if not (math.isfinite(self.rtd_weight) and self.rtd_weight >= 0):
-            raise ValueError(f"rtd_weight: expected a finite number, at least 0, got {self.rtd_weight}")
+        check_finite("gradient_scale", self.gradient_scale)
+        check_finite("rtd_weight", self.rtd_weight)
+        if self.rtd_weight < 0:
+            raise ValueError(f"rtd_weight: expected a number of at least 0, got {self.rtd_weight}")
         if self.mixture not in MIXTURES:
             raise ValueError(f"mixture: expected one of {', '.join(MIXTURES)}, got {self.mixture!r}")
         if self.is_decoder or not self.tie_word_embeddings:
@@ -148,6 +151,8 @@ class AmosGenerator(BertModel):
                 outputs.append(hidden_states)
                 if self.stop_gradient:
                     hidden_states = hidden_states.detach()
+                    # a reentrant checkpoint trains the layer behind only if what goes in asks for a gradient
+                    hidden_states.requires_grad_(bool(layer.gradient_checkpointing) and torch.is_grad_enabled())
         return outputs
 
 
@@ -238,7 +243,7 @@ class AmosForPreTraining(BertPreTrainedModel):
 
         flat = embeddings.flatten(0, 1).index_copy(0, positions, samples)
         rtd_logits = self._discriminate(flat.view_as(embeddings), mask, inputs)
-        sampled_ids = input_ids.reshape(-1).index_copy(0, positions, tokens).view_as(input_ids)
+        sampled_ids = input_ids.reshape(-1).index_copy(0, positions, tokens.to(input_ids.dtype)).view_as(input_ids)
         replaced = sampled_ids != torch.where(labels == IGNORE_INDEX, input_ids, labels)
         rtd_loss, accuracy, share = _judge(rtd_logits, replaced, attention_mask)
         return AmosOutput(
@@ -318,8 +323,11 @@ def _judge(rtd_logits: Tensor, replaced: Tensor, attention_mask: Tensor | None) 
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids: expected shape (B, T), got {tuple(input_ids.shape)}")
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        given = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids: expected a tensor of shape (B, T), got {given}")
+    if labels is not None and labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels: expected int64 or int32, got {labels.dtype}")
     for name, value in (("attention_mask", attention_mask), ("labels", labels)):
         if value is not None and value.shape != input_ids.shape:
             raise ValueError(
