@@ -34,6 +34,12 @@ def check_finite(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
+def check_integer(name: str, value: int) -> None:
+    """``value`` is an integer."""
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+
+
 def _check_number(name: str, value: float) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

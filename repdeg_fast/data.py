@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from repdeg_fast._checks import check_finite
+
 IGNORE_INDEX = -100
 
 
@@ -45,6 +47,7 @@ class MaskingCollator:
         probability: float = 0.15,
         generator: torch.Generator | None = None,
     ) -> None:
+        check_finite("probability", probability)
         if not 0 <= probability <= 1:
             raise ValueError(f"probability: expected a number from 0 to 1, got {probability}")
         self.mask_token_id = mask_token_id
@@ -84,22 +87,27 @@ class MaskingCollator:
         Args:
             examples: token ids, or mappings with ``input_ids`` and possibly ``attention_mask`` and ``token_type_ids``
                 (which is then in the batch too).
+
+        Raises:
+            TypeError, ValueError: saying which example, what was given and expected.
         """
+        if isinstance(examples, Mapping):
+            raise TypeError("examples: expected a sequence of examples, got one mapping; pass its rows one by one")
         if not len(examples):
             raise ValueError("examples: expected at least one, got none")
         rows = [{**example} if isinstance(example, Mapping) else {"input_ids": example} for example in examples]
-        for row in rows:
-            row.setdefault("attention_mask", [1] * len(row["input_ids"]))
-        batch = {name: self._pad([row[name] for row in rows], name) for name in self.padding if name in rows[0]}
+        given = {"input_ids", "attention_mask"}.union(*rows)
+        names = [name for name in self.padding if name in given]
+        tensors = [_tensors(row, names, f"examples[{number}]") for number, row in enumerate(rows)]
+        batch = {
+            name: pad_sequence([row[name] for row in tensors], batch_first=True, padding_value=self.padding[name])
+            for name in names
+        }
         tokens = batch["input_ids"]
         masked = self._choose(tokens, batch["attention_mask"])
         batch["labels"] = tokens.masked_fill(~masked, IGNORE_INDEX)
         batch["input_ids"] = tokens.masked_fill(masked, self.mask_token_id)
         return batch
-
-    def _pad(self, sequences: list[Any], name: str) -> Tensor:
-        tensors = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
-        return pad_sequence(tensors, batch_first=True, padding_value=self.padding[name])
 
     def _choose(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Every token looks at the random number of its word's first token."""
@@ -110,3 +118,27 @@ class MaskingCollator:
         first = (torch.arange(tokens.shape[1]) * starts).cummax(dim=1).values
         numbers = torch.rand(tokens.shape, generator=self.generator).gather(1, first)
         return (numbers < self.probability) & ~special & attention_mask.bool()
+
+
+def _tensors(row: dict[str, Any], names: Sequence[str], what: str) -> dict[str, Tensor]:
+    """An example's ``names``, each (T,) int64; without an attention mask, all tokens count."""
+    if any(name not in row for name in names if name != "attention_mask"):
+        expected = "input_ids, and token_type_ids in all examples or in none"
+        raise ValueError(f"{what}: expected {expected}, got {', '.join(row)}")
+    result = {name: _integers(row[name], f"{what}: {name}") for name in names if name in row}
+    length = len(result["input_ids"])
+    result.setdefault("attention_mask", torch.ones(length, dtype=torch.int64))
+    for name, values in result.items():
+        if len(values) != length:
+            raise ValueError(f"{what}: {name}: expected {length} values like input_ids, got {len(values)}")
+    return result
+
+
+def _integers(values: Any, what: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):  # strings, say
+        tensor = None
+    if tensor is None or tensor.dim() != 1 or (tensor.is_floating_point() and len(tensor)):
+        raise TypeError(f"{what}: expected a sequence of integers, got {values!r:.60}")
+    return tensor.long()

@@ -504,8 +504,35 @@ def test_examples_as_mappings():
 def test_collator_bad_input():
     with pytest.raises(ValueError, match=r"probability: expected a number from 0 to 1, got 1\.5"):
         collator(probability=1.5)
-    with pytest.raises(ValueError, match="examples: expected at least one"):
-        collator()([])
+    with pytest.raises(TypeError, match="probability: expected a number, got str"):
+        collator(probability="x")
+
+
+@pytest.mark.parametrize(
+    ("examples", "error", "message"),
+    [
+        ([], ValueError, "examples: expected at least one"),
+        ({"input_ids": [[1, 2]]}, TypeError, "examples: expected a sequence of examples, got one mapping"),
+        ([1, 10, 2], TypeError, r"examples\[0\]: input_ids: expected a sequence of integers, got 1"),
+        (["some", "text"], TypeError, r"examples\[0\]: input_ids: .* got 'some'"),
+        ([[1, 2], [[1, 2]]], TypeError, r"examples\[1\]: input_ids: .* got \[\[1, 2\]\]"),
+        ([[1.5]], TypeError, r"examples\[0\]: input_ids: .* got \[1\.5\]"),
+        ([{"ids": [1]}], ValueError, r"examples\[0\]: expected input_ids, .* got ids"),
+        (
+            [[1, 2], {"input_ids": [1], "token_type_ids": [0]}],
+            ValueError,
+            r"examples\[0\]: expected .* token_type_ids in all examples or in none, got input_ids",
+        ),
+        (
+            [{"input_ids": [1, 2], "attention_mask": [1]}],
+            ValueError,
+            r"examples\[0\]: attention_mask: expected 2 values like input_ids, got 1",
+        ),
+    ],
+)
+def test_bad_examples(examples, error, message):
+    with pytest.raises(error, match=message):
+        collator()(examples)
 
 
 # the example

@@ -396,6 +396,8 @@ def test_gradient_reversal():
     assert torch.equal(gradient_reversal(x), x)
     (grad,) = torch.autograd.grad(gradient_reversal(x, -0.5).sum(), x)
     assert torch.equal(grad, torch.full_like(x, -0.5))
+    with pytest.raises(TypeError, match="scale: expected a number, got str"):
+        gradient_reversal(x, "1")
 
 
 class TestModule:

@@ -471,6 +471,9 @@ def heads(hidden, target=None):
         (call(weight=torch.randn(5, 3, device="meta")), ValueError, "weight: expected device cpu"),
         (call(label_smoothing=1.0), ValueError, r"label_smoothing: expected a number in \[0, 1\), got 1.0"),
         (call(label_smoothing=float("nan")), ValueError, "label_smoothing"),
+        (call(label_smoothing="a"), TypeError, "label_smoothing: expected a number, got str"),
+        (call(ignore_index=None), TypeError, "ignore_index: expected an integer, got NoneType"),
+        (call(padding_idx=1.5), TypeError, "padding_idx: expected an integer, got float"),
         (call(softcap=0.0), ValueError, "softcap: expected a finite number above 0"),
         (call(reduction="max"), ValueError, "reduction: expected one of none, sum, mean"),
         (call(strategy="fast"), ValueError, "strategy: expected one of auto, chunked, streaming"),
@@ -480,6 +483,8 @@ def heads(hidden, target=None):
         (heads([torch.randn(2, 3), torch.randn(3, 3)]), ValueError, r"hidden_states\[1\]: expected shape \(2, 3\)"),
         (heads([torch.randn(2, 3), torch.randn(2, 3).half()]), TypeError, r"hidden_states\[1\]: expected"),
         (heads(torch.randn(2, 3)), ValueError, "hidden_states: expected 3 dimensions"),
+        (heads(torch.randn(0, 2, 3)), ValueError, r"hidden_states: .*K at least 1, got shape \(0, 2, 3\)"),
+        (heads(None), TypeError, "hidden_states: expected a tensor .* or a sequence .*got NoneType"),
         (heads(torch.randn(1, 3, 3)), ValueError, r"target: expected shape \(3,\)"),
     ],
 )  # fmt: skip

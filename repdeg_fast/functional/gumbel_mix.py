@@ -79,6 +79,7 @@ def value(
 def gradient_reversal(x: Tensor, scale: float = -1.0) -> Tensor:
     """``x`` as it is; its gradient is multiplied by ``scale`` (arXiv 1409.7495, where it is −λ)."""
     check_floating("x", x)
+    check_finite("scale", scale)
     return _ScaleGradient.apply(x, scale)
 
 

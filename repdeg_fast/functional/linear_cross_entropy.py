@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from repdeg_fast import backends
-from repdeg_fast._checks import check_floating, check_positive
+from repdeg_fast._checks import check_finite, check_floating, check_integer, check_positive
 from repdeg_fast.ops import linear_cross_entropy as _ops
 from repdeg_fast.ops._vocabulary_chunks import LIMIT
 
@@ -131,6 +131,7 @@ def call(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator, on checked arguments: loss, log-sum-exp and, where ``sampling`` (mixture logits, seed, temperature)
     asks for them, the tokens of a sample and their log-sum-exp."""
+    check_integer("ignore_index", ignore_index)
     heads, positions, width = hidden_states.shape
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden_states, weight, bias)]
     if strategy == "auto":
@@ -154,6 +155,7 @@ def check_options(
     label_smoothing: float, softcap: float | None, reduction: str, strategy: str
 ) -> tuple[float, float, str, str]:
     """The options as the operator takes them: no softcap is 0."""
+    check_finite("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     if softcap is not None:
@@ -177,8 +179,9 @@ def check_heads(
     if not isinstance(hidden_states, Tensor):
         hidden_states = _stack(hidden_states)
     hidden_states, padding_idx = check_tensors(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
-    if hidden_states.dim() != 3:
-        raise ValueError(f"hidden_states: expected 3 dimensions (K, M, d), got shape {tuple(hidden_states.shape)}")
+    if hidden_states.dim() != 3 or hidden_states.shape[0] == 0:
+        shape = tuple(hidden_states.shape)
+        raise ValueError(f"hidden_states: expected 3 dimensions (K, M, d), K at least 1, got shape {shape}")
     if target.shape != hidden_states.shape[1:2]:
         raise ValueError(
             f"target: expected shape ({hidden_states.shape[1]},), one for each of the M positions of hidden_states, "
@@ -224,6 +227,7 @@ def check_tensors(
     if accumulate_dtype not in (torch.float32, weight.dtype):
         raise ValueError(f"accumulate_dtype: expected float32, or {weight.dtype} like weight, got {accumulate_dtype}")
     if padding_idx is not None:
+        check_integer("padding_idx", padding_idx)
         if not -vocabulary <= padding_idx < vocabulary:
             raise ValueError(f"padding_idx: expected a row of weight, from 0 to {vocabulary - 1}, got {padding_idx}")
         padding_idx %= vocabulary
@@ -245,6 +249,9 @@ def _operand(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def _stack(hidden_states: Sequence[Tensor]) -> Tensor:
+    if not isinstance(hidden_states, Iterable):
+        given = type(hidden_states).__name__
+        raise TypeError(f"hidden_states: expected a tensor (K, M, d) or a sequence of K tensors (M, d), got {given}")
     layers = list(hidden_states)
     if not layers:
         raise ValueError("hidden_states: expected at least one tensor, got an empty sequence")
