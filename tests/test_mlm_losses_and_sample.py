@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 import repdeg_fast
 from repdeg_fast import gumbel_mix, mlm_losses_and_sample, multi_layer_mlm_loss
 from repdeg_fast.ops import _vocabulary_chunks
-from repdeg_fast.ops.gumbel_mix import Sample, operation  # noqa: F401 (`place` asks for the operation)
+from repdeg_fast.ops.gumbel_mix import Sample, operation
 from repdeg_fast.ops.linear_cross_entropy import linear_cross_entropy
+from repdeg_fast.reference import gumbel_mix as definition
 
 SHAPES = [
     (3, 37, 300, 24, 24),
@@ -115,6 +116,24 @@ def test_16_bits_sample_what_their_logits_say(place, small_chunks):
         _, _, embeddings = problem.joint(strategy="chunked")
         result = torch.autograd.grad((embeddings * problem.upstream).sum(), problem.mixture_logits)[0]
         assert relative_error(result.cpu()[same], truth[same]) <= 3 * TOLERANCE[dtype]  # h̄ is rounded too
+
+
+def test_heads_may_lie_further_apart_than_32_bits_reach(place):
+    """Of 4 GB, pages that nobody touches are not taken."""
+    stride, vocabulary = 2**30, 40
+    room = torch.empty(2 * stride + vocabulary, dtype=torch.float16, device=place.device)
+    logits = room.as_strided((3, 1, vocabulary), (stride, vocabulary, 1))
+    logits.copy_(torch.randn(logits.shape))
+    alpha = torch.tensor([[0.2, 0.3, 0.5]], device=place.device)
+    arguments = (alpha, None, torch.tensor([SEED], device=place.device), 0.3, 0)
+    drawn, expected = ((torch.empty(1, dtype=torch.int64), torch.empty(1)) for _ in range(2))
+    drawn = [tensor.to(place.device) for tensor in drawn]
+    operation.kernels(place.backend, logits).sample_logits(*drawn, logits, *arguments)
+    definition.sample_logits(
+        *expected, logits.cpu(), *(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments)
+    )
+    assert drawn[0].item() == expected[0].item()
+    assert relative_error(drawn[1], expected[1]) <= 1e-5
 
 
 def test_one_product_with_the_vocabulary_serves_both(monkeypatch):

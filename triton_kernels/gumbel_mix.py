@@ -166,9 +166,11 @@ def _logits_kernel(
         s = tl.reshape(gumbel(key, rows, first, COLUMNS), (COLUMNS,))
         if bias is not None:
             s += tl.load(bias + columns, mask=columns < v, other=0.0)
+        head = logits
         for k in tl.static_range(HEADS):
-            z = tl.load(logits + k * head_stride + columns, mask=columns < v, other=0.0)
+            z = tl.load(head + columns, mask=columns < v, other=0.0)
             s += tl.load(alpha + row * HEADS + k) * z.to(tl.float32)
+            head += head_stride  # step by step: k·head_stride may need 64 bits
         s = tl.where(columns < v, s, float("-inf"))[None, :]
         most, token, total = _take(s, first, most, token, total, inverse_temperature)
     origin = tl.where(most == float("-inf"), 0.0, most)
