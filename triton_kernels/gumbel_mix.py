@@ -22,7 +22,8 @@ from .tuning import Specialization, persistent_programs
 
 _PROGRAMS = 2  # a multiprocessor
 _COMBINE_ROWS = 32
-_BUFFER_BYTES = 64 << 20  # y and y (F·r − origin) of one chunk of the vocabulary
+_BUFFER_BYTES = 64 << 20  # y and y (F·r − origin) of one chunk of the vocabulary,
+_PADDING = 16  # whose rows are padded to a multiple of this many values, so that 16 bytes are stored at once
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _weights_kernel(
     row_lse = tl.load(lse + rows, mask=rows < m, other=float("inf"))
     y = tl.exp(s * inverse_temperature - row_lse[:, None])
     at = rows.to(tl.int64)[:, None] * chunk_columns + (columns - chunk_first)[None, :]
-    inside = (rows < m)[:, None] & (columns < v)[None, :]
+    inside = (rows < m)[:, None] & (columns - chunk_first < chunk_columns)[None, :]  # y is 0 beyond the vocabulary
     tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=inside)
     if weighted is not None:
         fr = _product(
@@ -251,20 +252,21 @@ def _weight_chunks(
     grad, origin, delta = (None, None, None) if upstream is None else upstream
     count = 1 if upstream is None else 2
     step = max(1, _BUFFER_BYTES // (count * m * mixed.element_size() * tile.columns)) * tile.columns
-    buffer = mixed.new_empty(count * m * min(step, v))
+    padded = triton.cdiv(v, _PADDING) * _PADDING
+    buffer = mixed.new_empty(count * m * min(step, padded))
     depths = (d, embedding.shape[1])
     for first in range(0, v, step):
-        n = min(step, v - first)
-        buffers = buffer[: count * m * n].view(count, m, n)
+        n, width = min(step, v - first), min(step, padded - first)
+        buffers = buffer[: count * m * width].view(count, m, width)
         _weights_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.columns))](
             buffers[0], None if upstream is None else buffers[1], delta, mixed, weight, bias, embedding, grad, origin,
-            lse, seed, 1 / temperature, m, v, *depths, first, n,
+            lse, seed, 1 / temperature, m, v, *depths, first, width,
             *mixed.stride(), *weight.stride(), *embedding.stride(), 0 if grad is None else grad.stride(0),
             EVEN=all(depth % tile.depth == 0 for depth in depths),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )  # fmt: skip
-        yield slice(first, first + n), buffers
+        yield slice(first, first + n), buffers[:, :, :n]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -329,6 +331,6 @@ def _weights_specialization(name: str, tile: Tile, bias: str | None, weighted: b
     else:
         constants |= dict.fromkeys(("weighted", "delta", "grad", "origin"))
     strides = ("mixed_stride", "weight_stride", "embedding_stride", "grad_stride")
-    divisible = ("depth", "embedding_depth", "chunk_first", *strides)
+    divisible = ("depth", "embedding_depth", "chunk_first", "chunk_columns", *strides)
     label = name + (" bias" if bias else "") + (" weighted" if weighted else "")
     return Specialization(_weights_kernel, types, constants, tile.num_warps, tile.num_stages, divisible, label)

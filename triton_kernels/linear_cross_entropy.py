@@ -351,7 +351,7 @@ def specializations() -> Iterator[Specialization]:
     """What the launchers above ask the compiler for, over dtypes and options."""
     for dtype in ("bf16", "fp32"):
         types = {"x": f"*{dtype}", "scale": "*fp32", "n": "i32"}
-        yield Specialization(_scale_kernel, types, {"BLOCK": _SCALE_BLOCK}, label=dtype)
+        yield Specialization(_scale_kernel, types, {"BLOCK": _SCALE_BLOCK}, divisible=("n",), label=dtype)
     for (chip, bits), (forward_tile, backward_tile) in TILES.items():
         dtypes = ("fp32",) if bits == 32 else ("bf16", "fp16") if chip == "sm_90" else ("bf16",)
         for dtype in dtypes:
