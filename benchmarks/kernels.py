@@ -1,5 +1,5 @@
-"""Writes ``benchmarks/KERNELS.md``: what each Triton and CUDA kernel, compiled for Hopper, needs of a multiprocessor and
-what its code is made of. Needs triton and nvcc, no GPU: ``python benchmarks/kernels.py`` (a few minutes).
+"""Writes ``benchmarks/KERNELS.md``: what each Triton and CUDA kernel, compiled for Hopper, needs of a multiprocessor
+and what its code is made of. Needs triton and nvcc, no GPU: ``python benchmarks/kernels.py`` (a few minutes).
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ _PACK_BYTES = 16
 
 HEADER = f"""# The kernels, compiled for {TARGET}
 
-Made by `make tables` from the compiled code; nothing here was measured. For each kernel and specialization: threads of a
-block (the largest where the launcher chooses), registers and spilled bytes of a thread, shared memory of a block, warps
-that one multiprocessor of an H200 holds at once of {H200.warps} and what limits them, then the memory and tensor-core
-instructions in its code. "16 B ×4" are four instructions that move 16 bytes a thread each; "async" are copies from global
-to shared memory past the registers (`LDGSTS`), "bulk" those of the tensor memory accelerator. Counts are of instructions
-in the code, not of their executions. [NOTES.md](NOTES.md) says what was surprising and what became of it.
+Made by `make tables` from the compiled code; nothing here was measured. For each kernel and specialization: threads of
+a block (the largest where the launcher chooses), registers and spilled bytes of a thread, shared memory of a block, the
+warps that one multiprocessor of an H200 holds at once of {H200.warps}, with what limits them, and the memory and
+tensor-core instructions in its code. "16 B ×4" are four instructions that move 16 bytes a thread each; "async" are
+copies from global to shared memory past the registers (`LDGSTS`), "bulk" those of the tensor memory accelerator. Counts
+are of instructions in the code, not of their executions. A name that ends in sizes is a configuration that tuning tries
+beside the one that ships. [NOTES.md](NOTES.md) says what was surprising and what became of it.
 """
 _COLUMNS = ("kernel", "threads", "registers", "spilled", "shared", "resident warps", "loads", "stores", "matrix")
 

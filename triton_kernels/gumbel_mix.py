@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -18,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import gumbel
-from .tuning import Specialization, persistent_programs
+from .tuning import Specialization, choose, persistent_programs, variants
 
-_PROGRAMS = 2  # a multiprocessor
+_PROGRAMS = 8  # a multiprocessor, of which one or two are resident: the last round is then a small part of all
 _COMBINE_ROWS = 32
 _BUFFER_BYTES = 64 << 20  # y and y (F·r − origin) of one chunk of the vocabulary,
 _PADDING = 16  # whose rows are padded to a multiple of this many values, so that 16 bytes are stored at once
@@ -37,12 +38,18 @@ class Tile:
     num_stages: int
 
 
-def _tile(dtype: torch.dtype) -> Tile:
-    """Noise needs about as many registers as the logits themselves, so 64 × 128 fp32 sums on 8 warps leave room; fp32
-    products run without matrix units, from registers, and get smaller tiles."""
-    if dtype == torch.float32:
-        return Tile(32, 64, 32, 4, 2)
-    return Tile(64, 128, 32, 8, 4)
+# By bits of an operand, the one that ships first. Noise needs about as many registers as the logits themselves, so 64 ×
+# 128 fp32 sums on 8 warps leave room. 64 × 64 let two programs share a multiprocessor, and noise be made while the
+# other one multiplies. fp32 products run without matrix units, from registers, and get smaller tiles.
+TILES = {
+    16: (Tile(64, 128, 32, 8, 4), Tile(64, 64, 32, 8, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)),
+    32: (Tile(32, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
+}
+
+
+def _choose(kernel: str, mixed: Tensor, weight: Tensor) -> Tile:
+    (m, d), v = mixed.shape, len(weight)
+    return choose(f"gumbel_mix.{kernel}", TILES[8 * mixed.element_size()], mixed, m=m, v=v, d=d)
 
 
 # a[rows] · b[columns]ᵀ, b rounded to the dtype of a; out of bounds: zeros.
@@ -180,7 +187,7 @@ def sample(
     (m, d), v = mixed.shape, len(weight)
     if m == 0:
         return
-    tile = _tile(mixed.dtype)
+    tile = _choose("sample", mixed, weight)
     blocks, tiles = triton.cdiv(m, tile.rows), triton.cdiv(v, tile.columns)
     split_tiles = triton.cdiv(tiles, max(1, persistent_programs(mixed, _PROGRAMS) // blocks))
     splits = triton.cdiv(tiles, split_tiles)
@@ -206,7 +213,8 @@ def soft_value(
     value.zero_()
     if len(value) == 0:
         return
-    for part, (y,) in _weight_chunks(None, mixed, weight, bias, embedding, lse, seed, temperature):
+    tile = _choose("weights", mixed, weight)
+    for part, (y,) in _weight_chunks(tile, None, mixed, weight, bias, embedding, lse, seed, temperature):
         _add_product(value, y, embedding[part])
 
 
@@ -220,16 +228,16 @@ def backward(
         if grad_embedding is not None:
             grad_embedding.zero_()
         return
-    upstream = None
+    upstream, tile = None, _choose("weights", mixed, weight)
     if grad_mixed is not None:
         # rows of length 1: neither do large gradients overflow in fp16, nor do small ones vanish
         norm = torch.linalg.vector_norm(grad_embeddings, dim=1, dtype=torch.float32)
         inverse = torch.where(norm == 0, 0, 1 / norm)
-        tiles = triton.cdiv(len(weight), _tile(mixed.dtype).columns)
+        tiles = triton.cdiv(len(weight), tile.columns)
         delta = lse.new_zeros(tiles, m)
         upstream = ((grad_embeddings * inverse[:, None]).to(mixed.dtype), origin * inverse, delta)
         sums = lse.new_zeros(2 * m, d)
-    for part, buffers in _weight_chunks(upstream, mixed, weight, bias, embedding, lse, seed, temperature):
+    for part, buffers in _weight_chunks(tile, upstream, mixed, weight, bias, embedding, lse, seed, temperature):
         if grad_mixed is not None:
             _add_product(sums, buffers.flatten(0, 1), weight[part])
         if grad_embedding is not None:
@@ -242,13 +250,12 @@ def backward(
 
 
 def _weight_chunks(
-    upstream: tuple[Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor, bias: Tensor | None,
+    tile: Tile, upstream: tuple[Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor, bias: Tensor | None,
     embedding: Tensor, lse: Tensor, seed: Tensor, temperature: float,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """Chunks of the vocabulary and their y (1, M, n); with ``upstream`` (r, origin and δ of each tile, which is
     written) y and y (F·r − origin) (2, M, n). The buffer is reused."""
     (m, d), v = mixed.shape, len(weight)
-    tile = _tile(mixed.dtype)
     grad, origin, delta = (None, None, None) if upstream is None else upstream
     count = 1 if upstream is None else 2
     step = max(1, _BUFFER_BYTES // (count * m * mixed.element_size() * tile.columns)) * tile.columns
@@ -283,11 +290,11 @@ _PARTIALS = {"partial_most": "*fp32", "partial_token": "*i32", "partial_sum": "*
 
 def specializations() -> Iterator[Specialization]:
     """What the launchers above ask the compiler for."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+    for name, tiles in (("bf16", TILES[16]), ("fp16", TILES[16][:1]), ("fp32", TILES[32])):
         for bias in (None, "*fp32"):
-            yield _forward_specialization(name, _tile(dtype), bias)
+            yield from variants(tiles, partial(_forward_specialization, name, bias))
             for weighted in (False, True):
-                yield _weights_specialization(name, _tile(dtype), bias, weighted)
+                yield from variants(tiles, partial(_weights_specialization, name, bias, weighted))
     types = {
         **_PARTIALS,
         "token_ids": "*i64",
@@ -312,7 +319,7 @@ def _logits_constants(tile: Tile, bias: str | None) -> dict[str, object]:
     return constants if bias else constants | {"bias": None}
 
 
-def _forward_specialization(name: str, tile: Tile, bias: str | None) -> Specialization:
+def _forward_specialization(name: str, bias: str | None, tile: Tile) -> Specialization:
     types = _logits_types(name, bias) | _PARTIALS | {"split_columns": "i32"}
     divisible = ("depth", "mixed_stride", "weight_stride", "split_columns")
     label = name + (" bias" if bias else "")
@@ -320,7 +327,7 @@ def _forward_specialization(name: str, tile: Tile, bias: str | None) -> Speciali
     return Specialization(_forward_kernel, types, constants, tile.num_warps, tile.num_stages, divisible, label)
 
 
-def _weights_specialization(name: str, tile: Tile, bias: str | None, weighted: bool) -> Specialization:
+def _weights_specialization(name: str, bias: str | None, weighted: bool, tile: Tile) -> Specialization:
     types = _logits_types(name, bias) | {"embedding": f"*{name}", "lse": "*fp32", "y_out": f"*{name}"}
     types |= dict.fromkeys(
         ("embedding_depth", "chunk_first", "chunk_columns", "embedding_stride", "grad_stride"), "i32"

@@ -4,6 +4,8 @@ Mathematics: repdeg_fast/reference/linear_cross_entropy.py."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import Specialization
+from .tuning import Specialization, choose, variants
 
-_ROW_BLOCK = 4096  # logits a step of the row kernel: 16 a thread with 8 warps, and room for two programs' registers
 _PADDING = 16  # values: a mask that ends on a multiple of it is one mask for 16 bytes, and they are moved at once
 _SUM_ROWS, _SUM_COLUMNS = 64, 64
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """``columns`` logits of a row a step."""
+
+    columns: int
+    num_warps: int
+
+
+# 16 logits a thread: several 16-byte loads in flight, and registers for four programs a multiprocessor in 16 bits
+_BLOCKS = (RowBlock(4096, 8), RowBlock(8192, 8), RowBlock(4096, 4), RowBlock(8192, 16))
 
 
 @triton.jit
@@ -111,11 +124,12 @@ def rows(
     width = padded if padded <= row_stride else vocabulary
     if bias is not None and width > vocabulary:
         bias = torch.nn.functional.pad(bias, (0, width - vocabulary))
+    block = choose("linear_cross_entropy.rows", _BLOCKS, logits, v=vocabulary)
     _rows_kernel[(n,)](
         logits, lse, loss, target, bias, scale,
         vocabulary, width, len(target), first_row, ignore_index, row_stride, scale.stride(0), label_smoothing, softcap,
         HAS_BIAS=bias is not None, SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0,
-        BLOCK=_ROW_BLOCK, num_warps=8,
+        BLOCK=block.columns, num_warps=block.num_warps,
     )  # fmt: skip
     if grad_bias is not None:
         _column_sum_kernel[(triton.cdiv(vocabulary, _SUM_COLUMNS),)](
@@ -128,21 +142,21 @@ def specializations() -> Iterator[Specialization]:
     """What :func:`rows` asks the compiler for, over dtypes and options."""
     for dtype in ("bf16", "fp32"):
         for full in (False, True):
-            yield _rows_specialization(dtype, full)
+            yield from variants(_BLOCKS, partial(_rows_specialization, dtype, full))
         types = {"logits": f"*{dtype}", "grad_bias": "*fp32"}
         types |= dict.fromkeys(("rows", "vocabulary", "width", "row_stride"), "i32")
         constants = {"ACCUMULATE": True, "ROWS": _SUM_ROWS, "COLUMNS": _SUM_COLUMNS}
         yield Specialization(_column_sum_kernel, types, constants, divisible=("width", "row_stride"), label=dtype)
 
 
-def _rows_specialization(dtype: str, full: bool) -> Specialization:
+def _rows_specialization(dtype: str, full: bool, block: RowBlock) -> Specialization:
     integers = ("vocabulary", "width", "positions", "first_row", "ignore_index", "row_stride", "scale_stride")
     types = {"logits": f"*{dtype}", "lse": "*fp32", "loss": "*fp32", "target": "*i64", "scale": "*fp32"}
     types |= dict.fromkeys(integers, "i32") | dict.fromkeys(("label_smoothing", "softcap"), "fp32")
-    constants: dict[str, Any] = {"SOFTCAP": full, "SMOOTHING": full, "BLOCK": _ROW_BLOCK}
+    constants: dict[str, Any] = {"SOFTCAP": full, "SMOOTHING": full, "BLOCK": block.columns}
     constants |= optional(types, full, bias="*fp32")
     return Specialization(
-        _rows_kernel, types, constants | {"HAS_BIAS": full}, num_warps=8, divisible=("width", "row_stride"),
+        _rows_kernel, types, constants | {"HAS_BIAS": full}, block.num_warps, divisible=("width", "row_stride"),
         label=f"{dtype} {'all options' if full else 'plain'}",
     )  # fmt: skip
 

@@ -164,11 +164,13 @@ def compile_cuda(source: Path, target: str, folder: Path) -> dict[str, Resources
 
 
 def _read_cubin(cubin: Path) -> dict[str, Resources]:
-    """What each kernel of a cubin needs. Spills are the stack and local memory: our kernels ask for none of their own."""
+    """What each kernel of a cubin needs. Spills are the stack and local memory: our kernels ask for none themselves."""
     usage = _cuobjdump("-res-usage", cubin)
     code = re.split(r"^\s*Function : (\S+)", _cuobjdump("-sass", cubin), flags=re.MULTILINE)
     threads = re.split(r"^\.nv\.info\.(\S+)", _cuobjdump("-elf", cubin), flags=re.MULTILINE)
-    instructions = {name: Counter(_INSTRUCTION.findall(text)) for name, text in zip(code[1::2], code[2::2], strict=True)}
+    instructions = {
+        name: Counter(_INSTRUCTION.findall(text)) for name, text in zip(code[1::2], code[2::2], strict=True)
+    }
     blocks = {name: _block_threads(text) for name, text in zip(threads[1::2], threads[2::2], strict=True)}
     found = {}
     for name, line in re.findall(r"Function (\S+):\s*\n(.*)", usage):
