@@ -203,6 +203,7 @@ def device_name(device: torch.device) -> str:
 def versions(device: torch.device) -> dict[str, str | int | None]:
     """What a figure depends on beside the code under test."""
     import repdeg_fast
+    from repdeg_fast import backends
 
     try:
         import triton
@@ -211,6 +212,7 @@ def versions(device: torch.device) -> dict[str, str | int | None]:
     except ImportError:
         triton_version = None
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "repdeg_fast": repdeg_fast.__version__,
         "torch": torch.__version__,
         "triton": triton_version,
@@ -218,5 +220,6 @@ def versions(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
+        "tuned": backends.tuning_file().exists(),  # by `repdeg-fast tune`: not the configurations that ship
         "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE"),  # huge pages for all of torch's CPU memory
     }
