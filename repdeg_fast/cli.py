@@ -264,7 +264,9 @@ def _build(console: Console) -> bool:
 
 def _environment_table() -> Table:
     cpu = torch.device("cpu")
-    facts = {key: value for key, value in measure.versions(cpu).items() if key not in ("device_name", "threads")}
+    facts = {
+        key: value for key, value in measure.versions(cpu).items() if key not in ("date", "device_name", "threads")
+    }
     facts["platform"] = platform.platform()
     facts["CPU"] = (
         f"{measure.device_name(cpu)}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
