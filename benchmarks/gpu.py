@@ -26,7 +26,7 @@ from typing import TextIO
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SITE = ROOT / "bench_out" / "site"  # the package is installed here, so that a read-only environment will do
-OPS = ("cosreg", "linear_cross_entropy")  # whose memory is profiled
+OPS = ("cosreg", "linear_cross_entropy", "gumbel_mix")  # whose memory is profiled
 MINUTES = 8.0
 RESERVE = 15.0  # seconds kept back for the report
 SHARES = {"check": 0.33, "bench": 0.45, "tune": 0.14, "profile": 0.08}  # of the time left when a stage of `all` starts

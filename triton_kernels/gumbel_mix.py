@@ -19,12 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import gumbel
-from .tuning import Specialization, choose, persistent_programs, variants
+from .tuning import PADDING, Specialization, choose, padded_columns, padded_vector, persistent_programs, variants
 
 _PROGRAMS = 8  # a multiprocessor, of which one or two are resident: the last round is then a small part of all
 _COMBINE_ROWS = 32
-_BUFFER_BYTES = 64 << 20  # y and y (F·r − origin) of one chunk of the vocabulary,
-_PADDING = 16  # whose rows are padded to a multiple of this many values, so that 16 bytes are stored at once
+_LOGITS_COLUMNS, _LOGITS_WARPS = 4096, 8  # 16 a thread: noise takes about four registers each while it is made
+_BUFFER_BYTES = 64 << 20  # y and y (F·r − origin) of one chunk of the vocabulary, in padded rows
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,19 @@ def _perturbed_logits(
     return tl.where((columns < v)[None, :], s, float("-inf"))
 
 
+# What is known of rows, after a tile of z + g more: the largest so far, its token, Σ exp((z + g − largest)/τ).
+@triton.jit
+def _take(s, first_column, most, token, total, inverse_temperature):
+    # a NaN is nobody's maximum, but stays in the sum
+    tile_most, index = tl.max(tl.where(s == s, s, float("-inf")), axis=1, return_indices=True)
+    token = tl.where(tile_most > most, first_column + index, token)
+    new = tl.maximum(most, tile_most)
+    origin = tl.where(new == float("-inf"), 0.0, new)
+    total *= tl.exp((most - origin) * inverse_temperature)
+    total += tl.sum(tl.exp((s - origin[:, None]) * inverse_temperature), axis=1)
+    return new, token, total
+
+
 # A block of rows and one split of the vocabulary: running maximum, its token and Σ exp((s − maximum)/τ).
 # Neighbouring programs share the split, so each tile of the weight is read from L2 by all but the first.
 @triton.jit
@@ -114,14 +127,7 @@ def _forward_kernel(
             mixed, weight, bias, key, rows, first, m, v, depth,
             mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride, EVEN, COLUMNS, DEPTH,
         )  # fmt: skip
-        # a NaN is nobody's maximum, but stays in the sum
-        tile_most, index = tl.max(tl.where(s == s, s, float("-inf")), axis=1, return_indices=True)
-        token = tl.where(tile_most > most, first + index, token)
-        new = tl.maximum(most, tile_most)
-        origin = tl.where(new == float("-inf"), 0.0, new)
-        total *= tl.exp((most - origin) * inverse_temperature)
-        total += tl.sum(tl.exp((s - origin[:, None]) * inverse_temperature), axis=1)
-        most = new
+        most, token, total = _take(s, first, most, token, total, inverse_temperature)
     at = split * m + rows
     tl.store(partial_most + at, most, mask=rows < m)
     tl.store(partial_token + at, token, mask=rows < m)
@@ -149,10 +155,40 @@ def _combine_kernel(
     tl.store(lse + rows, origin * inverse_temperature + tl.log(total), mask=rows < m)
 
 
-# One tile of y = exp((z + g)/τ − lse) and, where `weighted` is given, of y (F·r − origin) and of its sum over the tile.
+# The same from the logits of K heads, a row a program. Bandwidth: each is read once, in its own dtype.
+@triton.jit
+def _logits_kernel(
+    token_ids, lse, logits, alpha, bias, seed, inverse_temperature, v, width, first_row, head_stride, row_stride,
+    HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * row_stride
+    key = tl.load(seed)
+    rows = first_row + row + tl.zeros((1,), tl.int32)
+    most = tl.full((1,), float("-inf"), tl.float32)
+    token = tl.zeros((1,), tl.int32)
+    total = tl.zeros((1,), tl.float32)
+    for first in tl.range(0, v, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        s = tl.reshape(gumbel(key, rows, first, COLUMNS), (COLUMNS,))
+        if bias is not None:
+            s += tl.load(bias + columns, mask=columns < width, other=0.0)
+        for k in tl.static_range(HEADS):
+            z = tl.load(logits + k * head_stride + columns, mask=columns < width, other=0.0)
+            s += tl.load(alpha + row * HEADS + k) * z.to(tl.float32)
+        s = tl.where(columns < v, s, float("-inf"))[None, :]
+        most, token, total = _take(s, first, most, token, total, inverse_temperature)
+    origin = tl.where(most == float("-inf"), 0.0, most)
+    at = row + tl.zeros((1,), tl.int32)
+    tl.store(token_ids + at, token.to(tl.int64))
+    tl.store(lse + at, origin * inverse_temperature + tl.log(total))
+
+
+# One tile of y = exp((z + g)/τ − lse) and, where `weighted` is given, of y (F·r − origin) and of the sums of both over
+# the tile.
 @triton.jit
 def _weights_kernel(
-    y_out, weighted, delta, mixed, weight, bias, embedding, grad, origin, lse, seed, inverse_temperature,
+    y_out, weighted, delta, total, mixed, weight, bias, embedding, grad, origin, lse, seed, inverse_temperature,
     m, v, depth, embedding_depth, chunk_first, chunk_columns,
     mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride,
     embedding_stride, embedding_depth_stride, grad_stride,
@@ -168,16 +204,18 @@ def _weights_kernel(
     row_lse = tl.load(lse + rows, mask=rows < m, other=float("inf"))
     y = tl.exp(s * inverse_temperature - row_lse[:, None])
     at = rows.to(tl.int64)[:, None] * chunk_columns + (columns - chunk_first)[None, :]
-    inside = (rows < m)[:, None] & (columns - chunk_first < chunk_columns)[None, :]  # y is 0 beyond the vocabulary
+    y = tl.where((rows < m)[:, None] & (columns < v)[None, :], y, 0.0)
+    inside = (rows < m)[:, None] & (columns - chunk_first < chunk_columns)[None, :]  # the padding too
     tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=inside)
     if weighted is not None:
         fr = _product(
             grad, embedding, rows, columns, m, v, embedding_depth, grad_stride, 1,
             embedding_stride, embedding_depth_stride, EVEN, DEPTH,
         )  # fmt: skip
+        tl.store(total + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
         y *= fr - tl.load(origin + rows, mask=rows < m, other=0.0)[:, None]
         tl.store(weighted + at, y.to(weighted.dtype.element_ty), mask=inside)
-        tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(tl.where(inside, y, 0.0), axis=1), mask=rows < m)
+        tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
 
 
 def sample(
@@ -202,6 +240,22 @@ def sample(
     _combine_kernel[(triton.cdiv(m, _COMBINE_ROWS),)](
         token_ids, lse, partial_most, partial_token, partial_sum, 1 / temperature, m, splits,
         SPLITS=triton.next_power_of_2(splits), ROWS=_COMBINE_ROWS,
+    )  # fmt: skip
+
+
+def sample_logits(
+    token_ids: Tensor, lse: Tensor, logits: Tensor, alpha: Tensor, bias: Tensor | None, seed: Tensor,
+    temperature: float, first_row: int,
+) -> None:  # fmt: skip
+    """x̂ and L from logits (K, M, V) without the bias, whose rows are contiguous; alpha is (M, K)."""
+    heads, m, v = logits.shape
+    if m == 0:
+        return
+    width = padded_columns(logits)
+    _logits_kernel[(m,)](
+        token_ids, lse, logits, alpha.contiguous(), padded_vector(bias, width), seed, 1 / temperature,
+        v, width, first_row, *logits.stride()[:2],
+        HEADS=heads, COLUMNS=_LOGITS_COLUMNS, num_warps=_LOGITS_WARPS,
     )  # fmt: skip
 
 
@@ -234,8 +288,8 @@ def backward(
         norm = torch.linalg.vector_norm(grad_embeddings, dim=1, dtype=torch.float32)
         inverse = torch.where(norm == 0, 0, 1 / norm)
         tiles = triton.cdiv(len(weight), tile.columns)
-        delta = lse.new_zeros(tiles, m)
-        upstream = ((grad_embeddings * inverse[:, None]).to(mixed.dtype), origin * inverse, delta)
+        delta, total = lse.new_zeros(2, tiles, m)
+        upstream = ((grad_embeddings * inverse[:, None]).to(mixed.dtype), origin * inverse, delta, total)
         sums = lse.new_zeros(2 * m, d)
     for part, buffers in _weight_chunks(tile, upstream, mixed, weight, bias, embedding, lse, seed, temperature):
         if grad_mixed is not None:
@@ -245,29 +299,30 @@ def backward(
             _add_product(grad_embedding[part], buffers[0].t(), grad_embeddings)
     if grad_mixed is not None:
         plain, weighted = sums.view(2, m, d)
-        weighted -= delta.sum(dim=0)[:, None] * plain
-        torch.mul(weighted, (norm / temperature)[:, None], out=grad_mixed)
+        share = 1 / total.sum(dim=0)  # y adds up to 1, but for what lse was rounded
+        weighted -= (delta.sum(dim=0) * share)[:, None] * plain
+        torch.mul(weighted, (share * norm / temperature)[:, None], out=grad_mixed)
 
 
 def _weight_chunks(
-    tile: Tile, upstream: tuple[Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor, bias: Tensor | None,
-    embedding: Tensor, lse: Tensor, seed: Tensor, temperature: float,
+    tile: Tile, upstream: tuple[Tensor, Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor,
+    bias: Tensor | None, embedding: Tensor, lse: Tensor, seed: Tensor, temperature: float,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """Chunks of the vocabulary and their y (1, M, n); with ``upstream`` (r, origin and δ of each tile, which is
-    written) y and y (F·r − origin) (2, M, n). The buffer is reused."""
+    """Chunks of the vocabulary and their y (1, M, n); with ``upstream`` (r, origin; Σ y (F·r − origin) and
+    Σ y of each tile, which are written) y and y (F·r − origin) (2, M, n). The buffer is reused."""
     (m, d), v = mixed.shape, len(weight)
-    grad, origin, delta = (None, None, None) if upstream is None else upstream
+    grad, origin, delta, total = (None,) * 4 if upstream is None else upstream
     count = 1 if upstream is None else 2
     step = max(1, _BUFFER_BYTES // (count * m * mixed.element_size() * tile.columns)) * tile.columns
-    padded = triton.cdiv(v, _PADDING) * _PADDING
+    padded = triton.cdiv(v, PADDING) * PADDING
     buffer = mixed.new_empty(count * m * min(step, padded))
     depths = (d, embedding.shape[1])
     for first in range(0, v, step):
         n, width = min(step, v - first), min(step, padded - first)
         buffers = buffer[: count * m * width].view(count, m, width)
         _weights_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.columns))](
-            buffers[0], None if upstream is None else buffers[1], delta, mixed, weight, bias, embedding, grad, origin,
-            lse, seed, 1 / temperature, m, v, *depths, first, width,
+            buffers[0], None if upstream is None else buffers[1], delta, total, mixed, weight, bias, embedding, grad,
+            origin, lse, seed, 1 / temperature, m, v, *depths, first, width,
             *mixed.stride(), *weight.stride(), *embedding.stride(), 0 if grad is None else grad.stride(0),
             EVEN=all(depth % tile.depth == 0 for depth in depths),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps,
@@ -304,6 +359,16 @@ def specializations() -> Iterator[Specialization]:
         "splits": "i32",
     }
     yield Specialization(_combine_kernel, types, {"SPLITS": 8, "ROWS": _COMBINE_ROWS})
+    types = {"token_ids": "*i64", "lse": "*fp32", "alpha": "*fp32", "bias": "*fp32", "seed": "*i64"}
+    types |= dict.fromkeys(("v", "width", "first_row", "head_stride", "row_stride"), "i32") | {
+        "inverse_temperature": "fp32"
+    }
+    for name in ("bf16", "fp32"):
+        constants = {"HEADS": 3, "COLUMNS": _LOGITS_COLUMNS}
+        strides = ("width", "head_stride", "row_stride")
+        yield Specialization(
+            _logits_kernel, types | {"logits": f"*{name}"}, constants, _LOGITS_WARPS, divisible=strides, label=name
+        )
 
 
 def _logits_types(name: str, bias: str | None) -> dict[str, str]:
@@ -334,9 +399,9 @@ def _weights_specialization(name: str, bias: str | None, weighted: bool, tile: T
     )
     constants = _logits_constants(tile, bias) | {"embedding_depth_stride": 1}
     if weighted:
-        types |= {"weighted": f"*{name}", "delta": "*fp32", "grad": f"*{name}", "origin": "*fp32"}
+        types |= {"weighted": f"*{name}", "delta": "*fp32", "total": "*fp32", "grad": f"*{name}", "origin": "*fp32"}
     else:
-        constants |= dict.fromkeys(("weighted", "delta", "grad", "origin"))
+        constants |= dict.fromkeys(("weighted", "delta", "total", "grad", "origin"))
     strides = ("mixed_stride", "weight_stride", "embedding_stride", "grad_stride")
     divisible = ("depth", "embedding_depth", "chunk_first", "chunk_columns", *strides)
     label = name + (" bias" if bias else "") + (" weighted" if weighted else "")

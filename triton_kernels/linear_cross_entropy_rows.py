@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import Specialization, choose, variants
+from .tuning import Specialization, choose, padded_columns, padded_vector, variants
 
-_PADDING = 16  # values: a mask that ends on a multiple of it is one mask for 16 bytes, and they are moved at once
 _SUM_ROWS, _SUM_COLUMNS = 64, 64
 
 
@@ -119,11 +117,8 @@ def rows(
 ) -> None:  # fmt: skip
     """Logits (R, V) to their gradient, in place; writes the loss and log-sum-exp of each row and the bias gradient.
     Where rows are padded to a multiple of 16 columns or more, the padding up to there is overwritten."""
-    n, row_stride = len(logits), logits.stride(0)
-    padded = triton.cdiv(vocabulary, _PADDING) * _PADDING
-    width = padded if padded <= row_stride else vocabulary
-    if bias is not None and width > vocabulary:
-        bias = torch.nn.functional.pad(bias, (0, width - vocabulary))
+    n, row_stride, width = len(logits), logits.stride(0), padded_columns(logits)
+    bias = padded_vector(bias, width)
     block = choose("linear_cross_entropy.rows", _BLOCKS, logits, v=vocabulary)
     _rows_kernel[(n,)](
         logits, lse, loss, target, bias, scale,

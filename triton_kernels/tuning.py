@@ -21,6 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
+PADDING = 16  # values
+
 Configuration = TypeVar("Configuration")  # a dataclass of integers
 Answer = Callable[[str, Sequence[Any]], Any]  # (question, configurations) -> one of them
 
@@ -139,6 +141,21 @@ def row_tile(d: int, values: int, programs: int) -> RowTile:
     many accumulators without spilling. Longer rows get more warps instead of more values a thread."""
     columns = triton.next_power_of_2(d)
     return RowTile(max(1, values // columns), columns, max(4, columns // 1024), programs)
+
+
+def padded_columns(matrix: Tensor) -> int:
+    """The columns of ``matrix``, with the padding behind them where rows have it: a mask that ends on a multiple of
+    PADDING is one mask for 16 bytes, which are then moved at once. A matrix without padding goes value by value."""
+    columns = matrix.shape[-1]
+    padded = triton.cdiv(columns, PADDING) * PADDING
+    return padded if padded <= matrix.stride(-2) else columns
+
+
+def padded_vector(vector: Tensor | None, columns: int) -> Tensor | None:
+    """``vector`` in ``columns`` values, zeros at its end, for kernels that read it beside a padded matrix."""
+    if vector is None or len(vector) == columns:
+        return vector
+    return torch.nn.functional.pad(vector, (0, columns - len(vector)))
 
 
 def persistent_programs(tensor: torch.Tensor, per_multiprocessor: int) -> int:

@@ -117,7 +117,7 @@ def _reason(row: Row) -> str:
 def _figures(row: Row, with_tokens: bool, with_floor: bool) -> list[str]:
     assert row.ms is not None
     seconds = row.ms / 1e3
-    value = f"[dim]{row.provider.floor}[/]" if row.value is None else f"{row.value:.12f}"
+    value = f"[dim]{row.provider.unchecked}[/]" if row.value is None else f"{row.value:.12f}"
     tokens = [f"{row.case.tokens / seconds:,.0f}"] if with_tokens and row.case.tokens else []
     return [
         row.provider.name,
