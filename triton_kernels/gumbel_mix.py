@@ -208,11 +208,11 @@ def _weights_kernel(
     inside = (rows < m)[:, None] & (columns - chunk_first < chunk_columns)[None, :]  # the padding too
     tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=inside)
     if weighted is not None:
+        tl.store(total + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
         fr = _product(
             grad, embedding, rows, columns, m, v, embedding_depth, grad_stride, 1,
             embedding_stride, embedding_depth_stride, EVEN, DEPTH,
         )  # fmt: skip
-        tl.store(total + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
         y *= fr - tl.load(origin + rows, mask=rows < m, other=0.0)[:, None]
         tl.store(weighted + at, y.to(weighted.dtype.element_ty), mask=inside)
         tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
