@@ -28,13 +28,13 @@ class Chip:
     matrix_share: float = 0.8
 
     def operations(self, op: str, dtype: torch.dtype) -> float:
-        if op not in MATRIX_OPS:
+        if op in VECTOR_OPS:
             return self.vector
         return self.matrix_16 if dtype.itemsize == 2 else self.matrix_fp32
 
 
 H200 = Chip()
-MATRIX_OPS = ("linear_cross_entropy", "gumbel_mix", "admin_encoder")  # whose operations are those of products
+VECTOR_OPS = ("cosreg", "admin_norm")  # whose operations are not those of products
 
 HEADER = f"""# What each operation must cost on an H200
 
@@ -67,7 +67,7 @@ def main() -> int:
 def floors(op: str, dtype: torch.dtype, work: Work, chip: Chip = H200) -> tuple[float, float, str]:
     """Seconds by the datasheet, seconds at the assumed shares, and which of the two it is."""
     moving, doing = work.bytes / chip.bytes, work.flops / chip.operations(op, dtype)
-    share = chip.matrix_share if op in MATRIX_OPS else 1.0
+    share = 1.0 if op in VECTOR_OPS else chip.matrix_share
     return max(moving, doing), max(moving / chip.copy_share, doing / share), "bytes" if moving > doing else "operations"
 
 

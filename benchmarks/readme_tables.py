@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from repdeg_fast.bench.suite import suites
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,8 +46,9 @@ def table(path: Path) -> str:
 
 
 def _compare(rows: list[dict]) -> list[str]:
+    floors = {provider.name for provider in suites()[rows[0]["op"]].providers if provider.floor}
     ours = [row for row in rows if row["provider"].startswith("ours") and not row["reason"]]
-    rivals = [row for row in rows if not row["provider"].startswith("ours") and not row.get("floor")]
+    rivals = [row for row in rows if not row["provider"].startswith("ours") and row["provider"] not in floors]
     if not ours or not rivals:
         return []
     best, rival = (min(some, key=lambda row: row["ms_median"]) for some in (ours, rivals))
