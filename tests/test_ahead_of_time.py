@@ -26,15 +26,12 @@ def test_there_are_specializations():
     assert {s.kernel.__name__ for s in SPECIALIZATIONS} >= {"_forward_kernel", "_reduce_kernel", "_backward_kernel"}
 
 
-@pytest.mark.parametrize("target", resources.TARGETS)
 @pytest.mark.parametrize(
-    "specialization",
-    SPECIALIZATIONS,
-    ids=lambda s: f"{s.kernel.__module__.split('.')[-1]}{s.kernel.__name__} {s.label}",
+    ("specialization", "target"),
+    [(s, target) for s in SPECIALIZATIONS for target in s.targets or resources.TARGETS],
+    ids=lambda x: x if isinstance(x, str) else f"{x.kernel.__module__.split('.')[-1]}{x.kernel.__name__} {x.label}",
 )
 def test_triton(specialization, target):
-    if specialization.targets and target not in specialization.targets:
-        pytest.skip(f"is for {', '.join(specialization.targets)}")
     compiled = resources.compile_triton(specialization, target)
     assert compiled.spilled == 0
     assert compiled.shared_bytes <= resources.SHARED_MEMORY_LIMIT[target]
