@@ -364,6 +364,11 @@ def test_bad_input():
         layer.self_attn = nn.MultiheadAttention(D, HEADS, **options)
         with pytest.raises(TypeError, match=r"module\.self_attn"):
             from_torch(layer)
+    for child, part in (("dropout1", nn.Identity()), ("dropout2", nn.Dropout1d(0.1)), ("norm1", nn.RMSNorm(D))):
+        stack = build("encoder")
+        setattr(stack.layers[1], child, part)
+        with pytest.raises(TypeError, match=rf"module\.layers\.1\.{child}: .*got {type(part).__name__}"):
+            from_torch(stack)
     layer = AdminEncoderLayer(D, HEADS)
     with pytest.raises(ValueError, match="is_causal"):
         layer(torch.randn(S, B, D), is_causal=True)
