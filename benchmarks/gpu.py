@@ -23,7 +23,7 @@ from typing import TextIO
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SITE = ROOT / "bench_out" / "site"  # the package is installed here, so that a read-only environment will do
-OPS = ("cosreg", "linear_cross_entropy")  # whose memory is profiled
+OPS = ("cosreg", "linear_cross_entropy", "gumbel_mix")  # whose memory is profiled
 MINUTES = 8.0
 SHARES = {"check": 0.4, "bench": 0.45, "profile": 0.1}  # of the time that is left when a stage of `all` starts
 

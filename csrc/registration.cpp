@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
       "linear_cross_entropy_rows(Tensor(a!) logits, Tensor(b!) lse, Tensor(c!)? loss, Tensor(d!)? grad_bias,"
       " Tensor target, Tensor? bias, Tensor? scale, Tensor? lse_scale, int vocabulary, int first_row,"
       " int first_column, int ignore_index, float label_smoothing, float softcap, bool accumulate_bias) -> ()");
+  m.def("linear_cross_entropy_multiply(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   m.def("linear_cross_entropy_add(Tensor(a!) total, Tensor product) -> ()");
   m.def("linear_cross_entropy_advise(Tensor(a!) fresh) -> ()");  // contents unchanged: a hint about its pages
   m.def(
@@ -24,6 +25,10 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
   m.def(
       "gumbel_mix_sample(Tensor(a!) token_ids, Tensor(b!) lse, Tensor mixed, Tensor weight, Tensor? bias, Tensor seed,"
       " float temperature) -> ()");
+  // From logits (K, M, V) without the bias, of rows whose noise starts with that of first_row; alpha is (M, K).
+  m.def(
+      "gumbel_mix_sample_logits(Tensor(a!) token_ids, Tensor(b!) lse, Tensor logits, Tensor alpha, Tensor? bias,"
+      " Tensor seed, float temperature, int first_row) -> ()");
   m.def(
       "gumbel_mix_soft_value(Tensor(a!) value, Tensor mixed, Tensor weight, Tensor? bias, Tensor embedding, Tensor lse,"
       " Tensor seed, float temperature) -> ()");

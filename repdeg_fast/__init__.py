@@ -9,6 +9,7 @@ from repdeg_fast.functional import (
     gradient_reversal,
     gumbel_mix,
     linear_cross_entropy,
+    mlm_losses_and_sample,
     multi_layer_mlm_loss,
 )
 from repdeg_fast.nn import (
@@ -41,6 +42,7 @@ __all__ = [
     "gumbel_mix",
     "initialize_admin_",
     "linear_cross_entropy",
+    "mlm_losses_and_sample",
     "models",
     "multi_layer_mlm_loss",
     "nn",

@@ -48,7 +48,11 @@ Ops = Annotated[
 ]
 Cases = Annotated[
     str,
-    typer.Option(metavar="A,B", help=f"Default: those that suit the device. Of {CASE_HELP}.", show_default=False),
+    typer.Option(
+        metavar="A,B",
+        help=f"Default: some that suit the device; on a CPU no sweep. Of {CASE_HELP}.",
+        show_default=False,
+    ),
 ]
 Providers = Annotated[
     str, typer.Option(metavar="A,B", help=f"Implementations; default: all. Of {PROVIDER_HELP}.", show_default=False)
@@ -95,7 +99,7 @@ def bench(
     weights: Weights = "",
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file, after each case.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Write plots (PNG) into this folder.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Time for each provider and pass of a case, about.")] = 1.5,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for each provider and pass of a case, about.")] = 0.5,
 ) -> None:
     """Measure operations against their peers, side by side: time, share of the roof, memory, and the value."""
     with _clear_errors():
@@ -166,7 +170,7 @@ def profile(
             timelines = {p.provider.name: p.timeline for p in profiles if p.timeline}
             if timelines:
                 path = out / f"{op}-{outputs.file_name(chosen.name)}-timeline.png"
-                title = f"{op} · {chosen} on {target.type}: bytes beyond the inputs"
+                title = f"{op}: bytes beyond the inputs on {target.type}\n{chosen}"
                 console.print(f"timeline: {plots.plot_timelines(timelines, title, path)}", soft_wrap=True, markup=False)
             for found in profiles:
                 if found.snapshot:

@@ -217,7 +217,9 @@ def test_under_torch_compile():
     expected.sum().backward()
     grads = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    loss = torch.compile(lambda h, t: model.head(h, t).sum(), backend="aot_eager")(hidden_states, target)
+    loss = torch.compile(lambda h, t: model.head(h, t).sum(), backend="aot_eager", fullgraph=True)(
+        hidden_states, target
+    )
     loss.backward()
     torch.testing.assert_close(loss, expected.sum())
     for parameter, grad in zip(model.parameters(), grads, strict=True):

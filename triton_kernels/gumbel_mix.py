@@ -22,6 +22,7 @@ from .tuning import Specialization, persistent_programs
 
 _PROGRAMS = 2  # a multiprocessor
 _COMBINE_ROWS = 32
+_LOGITS_COLUMNS, _LOGITS_WARPS = 4096, 8  # 16 a thread: noise takes about four registers each while it is made
 _BUFFER_BYTES = 64 << 20  # y and y (F·r − origin) of one chunk of the vocabulary
 
 
@@ -86,6 +87,19 @@ def _perturbed_logits(
     return tl.where((columns < v)[None, :], s, float("-inf"))
 
 
+# What is known of rows, after a tile of z + g more: the largest so far, its token, Σ exp((z + g − largest)/τ).
+@triton.jit
+def _take(s, first_column, most, token, total, inverse_temperature):
+    # a NaN is nobody's maximum, but stays in the sum
+    tile_most, index = tl.max(tl.where(s == s, s, float("-inf")), axis=1, return_indices=True)
+    token = tl.where(tile_most > most, first_column + index, token)
+    new = tl.maximum(most, tile_most)
+    origin = tl.where(new == float("-inf"), 0.0, new)
+    total *= tl.exp((most - origin) * inverse_temperature)
+    total += tl.sum(tl.exp((s - origin[:, None]) * inverse_temperature), axis=1)
+    return new, token, total
+
+
 # A block of rows and one split of the vocabulary: running maximum, its token and Σ exp((s − maximum)/τ).
 # Neighbouring programs share the split, so each tile of the weight is read from L2 by all but the first.
 @triton.jit
@@ -106,14 +120,7 @@ def _forward_kernel(
             mixed, weight, bias, key, rows, first, m, v, depth,
             mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride, EVEN, COLUMNS, DEPTH,
         )  # fmt: skip
-        # a NaN is nobody's maximum, but stays in the sum
-        tile_most, index = tl.max(tl.where(s == s, s, float("-inf")), axis=1, return_indices=True)
-        token = tl.where(tile_most > most, first + index, token)
-        new = tl.maximum(most, tile_most)
-        origin = tl.where(new == float("-inf"), 0.0, new)
-        total *= tl.exp((most - origin) * inverse_temperature)
-        total += tl.sum(tl.exp((s - origin[:, None]) * inverse_temperature), axis=1)
-        most = new
+        most, token, total = _take(s, first, most, token, total, inverse_temperature)
     at = split * m + rows
     tl.store(partial_most + at, most, mask=rows < m)
     tl.store(partial_token + at, token, mask=rows < m)
@@ -141,10 +148,40 @@ def _combine_kernel(
     tl.store(lse + rows, origin * inverse_temperature + tl.log(total), mask=rows < m)
 
 
-# One tile of y = exp((z + g)/τ − lse) and, where `weighted` is given, of y (F·r − origin) and of its sum over the tile.
+# The same from the logits of K heads, a row a program. Bandwidth: each is read once, in its own dtype.
+@triton.jit
+def _logits_kernel(
+    token_ids, lse, logits, alpha, bias, seed, inverse_temperature, v, first_row, head_stride, row_stride,
+    HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * row_stride
+    key = tl.load(seed)
+    rows = first_row + row + tl.zeros((1,), tl.int32)
+    most = tl.full((1,), float("-inf"), tl.float32)
+    token = tl.zeros((1,), tl.int32)
+    total = tl.zeros((1,), tl.float32)
+    for first in tl.range(0, v, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        s = tl.reshape(gumbel(key, rows, first, COLUMNS), (COLUMNS,))
+        if bias is not None:
+            s += tl.load(bias + columns, mask=columns < v, other=0.0)
+        for k in tl.static_range(HEADS):
+            z = tl.load(logits + k * head_stride + columns, mask=columns < v, other=0.0)
+            s += tl.load(alpha + row * HEADS + k) * z.to(tl.float32)
+        s = tl.where(columns < v, s, float("-inf"))[None, :]
+        most, token, total = _take(s, first, most, token, total, inverse_temperature)
+    origin = tl.where(most == float("-inf"), 0.0, most)
+    at = row + tl.zeros((1,), tl.int32)
+    tl.store(token_ids + at, token.to(tl.int64))
+    tl.store(lse + at, origin * inverse_temperature + tl.log(total))
+
+
+# One tile of y = exp((z + g)/τ − lse) and, where `weighted` is given, of y (F·r − origin) and of the sums of both over
+# the tile.
 @triton.jit
 def _weights_kernel(
-    y_out, weighted, delta, mixed, weight, bias, embedding, grad, origin, lse, seed, inverse_temperature,
+    y_out, weighted, delta, total, mixed, weight, bias, embedding, grad, origin, lse, seed, inverse_temperature,
     m, v, depth, embedding_depth, chunk_first, chunk_columns,
     mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride,
     embedding_stride, embedding_depth_stride, grad_stride,
@@ -161,15 +198,17 @@ def _weights_kernel(
     y = tl.exp(s * inverse_temperature - row_lse[:, None])
     at = rows.to(tl.int64)[:, None] * chunk_columns + (columns - chunk_first)[None, :]
     inside = (rows < m)[:, None] & (columns < v)[None, :]
+    y = tl.where(inside, y, 0.0)
     tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=inside)
     if weighted is not None:
         fr = _product(
             grad, embedding, rows, columns, m, v, embedding_depth, grad_stride, 1,
             embedding_stride, embedding_depth_stride, EVEN, DEPTH,
         )  # fmt: skip
+        tl.store(total + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
         y *= fr - tl.load(origin + rows, mask=rows < m, other=0.0)[:, None]
         tl.store(weighted + at, y.to(weighted.dtype.element_ty), mask=inside)
-        tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(tl.where(inside, y, 0.0), axis=1), mask=rows < m)
+        tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
 
 
 def sample(
@@ -194,6 +233,20 @@ def sample(
     _combine_kernel[(triton.cdiv(m, _COMBINE_ROWS),)](
         token_ids, lse, partial_most, partial_token, partial_sum, 1 / temperature, m, splits,
         SPLITS=triton.next_power_of_2(splits), ROWS=_COMBINE_ROWS,
+    )  # fmt: skip
+
+
+def sample_logits(
+    token_ids: Tensor, lse: Tensor, logits: Tensor, alpha: Tensor, bias: Tensor | None, seed: Tensor,
+    temperature: float, first_row: int,
+) -> None:  # fmt: skip
+    """x̂ and L from logits (K, M, V) without the bias, whose rows are contiguous; alpha is (M, K)."""
+    heads, m, v = logits.shape
+    if m == 0:
+        return
+    _logits_kernel[(m,)](
+        token_ids, lse, logits, alpha.contiguous(), bias, seed, 1 / temperature, v, first_row, *logits.stride()[:2],
+        HEADS=heads, COLUMNS=_LOGITS_COLUMNS, num_warps=_LOGITS_WARPS,
     )  # fmt: skip
 
 
@@ -225,8 +278,8 @@ def backward(
         norm = torch.linalg.vector_norm(grad_embeddings, dim=1, dtype=torch.float32)
         inverse = torch.where(norm == 0, 0, 1 / norm)
         tiles = triton.cdiv(len(weight), _tile(mixed.dtype).columns)
-        delta = lse.new_zeros(tiles, m)
-        upstream = ((grad_embeddings * inverse[:, None]).to(mixed.dtype), origin * inverse, delta)
+        delta, total = lse.new_zeros(2, tiles, m)
+        upstream = ((grad_embeddings * inverse[:, None]).to(mixed.dtype), origin * inverse, delta, total)
         sums = lse.new_zeros(2 * m, d)
     for part, buffers in _weight_chunks(upstream, mixed, weight, bias, embedding, lse, seed, temperature):
         if grad_mixed is not None:
@@ -236,19 +289,20 @@ def backward(
             _add_product(grad_embedding[part], buffers[0].t(), grad_embeddings)
     if grad_mixed is not None:
         plain, weighted = sums.view(2, m, d)
-        weighted -= delta.sum(dim=0)[:, None] * plain
-        torch.mul(weighted, (norm / temperature)[:, None], out=grad_mixed)
+        share = 1 / total.sum(dim=0)  # y adds up to 1, but for what lse was rounded
+        weighted -= (delta.sum(dim=0) * share)[:, None] * plain
+        torch.mul(weighted, (share * norm / temperature)[:, None], out=grad_mixed)
 
 
 def _weight_chunks(
-    upstream: tuple[Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor, bias: Tensor | None,
+    upstream: tuple[Tensor, Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor, bias: Tensor | None,
     embedding: Tensor, lse: Tensor, seed: Tensor, temperature: float,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """Chunks of the vocabulary and their y (1, M, n); with ``upstream`` (r, origin and δ of each tile, which is
-    written) y and y (F·r − origin) (2, M, n). The buffer is reused."""
+    """Chunks of the vocabulary and their y (1, M, n); with ``upstream`` (r, origin; Σ y (F·r − origin) and
+    Σ y of each tile, which are written) y and y (F·r − origin) (2, M, n). The buffer is reused."""
     (m, d), v = mixed.shape, len(weight)
     tile = _tile(mixed.dtype)
-    grad, origin, delta = (None, None, None) if upstream is None else upstream
+    grad, origin, delta, total = (None,) * 4 if upstream is None else upstream
     count = 1 if upstream is None else 2
     step = max(1, _BUFFER_BYTES // (count * m * mixed.element_size() * tile.columns)) * tile.columns
     buffer = mixed.new_empty(count * m * min(step, v))
@@ -257,8 +311,8 @@ def _weight_chunks(
         n = min(step, v - first)
         buffers = buffer[: count * m * n].view(count, m, n)
         _weights_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.columns))](
-            buffers[0], None if upstream is None else buffers[1], delta, mixed, weight, bias, embedding, grad, origin,
-            lse, seed, 1 / temperature, m, v, *depths, first, n,
+            buffers[0], None if upstream is None else buffers[1], delta, total, mixed, weight, bias, embedding, grad,
+            origin, lse, seed, 1 / temperature, m, v, *depths, first, n,
             *mixed.stride(), *weight.stride(), *embedding.stride(), 0 if grad is None else grad.stride(0),
             EVEN=all(depth % tile.depth == 0 for depth in depths),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps,
@@ -295,6 +349,14 @@ def specializations() -> Iterator[Specialization]:
         "splits": "i32",
     }
     yield Specialization(_combine_kernel, types, {"SPLITS": 8, "ROWS": _COMBINE_ROWS})
+    types = {"token_ids": "*i64", "lse": "*fp32", "alpha": "*fp32", "bias": "*fp32", "seed": "*i64"}
+    types |= dict.fromkeys(("v", "first_row", "head_stride", "row_stride"), "i32") | {"inverse_temperature": "fp32"}
+    for name in ("bf16", "fp32"):
+        constants = {"HEADS": 3, "COLUMNS": _LOGITS_COLUMNS}
+        strides = ("head_stride", "row_stride")
+        yield Specialization(
+            _logits_kernel, types | {"logits": f"*{name}"}, constants, _LOGITS_WARPS, divisible=strides, label=name
+        )
 
 
 def _logits_types(name: str, bias: str | None) -> dict[str, str]:
@@ -325,9 +387,9 @@ def _weights_specialization(name: str, tile: Tile, bias: str | None, weighted: b
     )
     constants = _logits_constants(tile, bias) | {"embedding_depth_stride": 1}
     if weighted:
-        types |= {"weighted": f"*{name}", "delta": "*fp32", "grad": f"*{name}", "origin": "*fp32"}
+        types |= {"weighted": f"*{name}", "delta": "*fp32", "total": "*fp32", "grad": f"*{name}", "origin": "*fp32"}
     else:
-        constants |= dict.fromkeys(("weighted", "delta", "grad", "origin"))
+        constants |= dict.fromkeys(("weighted", "delta", "total", "grad", "origin"))
     strides = ("mixed_stride", "weight_stride", "embedding_stride", "grad_stride")
     divisible = ("depth", "embedding_depth", "chunk_first", *strides)
     label = name + (" bias" if bias else "") + (" weighted" if weighted else "")

@@ -69,6 +69,16 @@ struct Chunk {
   }
 };
 
+// The bias, long enough to be read in whole vectors; empty where there is none.
+template <typename A>
+std::vector<A> padded(const std::optional<Tensor>& bias) {
+  if (!bias) return {};
+  const A* given = static_cast<const A*>(bias->data_ptr());
+  std::vector<A> values(given, given + bias->numel());
+  values.resize(aligned(bias->numel()) + kAlign);
+  return values;
+}
+
 // Operands of one call, the same in both directions.
 template <typename A>
 struct Vocabulary {
@@ -77,7 +87,7 @@ struct Vocabulary {
   const std::optional<Tensor> embedding;  // null: not needed
   ScalarType narrow;                       // what the products with the weight are taken of
   Tensor hidden, logits;
-  std::vector<A> bias;
+  const std::vector<A> bias;
   int64_t size, columns;
 
   Vocabulary(const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias_tensor,
@@ -87,16 +97,13 @@ struct Vocabulary {
         narrow(mixed.scalar_type()),
         hidden(operand(mixed, narrow, wide)),
         logits(mixed),
+        bias(padded<A>(bias_tensor)),
         size(weight.size(0)) {
     int64_t values = mixed.size(0);
     if (!is_operand(weight, wide) || narrow != wide) values += weight.size(1);
     if (embedding && !is_operand(*embedding, wide)) values += embedding->size(1);
     columns = chunk_columns(size, values, sizeof(A));
     logits = torch::stable::new_empty(mixed, {mixed.size(0), columns}, wide);
-    if (!bias_tensor) return;
-    const A* given = static_cast<const A*>(bias_tensor->data_ptr());
-    bias.assign(given, given + size);
-    bias.resize(aligned(size) + kAlign);
   }
 
   Tensor columns_of_logits(int64_t n) { return torch::stable::narrow(logits, 1, 0, n); }
@@ -158,6 +165,40 @@ void sample(const Tensor& token_ids, const Tensor& lse, const Tensor& mixed, con
   });
   A* out = static_cast<A*>(lse.data_ptr());
   for (int64_t i = 0; i < m; ++i) out[i] = state[i].log_sum_exp(inverse_temperature);
+}
+
+// The same from the logits of K heads. Bandwidth: they are read once; their mixture, one row of the vocabulary, stays in
+// L2 while noise is added and it is looked at.
+template <typename T, typename A>
+void sample_logits(const Tensor& token_ids, const Tensor& lse, const Tensor& logits, const Tensor& alpha,
+                   const std::optional<Tensor>& bias_tensor, uint64_t seed, A inverse_temperature, int64_t first_row) {
+  constexpr int64_t L = Vector<A>::lanes;
+  const int64_t heads = logits.size(0), m = logits.size(1), size = logits.size(2);
+  const T* z = static_cast<const T*>(logits.data_ptr());
+  const Rows<A> weights(alpha);
+  const std::vector<A> bias = padded<A>(bias_tensor);
+  int64_t* tokens = static_cast<int64_t*>(token_ids.data_ptr());
+  A* out = static_cast<A*>(lse.data_ptr());
+  torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+    Buffer<A> mixed(aligned(size));
+    const Chunk<A> row{mixed.data(), 0, 0, size, bias.empty() ? nullptr : bias.data()};
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t k = 0; k < heads; ++k) {
+        const T* from = z + k * logits.stride(0) + i * logits.stride(1);
+        const A weight = *(weights.row(i) + k);
+        int64_t c = 0;
+        for (; c + L <= size; c += L) {
+          const auto added = weight * load_values(from + c);
+          store(mixed.data() + c, k ? load(mixed.data() + c) + added : added);
+        }
+        for (; c < size; ++c) mixed[c] = weight * static_cast<A>(from[c]) + (k ? mixed[c] : A(0));
+      }
+      tokens[i] = 0;
+      RowState<A> state;
+      state.take(mixed.data(), size, row.perturb(first_row + i, seed), inverse_temperature, 0, tokens + i);
+      out[i] = state.log_sum_exp(inverse_temperature);
+    }
+  });
 }
 
 // y of a chunk in place of its logits.
@@ -269,12 +310,13 @@ struct Group {
   }
 };
 
-// The three sums of a row that dh̄ is made of.
+// The sums of a row that dh̄ is made of.
 template <typename A>
 struct RowSums {
   A* weighted;  // Σ y (F·r − origin) E
   A* plain;     // Σ y E
   A* delta;     // Σ y (F·r − origin)
+  A* total;     // Σ y, near 1
 
   void take(const Tokens<A>& tokens, const Rows<A>& e, const Rows<A>& f, const A* r, A origin) {
     for (int64_t t = 0; t < tokens.count; t += kGroup) {
@@ -283,13 +325,15 @@ struct RowSums {
       for (int64_t k = 0; k < kGroup; ++k) {
         product[k] = (product[k] - origin) * tokens.y[t + k];
         *delta += product[k];
+        *total += tokens.y[t + k];
       }
       Group<A>(e, tokens.index + t).add_to(weighted, product, plain, tokens.y + t, e.columns);
     }
   }
 
   void finish(A inverse_temperature, int64_t d) {
-    for (int64_t j = 0; j < d; ++j) weighted[j] = (weighted[j] - *delta * plain[j]) * inverse_temperature;
+    const A mean = *delta / *total, factor = inverse_temperature / *total;
+    for (int64_t j = 0; j < d; ++j) weighted[j] = (weighted[j] - mean * plain[j]) * factor;
   }
 };
 
@@ -308,8 +352,8 @@ void backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tenso
   A* plain = static_cast<A*>(plain_tensor.data_ptr());
   A* weighted = grad_mixed ? static_cast<A*>(grad_mixed->data_ptr()) : nullptr;
   if (grad_mixed) std::fill(weighted, weighted + m * d, A(0));
-  std::vector<A> delta(m);
-  const auto sums = [&](int64_t i) { return RowSums<A>{weighted + i * d, plain + i * d, &delta[i]}; };
+  std::vector<A> delta(m), total(m);
+  const auto sums = [&](int64_t i) { return RowSums<A>{weighted + i * d, plain + i * d, &delta[i], &total[i]}; };
 
   vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor& e_tensor, const Tensor& f_tensor) {
     torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
@@ -357,6 +401,16 @@ void gumbel_mix_sample(Tensor token_ids, Tensor lse, const Tensor& mixed, const 
   });
 }
 
+void gumbel_mix_sample_logits(Tensor token_ids, Tensor lse, const Tensor& logits, const Tensor& alpha,
+                              const std::optional<Tensor>& bias, const Tensor& seed, double temperature,
+                              int64_t first_row) {
+  dispatch_floating(logits.scalar_type(), "gumbel_mix_sample_logits", [&](auto t) {
+    using T = decltype(t);
+    using A = typename Arithmetic<T>::type;
+    sample_logits<T, A>(token_ids, lse, logits, alpha, bias, key_of(seed), A(1 / temperature), first_row);
+  });
+}
+
 void gumbel_mix_soft_value(Tensor value, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
                            const Tensor& embedding, const Tensor& lse, const Tensor& seed, double temperature) {
   dispatch_wide(lse, [&](auto a) {
@@ -379,6 +433,7 @@ void gumbel_mix_backward(const std::optional<Tensor>& grad_mixed, const std::opt
 
 STABLE_TORCH_LIBRARY_IMPL(repdeg_fast_native, CPU, m) {
   m.impl("gumbel_mix_sample", TORCH_BOX(&repdeg_fast::gumbel_mix_sample));
+  m.impl("gumbel_mix_sample_logits", TORCH_BOX(&repdeg_fast::gumbel_mix_sample_logits));
   m.impl("gumbel_mix_soft_value", TORCH_BOX(&repdeg_fast::gumbel_mix_soft_value));
   m.impl("gumbel_mix_backward", TORCH_BOX(&repdeg_fast::gumbel_mix_backward));
 }

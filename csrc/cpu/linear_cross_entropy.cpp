@@ -10,7 +10,7 @@
 #include <cmath>
 #include <optional>
 
-#include "vector_math.h"
+#include "gemm.h"
 
 namespace repdeg_fast {
 namespace {
@@ -193,23 +193,10 @@ void linear_cross_entropy_rows(Tensor logits, Tensor lse, const std::optional<Te
 
 // total += product, a 16-bit GEMM's result into the wide sum it belongs to. Bandwidth: product once, total twice
 // (PyTorch's add converts the product to a wide copy first).
-void linear_cross_entropy_add(Tensor total, const Tensor& product) {
-  dispatch_floating(product.scalar_type(), "linear_cross_entropy_add", [&](auto t) {
-    using T = decltype(t);
-    using A = typename Arithmetic<T>::type;
-    constexpr int64_t L = Vector<A>::lanes;
-    const Rows<A> sum(total);
-    const Rows<T> part(product);
-    torch::stable::parallel_for(0, sum.rows, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        A* out = sum.row(r);
-        const T* in = part.row(r);
-        int64_t i = 0;
-        for (; i + L <= sum.columns; i += L) store(out + i, load(out + i) + load_values(in + i));
-        for (; i < sum.columns; ++i) out[i] += static_cast<A>(in[i]);
-      }
-    });
-  });
+void linear_cross_entropy_add(Tensor total, const Tensor& product) { add(total, product); }
+
+void linear_cross_entropy_multiply(Tensor out, const Tensor& a, const Tensor& b, bool accumulate) {
+  multiply(out, a, b, accumulate);
 }
 
 void linear_cross_entropy_advise(Tensor fresh) { advise_huge_pages(fresh); }
@@ -220,5 +207,6 @@ void linear_cross_entropy_advise(Tensor fresh) { advise_huge_pages(fresh); }
 STABLE_TORCH_LIBRARY_IMPL(repdeg_fast_native, CPU, m) {
   m.impl("linear_cross_entropy_rows", TORCH_BOX(&repdeg_fast::linear_cross_entropy_rows));
   m.impl("linear_cross_entropy_advise", TORCH_BOX(&repdeg_fast::linear_cross_entropy_advise));
+  m.impl("linear_cross_entropy_multiply", TORCH_BOX(&repdeg_fast::linear_cross_entropy_multiply));
   m.impl("linear_cross_entropy_add", TORCH_BOX(&repdeg_fast::linear_cross_entropy_add));
 }

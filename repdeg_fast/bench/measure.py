@@ -88,10 +88,9 @@ def time_steps(
     """Milliseconds of each repeat of each step; about ``seconds`` a step. ``done(i)`` after step i's last repeat."""
     if device.type == "cuda":
         return [_time_on_gpu(step, seconds, done, i) for i, step in enumerate(steps)]
-    first = [_once(step) for step in steps]  # a warm-up, and how many rounds each can have
-    rounds = [min(MAX_ROUNDS, max(MIN_ROUNDS, int(1e3 * seconds / ms))) for ms in first]
-    samples: list[list[float]] = [[] for _ in steps]
-    for turn in range(max(rounds, default=0)):
+    samples = [[_once(step)] for step in steps]  # warm: each ran when it was checked, and when its memory was counted
+    rounds = [min(MAX_ROUNDS, max(MIN_ROUNDS, int(1e3 * seconds / first))) for (first,) in samples]
+    for turn in range(1, max(rounds, default=0)):
         order = [i for i in range(len(steps)) if turn < rounds[i]]
         shift = turn % len(order)
         for i in order[shift:] + order[:shift]:  # nobody always runs after the same neighbour

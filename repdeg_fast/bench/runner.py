@@ -140,8 +140,8 @@ def _run_case(
 def prepare(
     suite: Suite, case: Case, provider: Provider, inputs: Inputs, exact: Tensor, device: torch.device
 ) -> tuple[measure.Step | None, dict[str, Any]]:
-    """The provider's step, run once and checked, with what is common to its rows; no step and the reason where it
-    cannot run. A floor has no value to check, and no memory of interest."""
+    """The provider's step, run once and checked where that can be, with what is common to its rows; no step and the
+    reason where it cannot run. A floor has no memory of interest."""
     exact_value = float(exact.double().mean())
     if reason := measure.unfit(provider, case, inputs, device):
         return None, {"reason": reason, "exact": exact_value}
@@ -153,11 +153,12 @@ def prepare(
         step.reset()
         if provider.floor:
             return step, {"exact": exact_value}
-        saved = 0 if provider.graph_free else memory.saved_bytes(call, inputs)
+        facts = {"saved_bytes": 0 if provider.graph_free else memory.saved_bytes(call, inputs), "exact": exact_value}
     except Exception as failure:  # a peer that does not work here is a row like others, not the end of the run
         return None, {"reason": measure.describe(failure), "failed": True, "exact": exact_value}
-    value, error = float(output.double().mean()), _relative_error(output, exact)
-    return step, {"saved_bytes": saved, "value": value, "error": error, "exact": exact_value}
+    if not provider.unchecked:
+        facts |= {"value": float(output.double().mean()), "error": _relative_error(output, exact)}
+    return step, facts
 
 
 def _relative_error(output: Tensor, exact: Tensor) -> float:

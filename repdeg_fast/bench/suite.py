@@ -58,7 +58,8 @@ class Provider:
     ``prepare(inputs)`` returns a function that runs the forward pass and returns a tensor to differentiate; for a
     ``graph_free`` provider it does both passes in one call and adds to the ``.grad`` that is there. ``needs`` is the
     memory and arithmetic of a wasteful provider, so that it can be left out where it would not fit. A ``floor`` is no
-    implementation but a part of the work that nobody can do without, timed alone; its text says which.
+    implementation but a part of the work that nobody can do without, timed alone; its text says which. One that draws
+    its ``own_noise`` has a value like others, but none that could be held to the exact one.
     """
 
     name: str
@@ -70,6 +71,12 @@ class Provider:
     needs: Callable[[Case], Work] | None = None
     in_sweeps: bool = True  # False: grows too fast to be part of one
     floor: str = ""
+    own_noise: bool = False
+
+    @property
+    def unchecked(self) -> str:
+        """Why its value is not held to the exact one; empty where it is."""
+        return self.floor or ("not compared: draws its own noise" if self.own_noise else "")
 
     @property
     def rival(self) -> bool:
@@ -85,7 +92,7 @@ class Suite:
     providers: Sequence[Provider]  # one of them is named "eager": speedups are against it
     make_inputs: Callable[[Case, torch.device], Inputs]
     work: Callable[[Case, str, bool], Work]  # (case, pass, graph_free)
-    exact: Callable[[Inputs], Tensor]  # in float64; every provider is checked against it
+    exact: Callable[[Inputs], Tensor]  # in float64; what providers are checked against
     size: Callable[[Case], int]  # what cost should grow with: the horizontal axis of a sweep
     size_label: str
     value_name: str

@@ -4,6 +4,7 @@ from repdeg_fast.functional.admin_norm import admin_norm
 from repdeg_fast.functional.cosreg import add_cosine_regularization_, cosine_regularization
 from repdeg_fast.functional.gumbel_mix import gradient_reversal, gumbel_mix
 from repdeg_fast.functional.linear_cross_entropy import linear_cross_entropy, multi_layer_mlm_loss
+from repdeg_fast.functional.mlm_losses_and_sample import mlm_losses_and_sample
 
 __all__ = [
     "add_cosine_regularization_",
@@ -12,5 +13,6 @@ __all__ = [
     "gradient_reversal",
     "gumbel_mix",
     "linear_cross_entropy",
+    "mlm_losses_and_sample",
     "multi_layer_mlm_loss",
 ]

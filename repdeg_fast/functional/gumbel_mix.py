@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from repdeg_fast import backends
-from repdeg_fast._checks import check_floating, check_positive
+from repdeg_fast._checks import check_finite, check_floating, check_positive
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.ops import gumbel_mix as _gumbel_mix
 
@@ -56,20 +55,25 @@ def gumbel_mix(
         TypeError, ValueError: naming the argument.
     """
     embedding = weight if embedding is None else embedding
-    _check(hidden_states, mixture_logits, weight, bias, embedding)
-    check_positive("temperature", temperature)
-    temperature, gradient_scale = float(temperature), float(gradient_scale)
-    if not math.isfinite(gradient_scale):
-        raise ValueError(f"gradient_scale: expected a finite number, got {gradient_scale}")
+    check_head(hidden_states, mixture_logits, weight, bias, embedding)
+    check_sampling(temperature, gradient_scale)
     seed, backend = seed_tensor(seed, hidden_states.device), backends.requested()
-    head = (hidden_states.detach(), weight.detach(), None if bias is None else bias.detach())
-    token_ids, lse = _gumbel_mix.gumbel_sample(
-        head[0], None if mixture_logits is None else mixture_logits.detach(), *head[1:], seed, temperature, backend
-    )
-    embeddings = _gumbel_mix.gumbel_value(
-        head[0], mixture_logits, *head[1:], embedding, token_ids, lse, seed, temperature, hard, gradient_scale, backend
+    head = (detached(tensor) for tensor in (hidden_states, mixture_logits, weight, bias))
+    token_ids, lse = _gumbel_mix.gumbel_sample(*head, seed, float(temperature), backend)
+    embeddings = value(
+        hidden_states, mixture_logits, weight, bias, embedding, token_ids, lse, seed, temperature, hard, gradient_scale
     )
     return token_ids, embeddings
+
+
+def value(
+    hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor,
+    token_ids: Tensor, lse: Tensor, seed: Tensor, temperature: float, hard: bool, gradient_scale: float,
+) -> Tensor:  # fmt: skip
+    """Embeddings of a sample that has been drawn, with its gradients."""
+    head = [detached(tensor) for tensor in (hidden_states, weight, bias)]
+    options = (float(temperature), hard, float(gradient_scale), backends.requested())
+    return _gumbel_mix.gumbel_value(head[0], mixture_logits, *head[1:], embedding, token_ids, lse, seed, *options)
 
 
 def gradient_reversal(x: Tensor, scale: float = -1.0) -> Tensor:
@@ -89,7 +93,12 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
-def _check(
+def check_sampling(temperature: float, gradient_scale: float) -> None:
+    check_positive("temperature", temperature)
+    check_finite("gradient_scale", gradient_scale)
+
+
+def check_head(
     hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor
 ) -> None:
     for name, value in (("hidden_states", hidden_states), ("weight", weight), ("embedding", embedding)):
@@ -117,6 +126,10 @@ def _check(
     for name, other in others.items():
         if other is not None and other.device != hidden_states.device:
             raise ValueError(f"{name}: expected device {hidden_states.device} like hidden_states, got {other.device}")
+
+
+def detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:

@@ -62,14 +62,14 @@ def linear_cross_entropy(
         TypeError, ValueError: naming the argument. A target out of range raises on the CPU; on a GPU, where a check
             would stall the stream, it makes the row's loss NaN.
     """
-    options = _check_options(label_smoothing, softcap, reduction, strategy)
-    hidden_states, padding_idx = _check_tensors(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
+    options = check_options(label_smoothing, softcap, reduction, strategy)
+    hidden_states, padding_idx = check_tensors(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
     if target.shape != hidden_states.shape[:-1]:
         raise ValueError(
             f"target: expected shape {tuple(hidden_states.shape[:-1])}, that of hidden_states without its last "
             f"dimension, got {tuple(target.shape)}"
         )
-    loss, lse = _call(
+    loss, lse, *_ = call(
         hidden_states.reshape(1, -1, hidden_states.shape[-1]), weight, target.reshape(-1), bias,
         ignore_index, *options, accumulate_dtype, padding_idx, return_lse,
     )  # fmt: skip
@@ -107,23 +107,14 @@ def multi_layer_mlm_loss(
     Raises:
         TypeError, ValueError: naming the argument, as :func:`linear_cross_entropy`.
     """
-    if not isinstance(hidden_states, Tensor):
-        hidden_states = _stack(hidden_states)
-    options = _check_options(label_smoothing, softcap, reduction, strategy)
-    hidden_states, padding_idx = _check_tensors(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
-    if hidden_states.dim() != 3:
-        raise ValueError(f"hidden_states: expected 3 dimensions (K, M, d), got shape {tuple(hidden_states.shape)}")
-    if target.shape != hidden_states.shape[1:2]:
-        raise ValueError(
-            f"target: expected shape ({hidden_states.shape[1]},), one for each of the M positions of hidden_states, "
-            f"got {tuple(target.shape)}"
-        )
-    return _call(
+    options = check_options(label_smoothing, softcap, reduction, strategy)
+    hidden_states, padding_idx = check_heads(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
+    return call(
         hidden_states, weight, target, bias, ignore_index, *options, accumulate_dtype, padding_idx, False
     )[0]  # fmt: skip
 
 
-def _call(
+def call(
     hidden_states: Tensor,  # (K, M, d)
     weight: Tensor,
     target: Tensor,
@@ -136,7 +127,10 @@ def _call(
     accumulate_dtype: torch.dtype,
     padding_idx: int | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+    sampling: tuple[Tensor | None, Tensor | None, float] = (None, None, 1.0),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator, on checked arguments: loss, log-sum-exp and, where ``sampling`` (mixture logits, seed, temperature)
+    asks for them, the tokens of a sample and their log-sum-exp."""
     heads, positions, width = hidden_states.shape
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden_states, weight, bias)]
     if strategy == "auto":
@@ -146,15 +140,15 @@ def _call(
             buffer_bytes=LIMIT["cpu" if weight.device.type == "cpu" else "cuda"],
             free_bytes=_free_bytes(weight.device),
         )  # fmt: skip
-    loss, lse, *_ = _ops.linear_cross_entropy(
-        hidden_states.reshape(-1, width), weight, target.contiguous(), bias, heads,
+    loss, lse, _, _, _, token_ids, sample_lse = _ops.linear_cross_entropy(
+        hidden_states.reshape(-1, width), weight, target.contiguous(), bias, *sampling, heads,
         ignore_index, label_smoothing, softcap, reduction, padding_idx, accumulate_dtype,
         needs, strategy == "chunked" and reduction != "none" and any(needs), backends.requested(),
     )  # fmt: skip
-    return loss, lse
+    return loss, lse, token_ids, sample_lse
 
 
-def _check_options(
+def check_options(
     label_smoothing: float, softcap: float | None, reduction: str, strategy: str
 ) -> tuple[float, float, str, str]:
     """The options as the operator takes them: no softcap is 0."""
@@ -169,7 +163,29 @@ def _check_options(
     return float(label_smoothing), float(softcap or 0), reduction, strategy
 
 
-def _check_tensors(
+def check_heads(
+    hidden_states: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    accumulate_dtype: torch.dtype,
+    padding_idx: int | None,
+) -> tuple[Tensor, int | None]:
+    """:func:`check_tensors` of K heads' hidden states, stacked."""
+    if not isinstance(hidden_states, Tensor):
+        hidden_states = _stack(hidden_states)
+    hidden_states, padding_idx = check_tensors(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
+    if hidden_states.dim() != 3:
+        raise ValueError(f"hidden_states: expected 3 dimensions (K, M, d), got shape {tuple(hidden_states.shape)}")
+    if target.shape != hidden_states.shape[1:2]:
+        raise ValueError(
+            f"target: expected shape ({hidden_states.shape[1]},), one for each of the M positions of hidden_states, "
+            f"got {tuple(target.shape)}"
+        )
+    return hidden_states, padding_idx
+
+
+def check_tensors(
     hidden_states: Tensor,
     weight: Tensor,
     target: Tensor,

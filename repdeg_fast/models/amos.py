@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from repdeg_fast._checks import check_positive
 from repdeg_fast.data import IGNORE_INDEX
-from repdeg_fast.functional import gumbel_mix, multi_layer_mlm_loss
+from repdeg_fast.functional import mlm_losses_and_sample
 from repdeg_fast.nn import GumbelMixture, MultiLayerMLMHead
 
 try:
@@ -268,10 +268,9 @@ class AmosForPreTraining(BertPreTrainedModel):
         hidden_states = head.transform(features)
         if torch.is_autocast_enabled(features.device.type):  # LayerNorm leaves it in float32
             hidden_states = hidden_states.to(torch.get_autocast_dtype(features.device.type))
-        losses = multi_layer_mlm_loss(hidden_states, head.weight, target, head.bias, padding_idx=head.padding_idx)
         mixture_logits = self._mixture_logits(features)
-        tokens, embeddings = gumbel_mix(
-            hidden_states, mixture_logits, head.weight, head.bias,
+        losses, tokens, embeddings = mlm_losses_and_sample(
+            hidden_states, mixture_logits, head.weight, target, head.bias, padding_idx=head.padding_idx,
             temperature=self.config.gumbel_temperature, gradient_scale=self.config.gradient_scale, seed=seed,
         )  # fmt: skip
         weights = _wide(mixture_logits.detach()).softmax(dim=1).sum(dim=0) / max(len(target), 1)

@@ -8,6 +8,9 @@ would need every row's log-sum-exp beforehand, a fourth GEMM.
 Streaming (:func:`forward`, then :func:`backward`): nothing but lse is kept in between. With lse known, all rows meet
 one tile of the vocabulary at a time, so that a tile of dE is finished when the next begins.
 
+A mixture of the heads is sampled from the same logits: they are handed to ``sample`` before they turn to gradients. A
+chunk has the same positions of every head for it, which is why rows are cut by position.
+
 ``kernels.rows(logits, lse, loss, grad_bias, target, bias, scale, lse_scale, vocabulary, first_row, first_column,
 ignore_index, label_smoothing, softcap, accumulate_bias)`` is the row kernel; csrc/registration.cpp says what it does.
 Operands are multiplied in the dtype of the hidden states; a weight of another dtype (fp32 under autocast) is converted
@@ -17,13 +20,15 @@ tile by tile, never as a whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from repdeg_fast.reference.linear_cross_entropy import Gradients, arithmetic_dtype, scale_or_repeat_
+
+Sample = Callable[[Tensor, int], None]  # takes logits (K, m, V) without the bias, and the first of their m positions
 
 TILE = 4096  # rows of the weight that are converted at a time: 6 MB in bf16 at d = 768
 LIMIT = {"cpu": 64 << 20, "cuda": 512 << 20}  # bytes of buffers; the GEMMs of a GPU need more rows to be efficient
@@ -43,7 +48,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of every row."""
     options = (ignore_index, label_smoothing, softcap)
-    loss, lse, _ = _over_rows(kernels, None, hidden_states, weight, target, bias, options, [False] * 3, torch.float32)
+    inputs = (hidden_states, weight, target, bias)
+    loss, lse, _ = _over_rows(kernels, None, *inputs, options, [False] * 3, torch.float32)
     return loss, lse
 
 
@@ -59,10 +65,13 @@ def forward_backward(
     softcap: float,
     needs: list[bool],
     accumulate_dtype: torch.dtype,
+    heads: int = 1,
+    sample: Sample | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Loss, log-sum-exp and gradients in one sweep over the rows."""
     options = (ignore_index, label_smoothing, softcap)
-    return _over_rows(kernels, grad_loss, hidden_states, weight, target, bias, options, needs, accumulate_dtype)
+    inputs = (hidden_states, weight, target, bias)
+    return _over_rows(kernels, grad_loss, *inputs, options, needs, accumulate_dtype, heads, sample)
 
 
 def _over_rows(
@@ -75,33 +84,45 @@ def _over_rows(
     options: tuple[int, float, float],
     needs: list[bool],
     accumulate_dtype: torch.dtype,
+    heads: int = 1,
+    sample: Sample | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
     dtype, wide = operand_dtype(hidden_states), arithmetic_dtype(hidden_states)
     n, vocabulary = len(hidden_states), len(weight)
-    loss, lse = (hidden_states.new_empty(n, dtype=wide) for _ in range(2))
+    losses, lses = (hidden_states.new_empty(n, dtype=wide) for _ in range(2))
     grad_hidden, grad_weight, grad_bias = _gradients(kernels, hidden_states, weight, wide, needs)
     values = None if bias is None else bias.to(wide).contiguous()
     tiles = list(_ranges(vocabulary, vocabulary if _is_operand(weight, dtype) else TILE))
-    chunks = list(_ranges(n, chunk_rows(n, weight, dtype, accumulate_dtype, needs[1])))
+    step = max(1, chunk_rows(n, weight, dtype, accumulate_dtype, needs[1]) // heads)
+    chunks = [slice(*chunk) for chunk in _ranges(n // heads, step)]
     weight_sum = _Sum(kernels, grad_weight, accumulate_dtype, len(chunks))
-    logits = _buffer(kernels, hidden_states, chunks[0][1] if chunks else 0, vocabulary, dtype)
-    for first, last in chunks:
-        z, hidden = logits[: last - first], _operand(hidden_states[first:last], dtype)
+    logits = _buffer(kernels, hidden_states, heads * min(step, n // heads), vocabulary, dtype)
+    for chunk in chunks:
+        first = chunk.start
+        hidden, loss, lse = (_rows(tensor, heads, chunk) for tensor in (hidden_states, losses, lses))
+        z, hidden = logits[: len(hidden)], _operand(hidden, dtype)
         for begin, end in tiles:
-            torch.mm(hidden, _operand(weight[begin:end], dtype).t(), out=z[:, begin:end])
-        scale = None if grad_loss is None else grad_loss[first:last]
-        outputs = (lse[first:last], loss[first:last], grad_bias)
-        kernels.rows(z, *outputs, target, values, scale, None, vocabulary, first, 0, *options, first > 0)
+            _multiply(kernels, z[:, begin:end], hidden, _operand(weight[begin:end], dtype).t())
+        if sample is not None:
+            sample(z.unflatten(0, (heads, -1)), first)
+        scale = None if grad_loss is None else _rows(grad_loss, heads, chunk)
+        at = (target, first) if heads == 1 else (target[chunk], 0)  # row r has the target at (first + r) mod length
+        inputs = (at[0], values, scale, None, vocabulary, at[1], 0)
+        kernels.rows(z, lse, loss, grad_bias, *inputs, *options, first > 0)
+        _store(losses, loss, heads, chunk)
+        _store(lses, lse, heads, chunk)
         if grad_hidden is not None:
-            hidden_sum = _Sum(kernels, grad_hidden[first:last], wide, len(tiles))
+            part = _rows(grad_hidden, heads, chunk)
+            hidden_sum = _Sum(kernels, part, wide, len(tiles))
             for begin, end in tiles:
                 hidden_sum.add(z[:, begin:end], _operand(weight[begin:end], dtype), begin == 0)
             hidden_sum.finish()
+            _store(grad_hidden, part, heads, chunk)
         if grad_weight is not None:
             for begin, end in tiles:
                 weight_sum.add(z[:, begin:end].t(), hidden, first == 0, slice(begin, end))
     weight_sum.finish()
-    return loss, lse, (grad_hidden, grad_weight, _like(grad_bias, bias))
+    return losses, lses, (grad_hidden, grad_weight, _like(grad_bias, bias))
 
 
 def backward(
@@ -136,7 +157,7 @@ def backward(
         for first, last in chunks:
             chunk = slice(first, last)
             z, hidden = logits[: last - first, : end - begin], _operand(hidden_states[chunk], dtype)
-            torch.mm(hidden, part.t(), out=z)
+            _multiply(kernels, z, hidden, part.t())
             inputs = (target, _part(values, columns), grad_loss[chunk], _part(grad_lse, chunk))
             kernels.rows(
                 z, lse[chunk], None, _part(grad_bias, columns), *inputs, vocabulary, first, begin, *options, first > 0
@@ -204,7 +225,7 @@ class _Sum:
     """A gradient that is a sum of products, held in a wide dtype until the last of `parts` has been added."""
 
     def __init__(self, kernels: Any, gradient: Tensor | None, wide: torch.dtype, parts: int) -> None:
-        self.accumulate = getattr(kernels, "add", torch.Tensor.add_)
+        self.kernels, self.accumulate = kernels, getattr(kernels, "add", torch.Tensor.add_)
         self.gradient = self.total = gradient
         if gradient is not None and parts > 1 and _needs_sum(gradient.dtype, wide):
             self.total = _large_pages(kernels, gradient.new_empty(gradient.shape, dtype=wide))
@@ -214,7 +235,7 @@ class _Sum:
         assert self.total is not None
         total = self.total[part]
         if total.dtype == a.dtype:
-            torch.mm(a, b, out=total) if first else torch.addmm(total, a, b, out=total)
+            _multiply(self.kernels, total, a, b, not first)
         elif total.dtype == torch.float32 and _adds_to_fp32(total.device, a.dtype):
             wide = torch.float32
             torch.mm(a, b, wide, out=total) if first else torch.addmm(total, a, b, wide, out=total)
@@ -225,6 +246,16 @@ class _Sum:
     def finish(self) -> None:
         if self.gradient is not None and self.total is not None and self.total is not self.gradient:
             self.gradient.copy_(self.total)
+
+
+def _multiply(kernels: Any, out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
+    """out = a @ b, or out += a @ b: by the vendor's GEMM, which the CPU kernels spread over the threads themselves."""
+    if hasattr(kernels, "multiply"):
+        kernels.multiply(out, a, b, accumulate)
+    elif accumulate:
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
 
 
 @functools.cache
@@ -272,6 +303,17 @@ def _aligned(columns: int, dtype: torch.dtype) -> int:
 
 def _limit(tensor: Tensor) -> int:
     return LIMIT["cpu" if tensor.device.type == "cpu" else "cuda"]
+
+
+def _rows(tensor: Tensor, heads: int, positions: slice) -> Tensor:
+    """The same positions of every head, head by head: a view where there is one head, else a copy."""
+    return tensor.unflatten(0, (heads, -1))[:, positions].flatten(0, 1)
+
+
+def _store(tensor: Tensor, rows: Tensor, heads: int, positions: slice) -> None:
+    """Write ``rows`` where :func:`_rows` took them from, unless they are there."""
+    if heads > 1:
+        tensor.unflatten(0, (heads, -1))[:, positions] = rows.unflatten(0, (heads, -1))
 
 
 def _is_operand(matrix: Tensor, dtype: torch.dtype) -> bool:

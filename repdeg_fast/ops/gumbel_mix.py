@@ -25,7 +25,7 @@ def _triton_limit(hidden_states: Tensor, *_: Tensor) -> str | None:
 
 operation = Operation(
     "gumbel_mix",
-    functions=("sample", "soft_value", "backward"),
+    functions=("sample", "sample_logits", "soft_value", "backward"),
     backends={"cpu": lambda *_: None, "triton": _triton_limit},
 )
 
@@ -41,16 +41,53 @@ def gumbel_sample(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Token ids (M,) and log Σ exp((z + g)/τ) (M,). Not differentiable: takes detached tensors."""
-    token_ids, lse = _fake_sample(hidden_states)
-    mixed = mix(hidden_states, mixture_logits)
-    kernels = operation.kernels(backend, hidden_states, weight)
-    kernels.sample(token_ids, lse, mixed, weight, _wide(bias, lse), seed, temperature)
-    return token_ids, lse
+    sample = Sample(hidden_states, mixture_logits, weight, bias, seed, temperature, backend)
+    sample.from_hidden_states()
+    return sample.token_ids, sample.lse
 
 
 @gumbel_sample.register_fake
-def _fake_sample(hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows = hidden_states.shape[1]
+def _(hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_sample(hidden_states, hidden_states.shape[1])
+
+
+class Sample:
+    """Token ids and their log-sum-exp, drawn in a sweep over the vocabulary of its own or from logits that another
+    sweep makes. Without a seed: none."""
+
+    def __init__(
+        self,
+        hidden_states: Tensor,  # (K, M, d)
+        mixture_logits: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        temperature: float,
+        backend: str,
+    ) -> None:
+        self.token_ids, self.lse = empty_sample(hidden_states, 0 if seed is None else hidden_states.shape[1])
+        self._heads = (hidden_states, mixture_logits, weight)
+        self._options = (_wide(bias, self.lse), seed, temperature)
+        if seed is not None:
+            self._kernels = operation.kernels(backend, hidden_states, weight)
+
+    def from_hidden_states(self) -> None:
+        hidden_states, mixture_logits, weight = self._heads
+        mixed = mix(hidden_states, mixture_logits)
+        self._kernels.sample(self.token_ids, self.lse, mixed, weight, *self._options)
+
+    def from_logits(self, logits: Tensor, first: int) -> None:
+        """Those of the positions from ``first`` on, whose logits (K, m, V) are without the bias."""
+        part, mixture_logits = slice(first, first + logits.shape[1]), self._heads[1]
+        if mixture_logits is None:
+            alpha = self.lse.new_ones(logits.shape[1], 1)
+        else:
+            alpha = mixture_logits[part].to(self.lse.dtype).softmax(dim=1)
+        self._kernels.sample_logits(self.token_ids[part], self.lse[part], logits, alpha, *self._options, first)
+
+
+def empty_sample(hidden_states: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Room for the token ids and the log-sum-exp of ``rows`` positions."""
     return (
         hidden_states.new_empty(rows, dtype=torch.int64),
         hidden_states.new_empty(rows, dtype=arithmetic_dtype(hidden_states)),

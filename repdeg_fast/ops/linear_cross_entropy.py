@@ -18,6 +18,7 @@ from torch import Tensor
 from repdeg_fast.backends import Operation
 from repdeg_fast.ops import _vocabulary_chunks
 from repdeg_fast.ops._common import forbid_double_backward
+from repdeg_fast.ops.gumbel_mix import Sample, empty_sample
 from repdeg_fast.reference.linear_cross_entropy import Gradients, arithmetic_dtype
 
 
@@ -29,7 +30,7 @@ def _triton_limit(hidden_states: Tensor, weight: Tensor) -> str | None:
 
 operation = Operation(
     "linear_cross_entropy",
-    functions=("rows", "add", "advise"),
+    functions=("rows", "multiply", "add", "advise"),
     backends={"cpu": lambda hidden_states, weight: None, "triton": _triton_limit},
 )
 
@@ -64,6 +65,9 @@ def linear_cross_entropy(
     weight: Tensor,  # (V, d)
     target: Tensor,  # (M,)
     bias: Tensor | None,  # (V,)
+    mixture_logits: Tensor | None,  # (M, K)
+    seed: Tensor | None,
+    temperature: float,
     heads: int,
     ignore_index: int,
     label_smoothing: float,
@@ -74,22 +78,31 @@ def linear_cross_entropy(
     needs: list[bool],
     chunked: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (K,) or (K, M), log-sum-exp (N,) and, where `chunked`, the needed gradients of Σ loss (else empty)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss (K,) or (K, M), log-sum-exp (N,) and, where `chunked`, the needed gradients of Σ loss (else empty).
+
+    With `mixture_logits` and `seed` also a sample of the mixture, as ``gumbel_sample`` returns it (else empty): from
+    the same logits where `chunked`, else in a sweep of its own. Not differentiable.
+    """
     _check_target(target, len(weight), ignore_index)
     inputs, options = (hidden_states, weight, target, bias), (ignore_index, label_smoothing, softcap)
     gradients: Gradients = (None, None, None)
     factor = _row_factor(target, ignore_index, reduction, arithmetic_dtype(hidden_states))
     with torch.autocast(hidden_states.device.type, enabled=False):
+        by_head = hidden_states.unflatten(0, (heads, len(target)))
+        sample = Sample(by_head, mixture_logits, weight, bias, seed, temperature, backend)
         if chunked:
             forward_backward = _function("forward_backward", backend, hidden_states, weight)
             grad_loss = factor.expand(len(hidden_states))
-            rows, lse, gradients = forward_backward(grad_loss, *inputs, *options, needs, accumulate_dtype)
+            sampling = () if seed is None else (heads, sample.from_logits)
+            rows, lse, gradients = forward_backward(grad_loss, *inputs, *options, needs, accumulate_dtype, *sampling)
         else:
             rows, lse = _function("forward", backend, hidden_states, weight)(*inputs, *options)
+            if seed is not None:
+                sample.from_hidden_states()
     rows = rows.view(heads, len(target))
     loss = rows.clone() if reduction == "none" else rows.double().sum(1).mul(factor).to(rows.dtype)
-    return loss, lse, *_filled(gradients, hidden_states, padding_idx)
+    return loss, lse, *_filled(gradients, hidden_states, padding_idx), sample.token_ids, sample.lse
 
 
 @linear_cross_entropy.register_fake
@@ -98,6 +111,9 @@ def _(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    mixture_logits: Tensor | None,
+    seed: Tensor | None,
+    temperature: float,
     heads: int,
     ignore_index: int,
     label_smoothing: float,
@@ -108,11 +124,12 @@ def _(
     needs: list[bool],
     chunked: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = arithmetic_dtype(hidden_states)  # sizes by shape: len() would not do for symbolic ones
     loss = hidden_states.new_empty((heads, target.shape[0]) if reduction == "none" else (heads,), dtype=dtype)
     lse = hidden_states.new_empty(hidden_states.shape[0], dtype=dtype)
-    return loss, lse, *_empty_gradients(hidden_states, weight, bias, [chunked and need for need in needs])
+    gradients = _empty_gradients(hidden_states, weight, bias, [chunked and need for need in needs])
+    return loss, lse, *gradients, *empty_sample(hidden_states, 0 if seed is None else target.shape[0])
 
 
 @torch.library.custom_op("repdeg_fast::linear_cross_entropy_backward", mutates_args=())
@@ -207,19 +224,19 @@ def _(*_: Any) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_states, weight, target, bias, *ctx.options, ctx.chunked, ctx.backend = inputs
-    _, lse, *gradients = output
+    hidden_states, weight, target, bias, _, _, _, *ctx.options, ctx.chunked, ctx.backend = inputs
+    _, lse, *gradients, token_ids, sample_lse = output
     made = gradients if ctx.chunked else [lse]
     ctx.save_for_backward(hidden_states, weight, target, bias, *made)
     ctx.made_used = False
-    ctx.mark_non_differentiable(*gradients)
+    ctx.mark_non_differentiable(*gradients, token_ids, sample_lse)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Any, ...]:
     hidden_states, weight, target, bias, *made = ctx.saved_tensors
     inputs = (hidden_states, weight, target, bias)
-    rest = [None] * (len(ctx.options) + 2)
+    rest = [None] * (len(ctx.options) + 5)  # mixture logits, seed, temperature; options; chunked, backend
     if grad_loss is None and grad_lse is None:
         return None, None, None, None, *rest
     # with gradients enabled (create_graph) the result must carry the error about second derivatives

@@ -89,6 +89,26 @@ def sample(
         lse[part] = (perturbed / temperature).logsumexp(dim=1)
 
 
+def sample_logits(
+    token_ids: Tensor,  # (M,), written
+    lse: Tensor,  # (M,), written
+    logits: Tensor,  # (K, M, V), without the bias
+    alpha: Tensor,  # (M, K)
+    bias: Tensor | None,
+    seed: Tensor,
+    temperature: float,
+    first_row: int,  # whose noise the first row gets
+) -> None:
+    """x̂ and L from the K heads' logits, where something else has made them."""
+    mixed = torch.einsum("mk,kmv->mv", alpha, logits.to(alpha.dtype))
+    if bias is not None:
+        mixed += bias
+    rows, columns = range(first_row, first_row + len(mixed)), range(mixed.shape[1])
+    mixed += philox.gumbel(seed, rows, columns, dtype=mixed.dtype)
+    token_ids.copy_(mixed.argmax(dim=1))
+    lse.copy_((mixed / temperature).logsumexp(dim=1))
+
+
 def soft_value(
     value: Tensor,  # (M, d_f), written
     mixed: Tensor,
@@ -120,7 +140,8 @@ def backward(
     temperature: float,
 ) -> None:
     """dh̄ and, for a soft value, dF. ``origin`` is F[x̂]·r: products F[v]·r are taken from there, so that what rows of F
-    have in common cancels before it is rounded."""
+    have in common cancels before it is rounded. For dh̄ the weights y are divided by what they add up to: ``lse`` need
+    only be near, as it is where the sample was drawn from logits that had been rounded."""
     r = grad_embeddings.to(lse.dtype)
     total = None if grad_embedding is None else torch.zeros_like(grad_embedding, dtype=lse.dtype)
     for rows in _row_chunks(mixed, weight):
@@ -129,6 +150,7 @@ def backward(
         if total is not None:
             total.addmm_(y.T, r[part])
         if grad_mixed is not None:
+            y = y / y.sum(dim=1, keepdim=True)
             fr = r[part] @ embedding.to(r.dtype).T - origin[part, None]
             delta = (y * fr).sum(dim=1, keepdim=True)
             grad_mixed[part] = (y * (fr - delta) / temperature) @ _operand(weight, mixed)

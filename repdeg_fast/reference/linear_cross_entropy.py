@@ -88,9 +88,14 @@ def forward_backward(
     softcap: float,
     needs: list[bool],
     accumulate_dtype: torch.dtype,
+    heads: int = 1,
+    sample: Callable[[Tensor, int], None] | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """ℓ, lse and the gradients of Σ g·ℓ in one call, where g is known beforehand."""
+    """ℓ, lse and the gradients of Σ g·ℓ in one call, where g is known beforehand. ``sample`` is shown the logits of
+    the heads, (K, M, V) without the bias, and the first position they are of."""
     options = (ignore_index, label_smoothing, softcap)
+    if sample is not None:
+        sample(_logits(hidden_states, weight, None, 0.0).unflatten(0, (heads, -1)), 0)
     loss, lse = forward(hidden_states, weight, target, bias, *options)
     inputs = (hidden_states, weight, target, bias, lse)
     return loss, lse, backward(grad_loss, None, *inputs, *options, needs, accumulate_dtype)

@@ -34,7 +34,8 @@ CASES = [
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """The hidden states, and the parameters of ADMIN's encoder by name: torch's are the same without ω."""
+    """The hidden states, which get a gradient as those of an embedding do (and as each layer's do, so that all layers
+    share a compilation), and the parameters of ADMIN's encoder by name: torch's are the same without ω."""
     torch.manual_seed(0)
     encoder = from_torch(_encoder(case.sizes["layers"], case.sizes["d"], device, case.dtype))
     if case.sizes["dropout_percent"]:
@@ -45,7 +46,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     shape = (case.sizes["B"], case.sizes["S"], case.sizes["d"])
     dropout = torch.tensor(case.sizes["dropout_percent"] / 100)
     source = torch.randn(shape, device=device, dtype=case.dtype)
-    return {"src": source, "dropout": dropout, **dict(encoder.named_parameters())}
+    return {"src": source.requires_grad_(), "dropout": dropout, **dict(encoder.named_parameters())}
 
 
 def _encoder(layers: int, width: int, device: torch.device | str, dtype: torch.dtype) -> nn.TransformerEncoder:

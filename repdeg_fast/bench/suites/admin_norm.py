@@ -32,7 +32,7 @@ CASES = [
     _rows("bert-base-dropout", 8192, 768, 10),
     *(_rows(f"d-{d}", 16384, d, **_GPU) for d in (768, 1024, 2048, 4096, 8192)),
     _rows("d-1024-dropout", 16384, 1024, 10, **_GPU),
-    *(_rows(f"sweep-{n}", n, 512, group="sweep") for n in (1024, 4096, 16384)),
+    *(_rows(f"sweep-{n}", n, 512, group="sweep", default_on=("cuda",)) for n in (1024, 4096, 16384)),
 ]
 
 

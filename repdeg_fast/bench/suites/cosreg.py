@@ -44,7 +44,10 @@ CASES = [
     _vocabulary("amos-base", 32768, 768, default_on=("cuda",)),
     _vocabulary("xlm-r", 250002, 768, default_on=("cuda",)),
     _vocabulary("gemma", 256000, 2304, dtype=torch.bfloat16, default_on=("cuda",)),
-    *(_vocabulary(f"sweep-{rows}", rows, 128, group="sweep") for rows in (4096, 16384, 65536, 262144)),
+    *(
+        _vocabulary(f"sweep-{rows}", rows, 128, group="sweep", default_on=("cuda",))
+        for rows in (4096, 16384, 65536, 262144)
+    ),
 ]
 
 

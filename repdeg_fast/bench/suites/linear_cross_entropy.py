@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import repdeg_fast
-from repdeg_fast.bench import weights
+from repdeg_fast.bench import products, weights
 from repdeg_fast.bench.suite import (
     FORWARD,
     FORWARD_BACKWARD,
@@ -49,13 +49,13 @@ _GPU: dict[str, Any] = {"default_on": ("cuda",), "dtype": torch.bfloat16}
 
 CASES = [
     _heads("bert-512", 3, 512, 30522, 768, default_on=("cpu",)),
-    _heads("bert-512-bf16", 3, 512, 30522, 768, default_on=("cpu",), dtype=torch.bfloat16),
+    _heads("bert-512-bf16", 3, 512, 30522, 768, default_on=(), dtype=torch.bfloat16),
     _heads("amos-base", 3, 4915, 32768, 768, **_GPU),
     _heads("bert-base", 1, 4915, 30522, 768, **_GPU),
     _heads("xlm-r", 1, 4915, 250002, 768, **_GPU),
     _heads("gemma", 1, 4915, 256000, 2304, **_GPU),
     _minilm(),
-    *(_heads(f"sweep-{v}", 1, 256, v, 256, group="sweep") for v in (4096, 16384, 65536)),
+    *(_heads(f"sweep-{v}", 1, 256, v, 256, group="sweep", default_on=("cuda",)) for v in (4096, 16384, 65536)),
 ]
 
 
@@ -159,30 +159,13 @@ def _prepare_quack(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: chunked_linear_cross_entropy(F.pad(rows, (0, 0, 0, missing)), inputs["weight"], target)
 
 
-class _Gemms(torch.autograd.Function):
-    """h Eᵀ forward, dz E and dzᵀ h backward, into memory that is there; rows of dz start on cache lines, where it
-    is fastest."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, outputs: list[Tensor]) -> Tensor:
-        ctx.operands = (hidden.detach(), weight.detach(), outputs)
-        torch.mm(hidden, weight.t(), out=outputs[0])
-        return outputs[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[None, None, None]:
-        hidden, weight, (dz, grad_hidden, grad_weight) = ctx.operands
-        torch.mm(dz, weight, out=grad_hidden)
-        torch.mm(dz.t(), hidden, out=grad_weight)
-        return None, None, None
-
-
 def _prepare_gemms(inputs: Inputs) -> Callable[[], Tensor]:
-    rows, weight = inputs["hidden_states"].flatten(0, 1), inputs["weight"]
-    line = 64 // rows.element_size()
-    dz = rows.new_empty(len(rows), -(-len(weight) // line) * line)[:, : len(weight)]
-    outputs = [dz, torch.empty_like(rows), torch.empty_like(weight)]
-    return lambda: _Gemms.apply(rows, weight, outputs)
+    """h Eᵀ forward, dz E and dzᵀ h backward."""
+    leaf, weight = inputs["hidden_states"], inputs["weight"].detach()
+    rows = leaf.detach().flatten(0, 1)
+    dz = products.new_rows(rows, len(rows), len(weight))
+    backward = [(dz, weight, torch.empty_like(rows)), (dz.t(), rows, torch.empty_like(weight))]
+    return products.prepare(leaf, [(rows, weight.t(), dz)], backward)
 
 
 def _installed(package: str, only_on_gpu: bool = False) -> Callable[[Inputs], str | None]:

@@ -1,0 +1,66 @@
+"""The losses of K heads and a sample of their mixture in one sweep: arguments checked, then handed to
+:mod:`repdeg_fast.ops.linear_cross_entropy`, which draws the sample too, and :mod:`repdeg_fast.ops.gumbel_mix`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from repdeg_fast._seeds import seed_tensor
+from repdeg_fast.functional.gumbel_mix import check_head, check_sampling, detached, value
+from repdeg_fast.functional.linear_cross_entropy import call, check_heads, check_options
+
+
+def mlm_losses_and_sample(
+    hidden_states: Tensor | Sequence[Tensor],  # (K, M, d), or K of (M, d)
+    mixture_logits: Tensor | None,  # (M, K)
+    weight: Tensor,  # (V, d)
+    target: Tensor,  # (M,)
+    bias: Tensor | None = None,  # (V,)
+    embedding: Tensor | None = None,  # (V, d_f)
+    *,
+    temperature: float = 0.3,
+    gradient_scale: float = -1.0,
+    seed: int | Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    strategy: str = "auto",
+    accumulate_dtype: torch.dtype = torch.float32,
+    padding_idx: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a step of AMOS takes from its heads (arXiv 2204.03243, section 3): :func:`repdeg_fast.multi_layer_mlm_loss`
+    and a hard :func:`repdeg_fast.gumbel_mix` of the same heads, in one sweep over the vocabulary.
+
+    Where the losses are computed in chunks, the mixture is made of the K logits that are there, and sampling costs no
+    product with the vocabulary. Those logits are in the dtype of ``hidden_states``: in 16 bits a token may differ from
+    that of :func:`repdeg_fast.gumbel_mix` where the two best are within their rounding. With ``strategy="streaming"``,
+    or where no gradient is needed, there are two sweeps.
+
+    Args:
+        hidden_states, weight, target, bias, ignore_index, label_smoothing, reduction, strategy, accumulate_dtype,
+            padding_idx: as in :func:`repdeg_fast.multi_layer_mlm_loss`.
+        mixture_logits, embedding, temperature, gradient_scale, seed: as in :func:`repdeg_fast.gumbel_mix`.
+
+    Returns:
+        Losses (K,) (or (K, M) for ``reduction="none"``), token ids (M,) and their embeddings (M, d_f).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    embedding = weight if embedding is None else embedding
+    options = check_options(label_smoothing, None, reduction, strategy)
+    hidden_states, padding_idx = check_heads(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
+    check_head(hidden_states, mixture_logits, weight, bias, embedding)
+    check_sampling(temperature, gradient_scale)
+    seed = seed_tensor(seed, hidden_states.device)
+    loss, _, token_ids, lse = call(
+        hidden_states, weight, target, bias, ignore_index, *options, accumulate_dtype, padding_idx, False,
+        sampling=(detached(mixture_logits), seed, float(temperature)),
+    )  # fmt: skip
+    embeddings = value(
+        hidden_states, mixture_logits, weight, bias, embedding, token_ids, lse, seed, temperature, True, gradient_scale
+    )
+    return loss, token_ids, embeddings

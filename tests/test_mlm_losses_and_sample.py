@@ -1,0 +1,230 @@
+"""The joint form against the two functions it stands for."""
+
+import pytest
+import torch
+from helpers import TOLERANCE, relative_error
+
+import repdeg_fast
+from repdeg_fast import gumbel_mix, mlm_losses_and_sample, multi_layer_mlm_loss
+from repdeg_fast.ops import _vocabulary_chunks
+from repdeg_fast.ops.gumbel_mix import Sample, operation  # noqa: F401 (`place` asks for the operation)
+from repdeg_fast.ops.linear_cross_entropy import linear_cross_entropy
+
+SHAPES = [
+    (3, 37, 300, 24, 24),
+    (1, 5, 129, 16, 9),
+    (4, 1, 7, 8, 8),
+    (2, 9, 1, 8, 8),
+    (2, 0, 50, 8, 8),
+]  # K, M, V, d, d_f
+SEED = 99
+
+
+class Problem:
+    def __init__(self, shape, dtype=torch.float32, device="cpu", bias=True):
+        heads, rows, vocabulary, width, embedding_width = shape
+        generator = torch.Generator().manual_seed(rows + vocabulary)
+
+        def leaf(*size, scale=1.0):
+            values = torch.randn(*size, generator=generator, dtype=torch.float64) * scale
+            return values.to(device, dtype).requires_grad_()
+
+        self.hidden_states = leaf(heads, rows, width)
+        self.mixture_logits = leaf(rows, heads)
+        self.weight = leaf(vocabulary, width, scale=width**-0.5)
+        self.bias = leaf(vocabulary) if bias else None
+        self.embedding = leaf(vocabulary, embedding_width)
+        self.target = torch.randint(vocabulary, (rows,), generator=generator).to(device)
+        self.target[1::4] = -100
+        self.upstream = torch.randn(rows, embedding_width, generator=generator).to(device)
+
+    def leaves(self):
+        named = (self.hidden_states, self.mixture_logits, self.weight, self.bias, self.embedding)
+        return [tensor for tensor in named if tensor is not None]
+
+    def joint(self, **options):
+        return mlm_losses_and_sample(
+            self.hidden_states, self.mixture_logits, self.weight, self.target, self.bias, self.embedding, seed=SEED,
+            **options,
+        )  # fmt: skip
+
+    def separate(self, **options):
+        head = (self.weight, self.target, self.bias)
+        losses = multi_layer_mlm_loss(self.hidden_states, *head, **options)
+        head = (self.mixture_logits, self.weight, self.bias, self.embedding)
+        return losses, *gumbel_mix(self.hidden_states, *head, seed=SEED)
+
+    def results(self, outputs):
+        """Losses, tokens, embeddings and the gradients of all leaves."""
+        losses, token_ids, embeddings = outputs
+        scalar = losses.sum() + (embeddings * self.upstream).sum()
+        return losses, token_ids, embeddings, *torch.autograd.grad(scalar, self.leaves())
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Buffers of a few positions."""
+    monkeypatch.setattr(_vocabulary_chunks, "LIMIT", {"cpu": 40_000, "cuda": 40_000})
+    monkeypatch.setattr(_vocabulary_chunks, "FEWEST_ROWS", 8)
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_two_functions(place, shape, strategy, small_chunks):
+    problem = Problem(shape, place.dtypes()[0], place.device)
+    joint = problem.results(problem.joint(strategy=strategy))
+    separate = problem.results(problem.separate(strategy=strategy))
+    assert torch.equal(joint[1], separate[1])
+    scale = separate[4].norm()
+    for number, (one, other) in enumerate(zip(joint, separate, strict=True)):
+        if number == 4 and scale < 1e-6:  # one token or one head: nothing to choose
+            assert one.norm() < 1e-6
+        elif number != 1 and one.numel():
+            assert relative_error(one, other) <= 1e-5
+
+
+def test_against_float64(place, small_chunks):
+    problem = Problem((3, 20, 200, 16, 16), torch.float32, place.device)
+    exact = Problem((3, 20, 200, 16, 16), torch.float64)
+    exact.upstream = problem.upstream.cpu()
+    with repdeg_fast.use_backend("reference"):
+        truths = exact.results(exact.separate())
+    results = problem.results(problem.joint(strategy="chunked"))
+    assert torch.equal(results[1].cpu(), truths[1])
+    for result, truth in zip(results[:1] + results[2:], truths[:1] + truths[2:], strict=True):
+        assert relative_error(result, truth) <= TOLERANCE[torch.float32]
+
+
+def test_16_bits_sample_what_their_logits_say(place, small_chunks):
+    """Tokens differ only where rounding decides; the mixture's gradient is that of the sample that was drawn."""
+    for dtype in set(place.dtypes()) & {torch.bfloat16, torch.float16}:
+        problem = Problem((3, 200, 120, 16, 16), dtype, place.device)
+        _, token_ids, _ = problem.joint(strategy="chunked")
+        _, plain_ids, _ = problem.separate()
+        assert (token_ids == plain_ids).double().mean() >= 0.97
+        exact = Problem((3, 200, 120, 16, 16), torch.float64)
+        with torch.no_grad():  # the same rounded inputs
+            for wide, narrow in zip(exact.leaves(), problem.leaves(), strict=True):
+                wide.copy_(narrow)
+        exact.upstream = problem.upstream.cpu()
+        with repdeg_fast.use_backend("reference"):
+            _, same_ids, embeddings = exact.separate()
+        same = token_ids.cpu() == same_ids
+        truth = torch.autograd.grad((embeddings * exact.upstream).sum(), exact.mixture_logits)[0]
+        _, _, embeddings = problem.joint(strategy="chunked")
+        result = torch.autograd.grad((embeddings * problem.upstream).sum(), problem.mixture_logits)[0]
+        assert relative_error(result.cpu()[same], truth[same]) <= 3 * TOLERANCE[dtype]  # h̄ is rounded too
+
+
+def test_one_product_with_the_vocabulary_serves_both(monkeypatch):
+    problem = Problem(SHAPES[0])
+    monkeypatch.setattr(Sample, "from_hidden_states", lambda _: pytest.fail("a second sweep"))
+    problem.joint(strategy="chunked")
+    with pytest.raises(pytest.fail.Exception, match="a second sweep"):
+        problem.joint(strategy="streaming")
+
+
+def test_chunks_do_not_change_the_sample(monkeypatch):
+    problem = Problem((3, 64, 500, 16, 16))
+    expected = problem.results(problem.joint(strategy="chunked"))
+    for limit in (20_000, 100_000):
+        monkeypatch.setattr(_vocabulary_chunks, "LIMIT", {"cpu": limit, "cuda": limit})
+        results = problem.results(problem.joint(strategy="chunked"))
+        assert torch.equal(results[1], expected[1])
+        assert all(
+            relative_error(a, b) <= 1e-6 for a, b in zip(results, expected, strict=True) if a.is_floating_point()
+        )
+        again = problem.results(problem.joint(strategy="chunked"))
+        assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))  # the same bits
+
+
+def test_unequal_weights_of_the_losses():
+    problem = Problem(SHAPES[0])
+    weights = torch.tensor([1.0, 0.0, 2.0])
+    gradients = [
+        torch.autograd.grad((outputs[0] * weights).sum(), (problem.hidden_states, problem.weight, problem.bias))
+        for outputs in (problem.joint(strategy="chunked"), problem.separate())
+    ]
+    assert all(relative_error(a, b) <= 1e-5 for a, b in zip(*gradients, strict=True))
+
+
+def test_one_head_needs_no_mixture(place):
+    problem = Problem(SHAPES[1], place.dtypes()[0], place.device)
+    arguments = (problem.weight, problem.target, problem.bias, problem.embedding)
+    bare = mlm_losses_and_sample(problem.hidden_states, None, *arguments, seed=SEED, strategy="chunked")
+    for one, other in zip(bare, problem.joint(strategy="chunked"), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_layers_may_come_apart_and_without_gradients():
+    problem = Problem(SHAPES[0], bias=False)
+    arguments = (problem.mixture_logits, problem.weight, problem.target)
+    with torch.no_grad():
+        apart = mlm_losses_and_sample(list(problem.hidden_states), *arguments, seed=SEED)
+        losses = multi_layer_mlm_loss(problem.hidden_states, *arguments[1:])
+        token_ids, embeddings = gumbel_mix(problem.hidden_states, *arguments[:2], seed=SEED)
+    for one, other in zip(apart, (losses, token_ids, embeddings), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_not_a_number_shows_in_the_embedding(place):
+    problem = Problem(SHAPES[0], torch.float32, place.device)
+    with torch.no_grad():
+        problem.hidden_states[1, 3] = float("nan")
+    losses, token_ids, embeddings = problem.joint(strategy="chunked")
+    assert losses.isnan().tolist() == [False, True, False]
+    assert token_ids.min() >= 0
+    assert token_ids.max() < 300
+    assert embeddings.isnan().any(dim=1).nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.slow
+def test_compiles_to_one_graph():
+    problem = Problem(SHAPES[0])
+
+    def loss(*leaves):
+        hidden, mixture, weight, bias, embedding = leaves
+        losses, _, embeddings = mlm_losses_and_sample(
+            hidden, mixture, weight, problem.target, bias, embedding, seed=SEED
+        )
+        return losses.sum() + (embeddings * problem.upstream).sum()
+
+    eager = torch.autograd.grad(loss(*problem.leaves()), problem.leaves())
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*problem.leaves()), problem.leaves())
+    assert all(relative_error(a, b) <= 1e-6 for a, b in zip(compiled, eager, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunked", [True, False])
+def test_operator_is_registered_right(chunked):
+    problem = Problem(SHAPES[0])
+    arguments = (problem.hidden_states.flatten(0, 1), problem.weight, problem.target, problem.bias)
+    sampling = (problem.mixture_logits.detach(), torch.tensor([SEED]), 0.3)
+    options = (3, -100, 0.0, 0.0, "mean", None, torch.float32, [True] * 3, chunked, "auto")
+    torch.library.opcheck(linear_cross_entropy, (*arguments, *sampling, *options))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"target": torch.zeros(4)}, TypeError, "target: expected a tensor of class indices"),
+        ({"target": torch.zeros(5, dtype=torch.int64)}, ValueError, r"target: expected shape \(4,\)"),
+        ({"mixture_logits": torch.randn(4, 3)}, ValueError, r"mixture_logits: expected shape \(4, 2\)"),
+        ({"mixture_logits": None}, ValueError, "mixture_logits: .*None"),
+        ({"embedding": torch.randn(19, 8)}, ValueError, r"embedding: expected shape \(20, d_f\)"),
+        ({"hidden_states": torch.randn(4, 8)}, ValueError, "hidden_states: expected 3 dimensions"),
+        ({"temperature": 0.0}, ValueError, "temperature: expected a finite number above 0"),
+        ({"gradient_scale": float("inf")}, ValueError, "gradient_scale: expected a finite number"),
+        ({"strategy": "fast"}, ValueError, "strategy: expected one of"),
+        ({"seed": 1.5}, TypeError, "seed"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    arguments = {
+        "hidden_states": torch.randn(2, 4, 8),
+        "mixture_logits": torch.randn(4, 2),
+        "weight": torch.randn(20, 8),
+        "target": torch.zeros(4, dtype=torch.int64),
+    }
+    with pytest.raises(error, match=message):
+        mlm_losses_and_sample(**(arguments | change))
