@@ -7,20 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SMALL = [
-    "--encoder-layers",
-    "2",
-    "--decoder-layers",
-    "1",
-    "--d-model",
-    "16",
-    "--steps",
-    "3",
-    "--translate",
-    "2",
-    "--device",
-    "cpu",
-]
+SIZES = ["--encoder-layers", "2", "--decoder-layers", "1", "--d-model", "16"]
+SMALL = [*SIZES, "--steps", "3", "--translate", "2", "--device", "cpu"]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
