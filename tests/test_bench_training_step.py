@@ -8,7 +8,7 @@ from repdeg_fast.bench.suites import training_step
 
 CPU = torch.device("cpu")
 SUITE = suites()["training_step"]
-TINY = training_step._case("tiny", 2, 16, 32, 3, 301)
+TINY = training_step._case("tiny", 2, 16, 32, 6, 301)
 
 
 def test_ours_has_the_loss_of_the_definition_and_both_train_the_same_parameters():
@@ -33,6 +33,6 @@ def test_published_heads_have_the_same_losses():
 def test_work_counts_the_heads():
     forward, both = (SUITE.work(TINY, pass_, False) for pass_ in (FORWARD, FORWARD_BACKWARD))
     masked, vocabulary, width = 2 * 2, 301, 32
-    layers = 2 * 32 * 5 * (12 * width**2 + 2 * 16 * width)
+    layers = 2 * 32 * 10 * (12 * width**2 + 2 * 16 * width)
     assert forward.flops == layers + 2 * 3 * masked * vocabulary * width
     assert both.flops == 3 * forward.flops + 2 * masked * vocabulary * width
