@@ -61,7 +61,8 @@ inline void add(const Tensor& total, const Tensor& part) {
 // multiplies pieces of that dimension by itself is 4 to 9 % faster than threads that share the vendor's products,
 // which pack the long operand once a thread. Where the long dimension is summed over, each thread has a sum of its own.
 inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
-  constexpr int64_t kPiece = 1024, kSums = int64_t(8) << 20;  // columns or rows; bytes of the threads' own sums
+  constexpr int64_t kPiece = 1024;              // columns or rows
+  constexpr int64_t kSums = int64_t(8) << 20;  // bytes, THREAD_SUMS in repdeg_fast/ops/_vocabulary_chunks.py
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1), threads = torch::stable::get_num_threads();
   const int64_t longest = std::max({m, k, n});
   if (threads == 1 || longest < threads * kPiece / 2) return vendor_multiply(out, a, b, accumulate);

@@ -36,12 +36,13 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows of one case."""
+    """The rows of one case; below it our speedups, and who was not measured and why."""
     first = rows[0]
     with_tokens = first.case.tokens is not None
     title = f"{first.suite.op} · {first.case} on {first.device}"
-    caption = "\n".join([f"{first.suite.value_name} in float64 = {first.exact:.12f}", *_verdicts(rows)])
-    out = Table(title=escape(title), title_justify="left", caption=escape(caption), caption_justify="left")
+    facts = [f"{first.suite.value_name} in float64 = {first.exact:.12f}", *_verdicts(rows)]
+    caption = "\n".join([escape("\n".join(facts)), *_left_out(rows)])
+    out = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     out.add_column("provider", no_wrap=True)
     out.add_column("pass", no_wrap=True)
     out.add_column("ms (p20–p80)", justify="right", no_wrap=True)
@@ -50,14 +51,18 @@ def table(rows: Sequence[Row]) -> Table:
     floor = next((row.provider.name for row in rows if row.times_floor), None)
     for name in ("vs eager", "vs best rival", *([f"time ÷ {floor}"] if floor else [])):
         out.add_column(name, justify="right", width=9)
-    out.add_column(f"{first.suite.value_name}, or why not measured", overflow="fold", min_width=_VALUE_WIDTH)
+    out.add_column(first.suite.value_name, overflow="fold", min_width=_VALUE_WIDTH)
     for row in rows:
         if row.samples:
             style = "bold" if row.provider.ours else None
             out.add_row(*_figures(row, with_tokens, floor is not None), style=style)
-        elif row.pass_ == row.provider.passes[0]:  # once for all its passes
-            out.add_row(row.provider.name, *["–"] * (len(out.columns) - 2), _reason(row))
     return out
+
+
+def _left_out(rows: Sequence[Row]) -> list[str]:
+    """A line for each provider without figures, once for all its passes."""
+    left_out = [row for row in rows if not row.samples and row.pass_ == row.provider.passes[0]]
+    return [f"not measured: {row.provider.name}: {_reason(row)}" for row in left_out]
 
 
 def _verdicts(rows: Sequence[Row]) -> list[str]:

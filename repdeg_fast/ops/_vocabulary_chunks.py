@@ -32,6 +32,7 @@ Sample = Callable[[Tensor, int], None]  # takes logits (K, m, V) without the bia
 
 TILE = 4096  # rows of the weight that are converted at a time: 6 MB in bf16 at d = 768
 LIMIT = {"cpu": 64 << 20, "cuda": 512 << 20}  # bytes of buffers; the GEMMs of a GPU need more rows to be efficient
+THREAD_SUMS = 8 << 20  # bytes that the CPU's products may take for sums of each thread's own (csrc/cpu/gemm.h)
 FEWEST_ROWS = 16  # of logits that are held at once, however large the vocabulary
 ALIGNMENT = 64  # bytes: rows of logits that start on a cache line make MKL's h Eᵀ a quarter faster
 
@@ -214,6 +215,9 @@ def chunk_rows(rows: int, weight: Tensor, dtype: torch.dtype, accumulate_dtype: 
     limit = _limit(weight) - 24 * rows - 12 * vocabulary  # targets, losses, log-sum-exps; biases
     if not _is_operand(weight, dtype):
         limit -= 2 * TILE * width * dtype.itemsize  # one converted tile of the weight, one of its gradient
+    if weight.device.type == "cpu":
+        sums = (torch.get_num_threads() - 1) * (limit // row_bytes) * width * arithmetic_dtype(weight).itemsize
+        limit -= sums if sums <= THREAD_SUMS else 0
     wide_copy = vocabulary * width * accumulate_dtype.itemsize
     if grad_weight and _needs_sum(weight.dtype, accumulate_dtype) and rows * row_bytes <= wide_copy + limit:
         return rows
