@@ -29,13 +29,14 @@ SITE = ROOT / "bench_out" / "site"  # the package is installed here, so that a r
 OPS = ("cosreg", "linear_cross_entropy", "gumbel_mix")  # whose memory is profiled
 TUNED = "linear_cross_entropy,gumbel_mix,admin_norm,cosreg"  # the longest first; the other suites launch the same
 MINUTES = 8.0
+BY_NAME = ("batch",)  # stages that run only when asked for: the largest batch takes minutes to find
 RESERVE = 15.0  # seconds kept back for the report
 SHARES = {"check": 0.33, "bench": 0.45, "tune": 0.14, "profile": 0.08}  # of the time left when a stage of `all` starts
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["all", *SHARES], default="all")
+    parser.add_argument("--stage", choices=["all", *SHARES, *BY_NAME], default="all")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="time for everything (default: %(default)s)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("make gpu: ended from outside"))  # passes through `finally`
@@ -102,6 +103,8 @@ def commands(stage: str, name: str) -> list[list[str]]:
     if stage == "bench":
         figures = str(RESULTS / f"{name}.json")
         return [[*cli, "--json", figures, *(["--plot", plots] if _can_plot() else [])]]
+    if stage == "batch":
+        return [["repdeg_fast.bench.largest_batch", "--json", str(RESULTS / f"{name}.largest_batch.json")]]
     if stage == "tune":
         trials = str(RESULTS / f"{name}.tuning.json")
         return [["repdeg_fast", "tune", "--ops", TUNED, "--json", trials, "--seconds", "0.5"]]

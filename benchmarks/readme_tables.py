@@ -19,7 +19,7 @@ _HEAD = ["| operation | case | pass | ours | ms | % of roof | best rival | ms | 
 
 
 def main() -> int:
-    tables = [table(path) for path in sorted(RESULTS.glob("*.json")) if not path.name.endswith(".tuning.json")]
+    tables = [table(path) for path in sorted(RESULTS.glob("*.json")) if "." not in path.stem]  # not .tuning.json
     if not tables:
         print(f"{README}: left as it is; no GPU was measured yet")
         return 0

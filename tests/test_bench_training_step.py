@@ -1,8 +1,9 @@
 """The benchmark of a whole step of AMOS, on a model of a fraction of a second."""
 
+import pytest
 import torch
 
-from repdeg_fast.bench import runner
+from repdeg_fast.bench import largest_batch, runner
 from repdeg_fast.bench.suite import FORWARD, FORWARD_BACKWARD, suites
 from repdeg_fast.bench.suites import training_step
 
@@ -36,3 +37,24 @@ def test_work_counts_the_heads():
     layers = 2 * 32 * 10 * (12 * width**2 + 2 * 16 * width)
     assert forward.flops == layers + 2 * 3 * masked * vocabulary * width
     assert both.flops == 3 * forward.flops + 2 * masked * vocabulary * width
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 8, 9, 100, 1000])
+def test_largest_batch_is_found_to_a_sixteenth(limit):
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= limit
+
+    found = largest_batch.largest(fits)
+    assert found <= limit <= found * 17 / 16 + 1
+    assert len(tried) == len({*tried}) <= 20
+
+
+def test_a_batch_that_is_too_large_is_an_answer(monkeypatch):
+    (provider,) = (provider for provider in SUITE.providers if provider.name == "ours-cpu")
+    assert largest_batch.fits(TINY, provider, 3, CPU)
+    full = torch.OutOfMemoryError("full")
+    monkeypatch.setattr(largest_batch, "_two_steps", lambda *_: (_ for _ in ()).throw(full))
+    assert not largest_batch.fits(TINY, provider, 3, CPU)
