@@ -10,7 +10,7 @@
 namespace repdeg_fast {
 namespace {
 
-constexpr int kMaxThreads = 512;      // of a block, where a thread has one pack of each row: 128 registers each
+constexpr int kMaxThreads = 512;  // of a block, where a thread has one pack of each row: 128 registers each
 
 // What both passes take; null where absent. Matrices: rows of unit stride; parameters: d values, 16-byte aligned.
 template <typename T>
