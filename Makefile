@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
 STAGE ?= all
 
-.PHONY: help bench test lint gpu clean
+.PHONY: help bench test lint gpu tables clean
 
 help:
 	@echo "make bench              set up .venv and run the benchmarks (ARGS='--ops cosreg ...' to choose)"
 	@echo "make test               set up .venv, lint, and run all tests"
-	@echo "make gpu [STAGE=check]  on a machine with a GPU and its own torch: tests, benchmarks, results (offline)"
+	@echo "make gpu [STAGE=check]  on a machine with a GPU and its own torch: check, bench, tune, profile (offline); STAGE=batch: largest batches"
+	@echo "make tables             write benchmarks/KERNELS.md, benchmarks/BUDGET.md and the README's tables anew"
 	@echo "make clean              remove .venv and build files"
 
 # torch first and by exact version: a range would be resolved to the newest build with all of CUDA.
@@ -38,6 +39,11 @@ lint: $(INSTALLED)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py --stage $(STAGE)
+
+tables: $(INSTALLED)
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/budget.py
+	$(BIN)/python benchmarks/readme_tables.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

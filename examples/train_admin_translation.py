@@ -266,23 +266,29 @@ def smooth(values: list[float], width: int = 20) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--language", default="de", help="of the translations, as in the catalogues' folders (default: de)")
     add("--pairs", type=Path, help="tab-separated file of English and its translation, instead of the catalogues")
-    add("--encoder-layers", type=int, default=18)
-    add("--decoder-layers", type=int, default=6)
-    add("--d-model", type=int, default=64)
-    add("--heads", type=int, default=4)
+    add("--encoder-layers", type=positive, default=18)
+    add("--decoder-layers", type=positive, default=6)
+    add("--d-model", type=positive, default=64)
+    add("--heads", type=positive, default=4)
     add("--dropout", type=float, default=0.1)
     add("--vocabulary", type=int, default=2000, help="subwords")
-    add("--steps", type=int, default=400)
-    add("--batch", type=int, default=32, help="pairs in a batch")
+    add("--steps", type=positive, default=400)
+    add("--batch", type=positive, default=32, help="pairs in a batch")
     add("--learning-rate", type=float, default=2e-3)
-    add("--warmup", type=int, default=60, help="steps to the full learning rate")
+    add("--warmup", type=positive, default=60, help="steps to the full learning rate")
     add("--seed", type=int, default=0)
-    add("--translate", type=int, default=200, help=f"held-out pairs to translate, {HELD_OUT} at most")
+    add("--translate", type=positive, default=200, help=f"held-out pairs to translate, {HELD_OUT} at most")
     add("--threads", type=int, default=2, help="of the CPU")
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("admin_translation"), help="folder for the curves and tables")

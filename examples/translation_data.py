@@ -24,7 +24,8 @@ def load_pairs(language: str, file: Path | None = None) -> list[Pair]:
     """(English, translation), each English text once, in an order that does not depend on the machine's folders."""
     if file:
         with file.open(newline="", encoding="utf-8") as lines:
-            found = [(row[0], row[1]) for row in csv.reader(lines, delimiter="\t") if len(row) >= 2]
+            rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)  # a quotation mark is text, not CSV's
+            found = [(row[0], row[1]) for row in rows if len(row) >= 2]
         origin = str(file)
     else:
         catalogues = find_catalogues(language)

@@ -1,6 +1,7 @@
 """Fused kernels for representation-aware language-model pretraining: CosReg, AMOS, Condenser, ADMIN."""
 
-from repdeg_fast import backends, data, models, nn
+from repdeg_fast import backends, data, models
+from repdeg_fast import nn as nn
 from repdeg_fast.backends import use_backend
 from repdeg_fast.functional import (
     add_cosine_regularization_,
@@ -25,7 +26,7 @@ from repdeg_fast.nn import (
 )
 
 __version__ = "0.1.0"
-__all__ = [
+__all__ = [  # not `nn`: a star import must not take torch's away
     "AdminNorm",
     "AdminTransformer",
     "CosineRegularization",
@@ -45,7 +46,6 @@ __all__ = [
     "mlm_losses_and_sample",
     "models",
     "multi_layer_mlm_loss",
-    "nn",
     "residual_dependency",
     "use_backend",
 ]

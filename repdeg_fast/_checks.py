@@ -16,6 +16,8 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}")
+    if value.is_nested:
+        raise ValueError(f"{name}: expected a dense tensor, got a nested one; call .to_padded_tensor(0.0)")
     if value.layout != torch.strided:
         raise ValueError(f"{name}: expected a dense tensor, got layout {value.layout}; call .to_dense()")
 
@@ -38,6 +40,13 @@ def check_integer(name: str, value: int) -> None:
     """``value`` is an integer."""
     if not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+
+
+def check_dropout(name: str, value: float) -> None:
+    """``value`` is a probability of dropping a value that leaves some."""
+    _check_number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
 
 
 def _check_number(name: str, value: float) -> None:

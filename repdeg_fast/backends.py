@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,9 +164,20 @@ def _implementation(operation: Operation, backend: str) -> Any:
     if backend == "reference":
         return importlib.import_module(f"repdeg_fast.reference.{operation.name}")
     if backend == "triton":
+        _load_tuning()
         return importlib.import_module(f"repdeg_fast.triton_kernels.{operation.name}")
     native.load(backend)
     return native.operators(operation.name, *operation.functions)
+
+
+def tuning_file() -> Path:
+    """Where ``repdeg-fast tune`` keeps the launch configurations that it found."""
+    return native.cache_root() / "tuning.json"
+
+
+@functools.cache
+def _load_tuning() -> None:
+    importlib.import_module("repdeg_fast.triton_kernels.tuning").load(tuning_file())
 
 
 @functools.cache

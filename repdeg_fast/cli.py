@@ -1,4 +1,4 @@
-"""``repdeg-fast bench | profile | inspect | info``."""
+"""``repdeg-fast bench | profile | tune | inspect | info``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rich.table import Table
 from repdeg_fast import __version__, backends, native
 from repdeg_fast.bench import inspection, measure, outputs, plots, report, runner
 from repdeg_fast.bench import profile as profiling
+from repdeg_fast.bench import tune as tuner
 from repdeg_fast.bench import weights as checkpoints
 from repdeg_fast.bench.suite import DTYPES, InputError, Selection, Suite, select, suites
 
@@ -178,6 +179,34 @@ def profile(
 
 
 @app.command()
+def tune(
+    ops: Ops = "",
+    cases: Cases = "",
+    dtype: Dtype = "",
+    json: Annotated[Path | None, typer.Option(help="Write every trial to this file, as they come.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for each configuration, about.")] = 1.0,
+) -> None:
+    """Find the fastest launch configurations of the Triton kernels for this GPU, and use them from now on.
+
+    They are kept in tuning.json in the cache folder; delete it to return to those that ship.
+    """
+    with _clear_errors():
+        if not torch.cuda.is_available():
+            raise InputError(f"tune: needs a GPU: {native.unavailable('cuda')}")
+        target = torch.device("cuda")
+        if json:
+            outputs.check_file("json", json)
+        selections = [_with_dtype(s, dtype) for s in select(_names(ops), _names(cases), (), target)]
+        console, trials = _console(), []
+        for found in tuner.tune(selections, target, tuner.median_timer(target, seconds), backends.tuning_file()):
+            console.print(tuner.table(found))
+            trials += found
+            if json:
+                report.write_rows([trial.as_json() for trial in trials], json)
+        console.print(f"configurations: {backends.tuning_file()}", soft_wrap=True, markup=False)
+
+
+@app.command()
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE[:TENSOR]", help="A safetensors or torch checkpoint.")],
     out: Annotated[
@@ -239,7 +268,9 @@ def _build(console: Console) -> bool:
 
 def _environment_table() -> Table:
     cpu = torch.device("cpu")
-    facts = {key: value for key, value in measure.versions(cpu).items() if key not in ("device_name", "threads")}
+    facts = {
+        key: value for key, value in measure.versions(cpu).items() if key not in ("date", "device_name", "threads")
+    }
     facts["platform"] = platform.platform()
     facts["CPU"] = (
         f"{measure.device_name(cpu)}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "

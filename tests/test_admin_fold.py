@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import TOLERANCE, relative_error
 from torch import nn
+from torch.nn.utils import prune
 
 import repdeg_fast
 from repdeg_fast.nn import (
@@ -171,3 +172,15 @@ def test_bad_input():
     layer.norm2 = AdminNorm(D, norm="rms")
     with pytest.raises(ValueError, match="LayerNorm"):
         fold_admin(layer)
+
+
+def test_weights_that_are_computed_are_refused():
+    """Dividing them by ω would leave no trace, and the outputs would be others."""
+    for wrap in (nn.utils.parametrizations.weight_norm, lambda part: prune.l1_unstructured(part, "weight", 0.3)):
+        model = build("transformer")
+        wrap(model.encoder.layers[1].linear1)
+        model(*inputs("transformer"))
+        with pytest.raises(ValueError, match=r"got encoder\.layers\.1\.linear1\.weight that is computed"):
+            fold_admin(model)
+        with pytest.raises(ValueError, match=r"got encoder\.layers\.1\.linear1\.weight that is computed"):
+            repdeg_fast.initialize_admin_(model, rule="deepnorm")

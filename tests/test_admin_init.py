@@ -245,6 +245,7 @@ def test_tables_are_printed_saved_and_plotted(tmp_path):
     dependency = repdeg_fast.residual_dependency(model, data)
     for table in (profile, dependency, repdeg_fast.initialize_admin_(model, rule="O(1)")):
         assert "encoder.layers.0.norm1" in str(table)
+        assert [table[place] for place in range(len(table))] == list(table) == list(table.records)
         loaded = json.loads(table.save(tmp_path / "table.json").read_text())
         with table.save(tmp_path / "table.csv").open(newline="") as file:
             lines = list(csv.DictReader(file))
@@ -279,6 +280,17 @@ def test_bad_input():
         initialize(nn.Linear(3, 3), data)
     with pytest.raises(ValueError, match="AdminEncoderLayer"):
         initialize(nn.Sequential(AdminNorm(4)), rule="deepnorm")
+
+
+def test_a_batch_that_says_nothing():
+    """ω would be 0 from the second sub-layer on, or the variances 0/0."""
+    model = AdminEncoder(AdminEncoderLayer(bias=False, **SIZES), 2)
+    for look in (repdeg_fast.initialize_admin_, repdeg_fast.residual_dependency):
+        with pytest.raises(ValueError, match="batch: expected activations that differ"):
+            look(model, torch.zeros(2, 5, D))
+        with pytest.raises(ValueError, match=r"batch: .*got an empty batch"):
+            look(model, torch.zeros(0, 5, D))
+    assert all((omega == 1).all() for omega in omegas(model).values())
 
 
 def test_a_failed_profile_leaves_omega_as_it_was():

@@ -465,15 +465,22 @@ class TestModule:
             ({"norm": "batch"}, "norm: expected one of 'layer', 'rms', got 'batch'"),
             ({"save": "none"}, "save: expected one of 'auto', 'output', 'input', got 'none'"),
             ({"eps": -1.0}, "eps: .*got -1.0"),
+            ({"omega": float("nan")}, "omega: .*got nan"),
         ],
     )
     def test_errors(self, options, message):
         with pytest.raises(ValueError, match=message):
             AdminNorm(**{"normalized_shape": 8, **options})
+        with pytest.raises(TypeError, match="omega: expected a number, got Tensor"):
+            AdminNorm(8, torch.ones(8))
 
 
 def ones(*shape, **options):
     return torch.ones(shape, **options)
+
+
+def nested():
+    return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
 
 
 @pytest.mark.parametrize(
@@ -498,6 +505,8 @@ def ones(*shape, **options):
         ({"dropout": 1.0}, ValueError, r"dropout: .*\[0, 1\), got 1.0"),
         ({"dropout": -0.1}, ValueError, "dropout: .*got -0.1"),
         ({"dropout": float("nan")}, ValueError, "dropout: .*got nan"),
+        ({"dropout": None}, TypeError, "dropout: expected a number, got NoneType"),
+        ({"x": nested()}, ValueError, r"x: expected a dense tensor, got a nested one; call .to_padded_tensor"),
         ({"eps": 0.0}, ValueError, "eps: .*got 0"),
         ({"norm": "Layer"}, ValueError, "norm: expected one of 'layer', 'rms', got 'Layer'"),
         ({"save": "both"}, ValueError, "save: expected one of 'auto', 'output', 'input', got 'both'"),

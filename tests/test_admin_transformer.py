@@ -21,6 +21,7 @@ from repdeg_fast.nn import (
     admin_norm_like,
     from_torch,
 )
+from repdeg_fast.nn.attention import attend
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 
@@ -153,6 +154,39 @@ def test_forms_of_input(kind, form):
     assert relative_error(output, original(*tensors, **masks)) < TOLERANCE[output.dtype]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key_padding_mask": (S, B)}, rf"key_padding_mask: expected shape \({B}, {S}\), .* got \({S}, {B}\)"),
+        ({"key_padding_mask": (B * S,)}, rf"key_padding_mask: expected shape \({B}, {S}\)"),
+        ({"mask": (1, S)}, rf"mask: expected shape \({T}, {S}\), or \({B * HEADS}, {T}, {S}\).* got \(1, {S}\)"),
+        ({"mask": (B, T, S)}, "mask: expected shape"),
+        ({"memory": (1, S, D)}, rf"memory: expected the batch of a query \({B}, {T}, {D}\), got \(1, {S}, {D}\)"),
+        ({"memory": (S, D)}, "memory: expected the batch"),
+        ({"memory": (B, S, D + 1)}, rf"memory: expected shape \(B, L, {D}\) or \(L, {D}\)"),
+        ({"query": (1, B, T, D)}, "query: expected shape"),
+        ({"query": (B, T, 2)}, "query: expected shape"),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_agree(options, message):
+    """Broadcasting would take most of these for something else; torch's own layer refuses them too."""
+    shapes = {"query": (B, T, D), "memory": (B, S, D), "mask": (T, S), "key_padding_mask": (B, S), **options}
+    query, memory, mask, padding = (torch.zeros(shape) for shape in shapes.values())
+    plain = build("decoder layer", batch_first=True)
+    masks = {"memory_mask": mask, "memory_key_padding_mask": padding}
+    with pytest.raises((AssertionError, RuntimeError)):
+        plain(query, memory, **masks)
+    with pytest.raises(ValueError, match=message):
+        attend(plain.multihead_attn, query, memory, mask, padding, False)
+
+
+def test_nested_tensors_are_refused():
+    nested = torch.nested.nested_tensor([torch.randn(2, D), torch.randn(3, D)])
+    with pytest.raises(ValueError, match=r"query: expected a dense tensor, got a nested one; .*to_padded_tensor"):
+        AdminEncoderLayer(**LAYER, batch_first=True)(nested)
+
+
 def test_inference_without_gradients_takes_the_same_path():
     """torch has fused inference paths that know no ω; with ω ≠ 1 taking one would show."""
     model = from_torch(build("encoder", batch_first=True)).eval()
@@ -277,8 +311,11 @@ def test_conversion_of_a_model_that_contains_transformers():
 def test_whole_graph_compiles():
     model = AdminEncoder(AdminEncoderLayer(**LAYER, batch_first=True), 2)
     x = torch.randn(B, S, D)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert relative_error(compiled(x), model(x)) < TOLERANCE[torch.float32]
+    padding = torch.zeros(B, S, dtype=torch.bool)
+    padding[1, 4:] = True
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for options in ({}, {"mask": torch.rand(S, S) > 0.8, "src_key_padding_mask": padding, "is_causal": False}):
+        assert relative_error(compiled(x, **options), model(x, **options)) < TOLERANCE[torch.float32]
 
 
 def test_bfloat16_autocast():
@@ -327,6 +364,11 @@ def test_bad_input():
         layer.self_attn = nn.MultiheadAttention(D, HEADS, **options)
         with pytest.raises(TypeError, match=r"module\.self_attn"):
             from_torch(layer)
+    for child, part in (("dropout1", nn.Identity()), ("dropout2", nn.Dropout1d(0.1)), ("norm1", nn.RMSNorm(D))):
+        stack = build("encoder")
+        setattr(stack.layers[1], child, part)
+        with pytest.raises(TypeError, match=rf"module\.layers\.1\.{child}: .*got {type(part).__name__}"):
+            from_torch(stack)
     layer = AdminEncoderLayer(D, HEADS)
     with pytest.raises(ValueError, match="is_causal"):
         layer(torch.randn(S, B, D), is_causal=True)

@@ -1,8 +1,11 @@
 """Every Triton specialization and every .cu file compiles for the chips we name, without spills, on any machine."""
 
+import functools
+import importlib.util
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +17,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 SPECIALIZATIONS = list(resources.specializations())
+CUDA_SOURCES = sorted((native.source_root() / "cuda").glob("*.cu"))
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 CUDA_TARGETS = [target for target in resources.TARGETS if target.startswith("sm_")]
 
 
@@ -21,26 +26,29 @@ def test_there_are_specializations():
     assert {s.kernel.__name__ for s in SPECIALIZATIONS} >= {"_forward_kernel", "_reduce_kernel", "_backward_kernel"}
 
 
-@pytest.mark.parametrize("target", resources.TARGETS)
 @pytest.mark.parametrize(
-    "specialization",
-    SPECIALIZATIONS,
-    ids=lambda s: f"{s.kernel.__module__.split('.')[-1]}{s.kernel.__name__} {s.label}",
+    ("specialization", "target"),
+    [(s, target) for s in SPECIALIZATIONS for target in s.targets or resources.TARGETS],
+    ids=lambda x: x if isinstance(x, str) else f"{x.kernel.__module__.split('.')[-1]}{x.kernel.__name__} {x.label}",
 )
 def test_triton(specialization, target):
-    if specialization.targets and target not in specialization.targets:
-        pytest.skip(f"is for {', '.join(specialization.targets)}")
     compiled = resources.compile_triton(specialization, target)
     assert compiled.spilled == 0
     assert compiled.shared_bytes <= resources.SHARED_MEMORY_LIMIT[target]
     assert compiled.registers > 0
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.fixture(scope="module")
+def compiled_cuda(tmp_path_factory):
+    """Each file once for each target: nvcc takes long."""
+    return functools.cache(lambda source, target: resources.compile_cuda(source, target, tmp_path_factory.mktemp("cu")))
+
+
+@needs_nvcc
 @pytest.mark.parametrize("target", CUDA_TARGETS)
-@pytest.mark.parametrize("source", sorted((native.source_root() / "cuda").glob("*.cu")), ids=lambda path: path.name)
-def test_cuda(source, target, tmp_path):
-    report = resources.compile_cuda(source, target, tmp_path)
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
+def test_cuda(source, target, compiled_cuda):
+    report = compiled_cuda(source, target)
     assert report, "no kernel was compiled"
     assert {name: used.spilled for name, used in report.items() if used.spilled} == {}
 
@@ -54,3 +62,73 @@ def test_every_kernel_file_is_listed():
             with open(os.path.join(folder, name), encoding="utf-8") as file:
                 for kernel in re.findall(r"@triton\.jit\ndef (_\w+_kernel)\(", file.read()):
                     assert (name.removesuffix(".py"), kernel) in listed
+
+
+def small(kernel, types, divisible=(), **constants):
+    import small_kernels
+    from repdeg_fast.triton_kernels.tuning import Specialization
+
+    return Specialization(getattr(small_kernels, kernel), types, constants, divisible=divisible)
+
+
+@pytest.mark.parametrize(("divisible", "widths"), [(("n",), {16: 2}), ((), {4: 8})])
+def test_widths_of_loads_and_stores_are_read(divisible, widths):
+    copy = small("copy", {"out": "*fp32", "x": "*fp32", "n": "i32"}, divisible, BLOCK=1024)
+    found = resources.compile_triton(copy, "sm_90")
+    assert found.accesses("LDG") == found.accesses("STG") == widths
+    assert found.accesses("LDGSTS") == found.matrix == {}
+    assert (found.threads, found.spilled, found.shared_bytes, found.bulk_copies) == (128, 0, 0, 0)
+    assert 8 <= found.registers <= 64
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTC"), ("gfx942", "v_mfma")]
+)
+def test_matrix_instructions_are_read(target, instruction):
+    product = small("product", {"out": "*fp32", "a": "*fp16", "b": "*fp16"}, N=64)
+    found = resources.compile_triton(product, target)
+    assert all(name.startswith(instruction) for name in found.matrix), found.matrix
+    assert sum(found.matrix.values()) > 0
+
+
+@needs_nvcc
+def test_cuda_kernels_are_read(tmp_path):
+    import small_kernels
+
+    source = tmp_path / "copy.cu"
+    source.write_text(small_kernels.CUDA)
+    (found,) = resources.compile_cuda(source, "sm_90", tmp_path).values()
+    assert found.accesses("LDG") == found.accesses("STG") == {8: 1}
+    assert (found.threads, found.spilled, found.shared_bytes) == (96, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "threads", "expected"),
+    [
+        (32, 0, 1024, (64, "threads")),
+        (33, 0, 1024, (32, "registers")),
+        (255, 0, 256, (8, "registers")),
+        (96, 0, 192, (18, "registers")),  # 21 warps' registers, handed out to 4 at a time: 20, which is 3 blocks of 6
+        (32, 100 << 10, 128, (8, "shared memory")),
+        (32, 113 << 10, 128, (8, "shared memory")),  # 2 × (113 + 1) KiB is all there is
+        (32, (113 << 10) + 1, 128, (4, "shared memory")),
+        (16, 0, 32, (32, "blocks")),
+    ],
+)
+def test_resident_warps(registers, shared, threads, expected):
+    assert resources.H200.resident_warps(registers, shared, threads) == expected
+
+
+@needs_nvcc
+def test_the_committed_table_lists_the_kernels_that_there_are(compiled_cuda):
+    path = Path(__file__).parent.parent / "benchmarks" / "kernels.py"
+    spec = importlib.util.spec_from_file_location("kernels", path)
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    cuda = {
+        f"{source.stem} {kernels.cuda_name(name)}"
+        for source in CUDA_SOURCES
+        for name in compiled_cuda(source, kernels.TARGET)
+    }
+    listed = re.findall(r"^\| (\w.*?) \| \d", kernels.TABLE.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted({*kernels.specializations(), *cuda}), "run `make tables`"

@@ -236,14 +236,15 @@ def test_cpu_results_do_not_depend_on_chunks_or_threads():
 @pytest.mark.skipif("not __import__('os').environ.get('TRITON_INTERPRET')", reason="needs TRITON_INTERPRET=1")
 def test_triton_results_do_not_depend_on_tiles(monkeypatch):
     from repdeg_fast.triton_kernels import gumbel_mix as kernels
+    from repdeg_fast.triton_kernels import tuning
 
     problem = Problem((2, 40, 300, 24, 24))
     with repdeg_fast.use_backend("triton"):
         results = [problem.run(hard=False)]
         for tile, buffer in ((kernels.Tile(16, 32, 16, 4, 2), 1), (kernels.Tile(64, 128, 16, 4, 2), 1 << 20)):
-            monkeypatch.setattr(kernels, "_tile", lambda dtype, tile=tile: tile)
             monkeypatch.setattr(kernels, "_BUFFER_BYTES", buffer)
-            results.append(problem.run(hard=False))
+            with tuning.answering(lambda question, configurations, tile=tile: tile):
+                results.append(problem.run(hard=False))
     for other in results[1:]:
         assert torch.equal(other[0], results[0][0])
         assert all(relative_error(a, b) <= 1e-5 for a, b in zip(other[1:], results[0][1:], strict=True))

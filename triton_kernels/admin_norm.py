@@ -11,7 +11,8 @@ mostly hits the cache); backward takes the row means of its gradient in a launch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -19,14 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import dropout_mask
-from .tuning import RowTile, Specialization, persistent_programs
+from .tuning import RowTile, Specialization, choose, persistent_programs, variants
 
 _FORWARD_WHOLE = 8192  # columns; longer rows spill
 _BACKWARD_WHOLE = 4096
 _CHUNK = 2048
 _SPLIT_COLUMNS = 256  # of a program, where backward does not hold whole rows
-_FORWARD_WARPS = 32  # a multiprocessor: what its registers hold
-_BACKWARD_WARPS = 16  # likewise; a program more would also be a row of partial sums more
+# (values a thread, warps a multiprocessor), the one that ships first: 8 values leave room for four parameters or their
+# sums beside them in registers, and the warps are what these hold; backward, each program is also a row of partial sums
+_FORWARD = ((8, 32), (8, 16), (16, 16))
+_BACKWARD = ((8, 16), (8, 24), (4, 16))
 _REDUCE_COLUMNS = 32
 _REDUCE_PROGRAMS = 64
 
@@ -286,8 +289,8 @@ def forward(
         if n > 0:
             _long_forward_kernel[(n,)](*arguments, CENTER=center, COLUMNS=_CHUNK, num_warps=_CHUNK // 256)
         return y, mean, rstd
-    tile = _tile(d)
-    _forward_kernel[(_programs(x, tile, n, _FORWARD_WARPS),)](
+    tile = choose("admin_norm.forward", _tiles(_FORWARD, d), x, n=n, d=d)
+    _forward_kernel[(_programs(x, tile, n),)](
         *arguments, CENTER=center, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps
     )
     return y, mean, rstd
@@ -302,9 +305,10 @@ def backward(
     """Write the gradients asked for; n is made from ``y`` where given, else from ``x``, ``branch`` and ``mean``."""
     n, d = grad_y.shape
     whole = d <= _BACKWARD_WHOLE
-    tile = _tile(d) if whole else _tile(_SPLIT_COLUMNS)
+    tiles = _tiles(_BACKWARD, d if whole else _SPLIT_COLUMNS)
+    tile = choose("admin_norm.backward", tiles, grad_y, n=n, d=d)
     column_blocks = triton.cdiv(d, tile.columns)
-    programs = triton.cdiv(_programs(grad_y, tile, n * column_blocks, _BACKWARD_WARPS), column_blocks)
+    programs = triton.cdiv(_programs(grad_y, tile, n * column_blocks), column_blocks)
     partial = rstd.new_empty(programs, 4, d)
     means = None if whole else rstd.new_empty(n, 2)
     inputs = (grad_y, y, x, branch, omega, weight, bias, branch_bias, seed, mean, rstd)
@@ -322,14 +326,18 @@ def backward(
     )  # fmt: skip
 
 
-def _tile(d: int) -> RowTile:
-    """8 values a thread (16 in the longest rows): room for four parameters or their sums beside them in registers."""
+def _tiles(table: Sequence[tuple[int, int]], d: int) -> list[RowTile]:
+    """Four warps or more a program, 16 at most: the longest rows have more values a thread instead."""
     columns = max(4, triton.next_power_of_2(d))
-    return RowTile(max(1, 1024 // columns), columns, min(16, max(4, columns // 256)))
+    tiles = []
+    for values, warps in table:
+        num_warps = min(16, max(4, columns // (32 * values)))
+        tiles.append(RowTile(max(1, 128 * values // columns), columns, num_warps, max(1, warps // num_warps)))
+    return tiles
 
 
-def _programs(like: Tensor, tile: RowTile, rows: int, warps: int) -> int:
-    return max(1, min(triton.cdiv(rows, tile.rows), persistent_programs(like, max(1, warps // tile.num_warps))))
+def _programs(like: Tensor, tile: RowTile, rows: int) -> int:
+    return max(1, min(triton.cdiv(rows, tile.rows), persistent_programs(like, tile.programs)))
 
 
 def _stride(tensor: Tensor | None) -> int:
@@ -344,12 +352,14 @@ def specializations() -> Iterator[Specialization]:
     """What the launchers above ask the compiler for, over dtypes, row lengths and what there is to do."""
     for dtype, d in (("bf16", 768), ("bf16", 4096), ("bf16", 8192), ("fp32", 4096), ("fp16", 64)):
         for everything in (False, True):
-            yield _forward_specialization(dtype, d, everything)
+            yield from variants(_tiles(_FORWARD, d), partial(_forward_specialization, dtype, d, everything))
             if d <= _BACKWARD_WHOLE:
-                yield _backward_specialization(dtype, d, everything, from_output=dtype == "bf16")
+                make = partial(_backward_specialization, dtype, d, everything, dtype == "bf16")
+                yield from variants(_tiles(_BACKWARD, d), make)
     for everything in (False, True):
-        yield _forward_specialization("bf16", 65536, everything)
-        yield _backward_specialization("bf16", 65536, everything, from_output=not everything)
+        yield _long_forward_specialization("bf16", 65536, everything)
+        make = partial(_backward_specialization, "bf16", 65536, everything, not everything)
+        yield from variants(_tiles(_BACKWARD, _SPLIT_COLUMNS), make)
         yield _means_specialization("bf16", everything, from_output=not everything)
     types = dict.fromkeys((*(f"grad_{name}" for name in _PARAMETERS), "partial"), "*fp32")
     constants = {"PROGRAMS": _REDUCE_PROGRAMS, "COLUMNS": _REDUCE_COLUMNS}
@@ -372,17 +382,23 @@ def _label(dtype: str, d: int | str, everything: bool) -> str:
     return f"{dtype} d={d}" + (" everything" if everything else "")
 
 
-def _forward_specialization(dtype: str, d: int, everything: bool) -> Specialization:
+def _forward_inputs(dtype: str, everything: bool) -> tuple[dict[str, str], dict[str, object]]:
     types, constants = _inputs(dtype, everything)
-    types |= {"y": f"*{dtype}", "eps": "fp32"}
-    constants["CENTER"] = True
-    label = _label(dtype, d, everything)
-    if d > _FORWARD_WHOLE:
-        constants["COLUMNS"] = _CHUNK
-        return Specialization(_long_forward_kernel, types, constants, _CHUNK // 256, divisible=_SIZES[1:], label=label)
-    tile = _tile(d)
+    return types | {"y": f"*{dtype}", "eps": "fp32"}, constants | {"CENTER": True}
+
+
+def _forward_specialization(dtype: str, d: int, everything: bool, tile: RowTile) -> Specialization:
+    types, constants = _forward_inputs(dtype, everything)
     constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns}
+    label = _label(dtype, d, everything)
     return Specialization(_forward_kernel, types, constants, tile.num_warps, divisible=_SIZES[1:], label=label)
+
+
+def _long_forward_specialization(dtype: str, d: int, everything: bool) -> Specialization:
+    types, constants = _forward_inputs(dtype, everything)
+    constants["COLUMNS"] = _CHUNK
+    label = _label(dtype, d, everything)
+    return Specialization(_long_forward_kernel, types, constants, _CHUNK // 256, divisible=_SIZES[1:], label=label)
 
 
 def _backward_inputs(dtype: str, everything: bool, from_output: bool) -> tuple[dict[str, str], dict[str, object]]:
@@ -403,10 +419,9 @@ def _means_specialization(dtype: str, everything: bool, from_output: bool) -> Sp
     return Specialization(_means_kernel, types, constants, _CHUNK // 256, divisible=_SIZES[1:], label=label)
 
 
-def _backward_specialization(dtype: str, d: int, everything: bool, from_output: bool) -> Specialization:
+def _backward_specialization(dtype: str, d: int, everything: bool, from_output: bool, tile: RowTile) -> Specialization:
     types, constants = _backward_inputs(dtype, everything, from_output)
     whole = d <= _BACKWARD_WHOLE
-    tile = _tile(d) if whole else _tile(_SPLIT_COLUMNS)
     types |= {"grad_x": f"*{dtype}", "partial": "*fp32"}
     types |= {"grad_branch": f"*{dtype}"} if everything else {}
     types |= {} if whole else {"means": "*fp32"}

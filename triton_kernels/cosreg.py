@@ -7,7 +7,8 @@ go through memory. Two launches forward, one backward; no float atomics, so the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import RowTile, Specialization, persistent_programs, row_tile
+from .tuning import RowTile, Specialization, choose, persistent_programs, row_tile, variants
 
 _REDUCE_COLUMNS = 32
 _REDUCE_PROGRAMS = 64
-_FORWARD_PROGRAMS = 4  # a multiprocessor; with 4 loads of 16 bytes a thread, 32 KiB are in flight on each
-_BACKWARD_PROGRAMS = 8
-_BACKWARD_VALUES = 2048  # a step; 4096, as forward takes, makes ptxas spill when the old gradient is held as well
+# (values a step, programs a multiprocessor), the one that ships first. Forward: with 4 loads of 16 bytes a thread,
+# 32 KiB are in flight on each. Backward: 4096 values make ptxas spill when the old gradient is held as well.
+_FORWARD = ((4096, 4), (2048, 8), (4096, 8))
+_BACKWARD = ((2048, 8), (1024, 16), (2048, 6))
 
 
 # For each row: load it once, take its norm, add its share of Σ p ŵ to the program's accumulator; all from registers.
@@ -128,8 +130,8 @@ def _backward_kernel(
 def forward(weight: Tensor, row_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """R (), column sum (d,), inverse norms (N,) and total weight (), all fp32. One read of ``weight``."""
     n, d = weight.shape
-    tile = row_tile(d)
-    programs = min(triton.cdiv(n, tile.rows), persistent_programs(weight, _FORWARD_PROGRAMS))
+    tile = choose("cosreg.forward", _tiles(_FORWARD, d), weight, n=n, d=d)
+    programs = min(triton.cdiv(n, tile.rows), persistent_programs(weight, tile.programs))
     blocks = triton.cdiv(d, _REDUCE_COLUMNS)
     empty = lambda *shape: weight.new_empty(shape, dtype=torch.float32)  # noqa: E731
     inverse_norm, partial_sum, partials = empty(n), empty(programs, d), empty(2, programs)
@@ -155,14 +157,18 @@ def backward(
 ) -> None:  # fmt: skip
     """Write grad_value · ∂R/∂W over ``grad_weight``, or add it where ``accumulate``."""
     n, d = weight.shape
-    tile = row_tile(d, _BACKWARD_VALUES)
-    programs = min(triton.cdiv(n, tile.rows), persistent_programs(weight, _BACKWARD_PROGRAMS))
+    tile = choose("cosreg.backward", _tiles(_BACKWARD, d), weight, n=n, d=d)
+    programs = min(triton.cdiv(n, tile.rows), persistent_programs(weight, tile.programs))
     _backward_kernel[(programs,)](
         grad_weight, grad_value, weight, row_weight, column_sum, inverse_norm, total_weight,
         n, d, weight.stride(0), weight.stride(1), grad_weight.stride(0), grad_weight.stride(1), 1 / eps,
         HAS_ROW_WEIGHT=row_weight is not None, ACCUMULATE=accumulate,
         ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
     )  # fmt: skip
+
+
+def _tiles(table: Sequence[tuple[int, int]], d: int) -> list[RowTile]:
+    return [row_tile(d, values, programs) for values, programs in table]
 
 
 def _reduce_constants(programs: int, blocks: int) -> dict[str, int]:
@@ -177,14 +183,13 @@ def _reduce_constants(programs: int, blocks: int) -> dict[str, int]:
 def specializations() -> Iterator[Specialization]:
     """What the launchers above ask the compiler for, over dtypes and row lengths."""
     for dtype, d in [*(("bf16", d) for d in (64, 768, 2304, 8192, 16384)), ("fp32", 768), ("fp16", 768)]:
-        yield _forward_specialization(dtype, d, row_tile(d), weighted=d == 768)
-        tile = row_tile(d, _BACKWARD_VALUES)
-        yield _backward_specialization(dtype, d, tile, weighted=d == 768, accumulate=d != 2304)
+        yield from variants(_tiles(_FORWARD, d), partial(_forward_specialization, dtype, d, d == 768))
+        yield from variants(_tiles(_BACKWARD, d), partial(_backward_specialization, dtype, d, d == 768, d != 2304))
     for programs, d in ((3, 64), (528, 2304), (528, 16384)):
         yield _reduce_specialization(programs, d)
 
 
-def _forward_specialization(dtype: str, d: int, tile: RowTile, weighted: bool) -> Specialization:
+def _forward_specialization(dtype: str, d: int, weighted: bool, tile: RowTile) -> Specialization:
     types = dict.fromkeys(("inverse_norm", "partial_sum", "partial_self", "partial_total"), "*fp32")
     types |= {"weight": f"*{dtype}", "counter": "*i32", "n": "i32", "d": "i32", "row_stride": "i32", "eps": "fp32"}
     constants: dict[str, Any] = {"HAS_ROW_WEIGHT": weighted, "ROWS": tile.rows, "COLUMNS": tile.columns}
@@ -198,7 +203,7 @@ def _forward_specialization(dtype: str, d: int, tile: RowTile, weighted: bool) -
     )
 
 
-def _backward_specialization(dtype: str, d: int, tile: RowTile, weighted: bool, accumulate: bool) -> Specialization:
+def _backward_specialization(dtype: str, d: int, weighted: bool, accumulate: bool, tile: RowTile) -> Specialization:
     types = dict.fromkeys(("grad_value", "column_sum", "inverse_norm"), "*fp32")
     types |= dict.fromkeys(("weight", "grad_weight"), f"*{dtype}")
     types |= dict.fromkeys(("n", "d", "row_stride", "grad_row_stride"), "i32") | {"largest_inverse": "fp32"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -18,12 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import gumbel
-from .tuning import Specialization, persistent_programs
+from .tuning import PADDING, Specialization, choose, padded_columns, padded_vector, persistent_programs, variants
 
-_PROGRAMS = 2  # a multiprocessor
+_PROGRAMS = 8  # a multiprocessor, of which one or two are resident: the last round is then a small part of all
 _COMBINE_ROWS = 32
 _LOGITS_COLUMNS, _LOGITS_WARPS = 4096, 8  # 16 a thread: noise takes about four registers each while it is made
-_BUFFER_BYTES = 64 << 20  # y and y (F·r − origin) of one chunk of the vocabulary
+_BUFFER_BYTES = 64 << 20  # y and y (F·r − origin) of one chunk of the vocabulary, in padded rows
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,18 @@ class Tile:
     num_stages: int
 
 
-def _tile(dtype: torch.dtype) -> Tile:
-    """Noise needs about as many registers as the logits themselves, so 64 × 128 fp32 sums on 8 warps leave room; fp32
-    products run without matrix units, from registers, and get smaller tiles."""
-    if dtype == torch.float32:
-        return Tile(32, 64, 32, 4, 2)
-    return Tile(64, 128, 32, 8, 4)
+# By bits of an operand, the one that ships first. Noise needs about as many registers as the logits themselves, so 64 ×
+# 128 fp32 sums on 8 warps leave room. 64 × 64 let two programs share a multiprocessor, and noise be made while the
+# other one multiplies. fp32 products run without matrix units, from registers, and get smaller tiles.
+TILES = {
+    16: (Tile(64, 128, 32, 8, 4), Tile(64, 64, 32, 8, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)),
+    32: (Tile(32, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
+}
+
+
+def _choose(kernel: str, mixed: Tensor, weight: Tensor) -> Tile:
+    (m, d), v = mixed.shape, len(weight)
+    return choose(f"gumbel_mix.{kernel}", TILES[8 * mixed.element_size()], mixed, m=m, v=v, d=d)
 
 
 # a[rows] · b[columns]ᵀ, b rounded to the dtype of a; out of bounds: zeros.
@@ -151,7 +158,7 @@ def _combine_kernel(
 # The same from the logits of K heads, a row a program. Bandwidth: each is read once, in its own dtype.
 @triton.jit
 def _logits_kernel(
-    token_ids, lse, logits, alpha, bias, seed, inverse_temperature, v, first_row, head_stride, row_stride,
+    token_ids, lse, logits, alpha, bias, seed, inverse_temperature, v, width, first_row, head_stride, row_stride,
     HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -165,10 +172,10 @@ def _logits_kernel(
         columns = first + tl.arange(0, COLUMNS)
         s = tl.reshape(gumbel(key, rows, first, COLUMNS), (COLUMNS,))
         if bias is not None:
-            s += tl.load(bias + columns, mask=columns < v, other=0.0)
+            s += tl.load(bias + columns, mask=columns < width, other=0.0)
         head = logits
         for k in tl.static_range(HEADS):
-            z = tl.load(head + columns, mask=columns < v, other=0.0)
+            z = tl.load(head + columns, mask=columns < width, other=0.0)
             s += tl.load(alpha + row * HEADS + k) * z.to(tl.float32)
             head += head_stride  # step by step: k·head_stride may need 64 bits
         s = tl.where(columns < v, s, float("-inf"))[None, :]
@@ -199,15 +206,15 @@ def _weights_kernel(
     row_lse = tl.load(lse + rows, mask=rows < m, other=float("inf"))
     y = tl.exp(s * inverse_temperature - row_lse[:, None])
     at = rows.to(tl.int64)[:, None] * chunk_columns + (columns - chunk_first)[None, :]
-    inside = (rows < m)[:, None] & (columns < v)[None, :]
-    y = tl.where(inside, y, 0.0)
+    y = tl.where((rows < m)[:, None] & (columns < v)[None, :], y, 0.0)
+    inside = (rows < m)[:, None] & (columns - chunk_first < chunk_columns)[None, :]  # the padding too
     tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=inside)
     if weighted is not None:
+        tl.store(total + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
         fr = _product(
             grad, embedding, rows, columns, m, v, embedding_depth, grad_stride, 1,
             embedding_stride, embedding_depth_stride, EVEN, DEPTH,
         )  # fmt: skip
-        tl.store(total + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
         y *= fr - tl.load(origin + rows, mask=rows < m, other=0.0)[:, None]
         tl.store(weighted + at, y.to(weighted.dtype.element_ty), mask=inside)
         tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
@@ -220,7 +227,7 @@ def sample(
     (m, d), v = mixed.shape, len(weight)
     if m == 0:
         return
-    tile = _tile(mixed.dtype)
+    tile = _choose("sample", mixed, weight)
     blocks, tiles = triton.cdiv(m, tile.rows), triton.cdiv(v, tile.columns)
     split_tiles = triton.cdiv(tiles, max(1, persistent_programs(mixed, _PROGRAMS) // blocks))
     splits = triton.cdiv(tiles, split_tiles)
@@ -246,8 +253,10 @@ def sample_logits(
     heads, m, v = logits.shape
     if m == 0:
         return
+    width = padded_columns(logits)
     _logits_kernel[(m,)](
-        token_ids, lse, logits, alpha.contiguous(), bias, seed, 1 / temperature, v, first_row, *logits.stride()[:2],
+        token_ids, lse, logits, alpha.contiguous(), padded_vector(bias, width), seed, 1 / temperature,
+        v, width, first_row, *logits.stride()[:2],
         HEADS=heads, COLUMNS=_LOGITS_COLUMNS, num_warps=_LOGITS_WARPS,
     )  # fmt: skip
 
@@ -260,7 +269,8 @@ def soft_value(
     value.zero_()
     if len(value) == 0:
         return
-    for part, (y,) in _weight_chunks(None, mixed, weight, bias, embedding, lse, seed, temperature):
+    tile = _choose("weights", mixed, weight)
+    for part, (y,) in _weight_chunks(tile, None, mixed, weight, bias, embedding, lse, seed, temperature):
         _add_product(value, y, embedding[part])
 
 
@@ -274,16 +284,16 @@ def backward(
         if grad_embedding is not None:
             grad_embedding.zero_()
         return
-    upstream = None
+    upstream, tile = None, _choose("weights", mixed, weight)
     if grad_mixed is not None:
         # rows of length 1: neither do large gradients overflow in fp16, nor do small ones vanish
         norm = torch.linalg.vector_norm(grad_embeddings, dim=1, dtype=torch.float32)
         inverse = torch.where(norm == 0, 0, 1 / norm)
-        tiles = triton.cdiv(len(weight), _tile(mixed.dtype).columns)
+        tiles = triton.cdiv(len(weight), tile.columns)
         delta, total = lse.new_zeros(2, tiles, m)
         upstream = ((grad_embeddings * inverse[:, None]).to(mixed.dtype), origin * inverse, delta, total)
         sums = lse.new_zeros(2 * m, d)
-    for part, buffers in _weight_chunks(upstream, mixed, weight, bias, embedding, lse, seed, temperature):
+    for part, buffers in _weight_chunks(tile, upstream, mixed, weight, bias, embedding, lse, seed, temperature):
         if grad_mixed is not None:
             _add_product(sums, buffers.flatten(0, 1), weight[part])
         if grad_embedding is not None:
@@ -297,30 +307,30 @@ def backward(
 
 
 def _weight_chunks(
-    upstream: tuple[Tensor, Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor, bias: Tensor | None,
-    embedding: Tensor, lse: Tensor, seed: Tensor, temperature: float,
+    tile: Tile, upstream: tuple[Tensor, Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor,
+    bias: Tensor | None, embedding: Tensor, lse: Tensor, seed: Tensor, temperature: float,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """Chunks of the vocabulary and their y (1, M, n); with ``upstream`` (r, origin; Σ y (F·r − origin) and
     Σ y of each tile, which are written) y and y (F·r − origin) (2, M, n). The buffer is reused."""
     (m, d), v = mixed.shape, len(weight)
-    tile = _tile(mixed.dtype)
     grad, origin, delta, total = (None,) * 4 if upstream is None else upstream
     count = 1 if upstream is None else 2
     step = max(1, _BUFFER_BYTES // (count * m * mixed.element_size() * tile.columns)) * tile.columns
-    buffer = mixed.new_empty(count * m * min(step, v))
+    padded = triton.cdiv(v, PADDING) * PADDING
+    buffer = mixed.new_empty(count * m * min(step, padded))
     depths = (d, embedding.shape[1])
     for first in range(0, v, step):
-        n = min(step, v - first)
-        buffers = buffer[: count * m * n].view(count, m, n)
+        n, width = min(step, v - first), min(step, padded - first)
+        buffers = buffer[: count * m * width].view(count, m, width)
         _weights_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.columns))](
             buffers[0], None if upstream is None else buffers[1], delta, total, mixed, weight, bias, embedding, grad,
-            origin, lse, seed, 1 / temperature, m, v, *depths, first, n,
+            origin, lse, seed, 1 / temperature, m, v, *depths, first, width,
             *mixed.stride(), *weight.stride(), *embedding.stride(), 0 if grad is None else grad.stride(0),
             EVEN=all(depth % tile.depth == 0 for depth in depths),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )  # fmt: skip
-        yield slice(first, first + n), buffers
+        yield slice(first, first + n), buffers[:, :, :n]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -337,11 +347,11 @@ _PARTIALS = {"partial_most": "*fp32", "partial_token": "*i32", "partial_sum": "*
 
 def specializations() -> Iterator[Specialization]:
     """What the launchers above ask the compiler for."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+    for name, tiles in (("bf16", TILES[16]), ("fp16", TILES[16][:1]), ("fp32", TILES[32])):
         for bias in (None, "*fp32"):
-            yield _forward_specialization(name, _tile(dtype), bias)
+            yield from variants(tiles, partial(_forward_specialization, name, bias))
             for weighted in (False, True):
-                yield _weights_specialization(name, _tile(dtype), bias, weighted)
+                yield from variants(tiles, partial(_weights_specialization, name, bias, weighted))
     types = {
         **_PARTIALS,
         "token_ids": "*i64",
@@ -352,10 +362,12 @@ def specializations() -> Iterator[Specialization]:
     }
     yield Specialization(_combine_kernel, types, {"SPLITS": 8, "ROWS": _COMBINE_ROWS})
     types = {"token_ids": "*i64", "lse": "*fp32", "alpha": "*fp32", "bias": "*fp32", "seed": "*i64"}
-    types |= dict.fromkeys(("v", "first_row", "head_stride", "row_stride"), "i32") | {"inverse_temperature": "fp32"}
+    types |= dict.fromkeys(("v", "width", "first_row", "head_stride", "row_stride"), "i32") | {
+        "inverse_temperature": "fp32"
+    }
     for name in ("bf16", "fp32"):
         constants = {"HEADS": 3, "COLUMNS": _LOGITS_COLUMNS}
-        strides = ("head_stride", "row_stride")
+        strides = ("width", "head_stride", "row_stride")
         yield Specialization(
             _logits_kernel, types | {"logits": f"*{name}"}, constants, _LOGITS_WARPS, divisible=strides, label=name
         )
@@ -374,7 +386,7 @@ def _logits_constants(tile: Tile, bias: str | None) -> dict[str, object]:
     return constants if bias else constants | {"bias": None}
 
 
-def _forward_specialization(name: str, tile: Tile, bias: str | None) -> Specialization:
+def _forward_specialization(name: str, bias: str | None, tile: Tile) -> Specialization:
     types = _logits_types(name, bias) | _PARTIALS | {"split_columns": "i32"}
     divisible = ("depth", "mixed_stride", "weight_stride", "split_columns")
     label = name + (" bias" if bias else "")
@@ -382,7 +394,7 @@ def _forward_specialization(name: str, tile: Tile, bias: str | None) -> Speciali
     return Specialization(_forward_kernel, types, constants, tile.num_warps, tile.num_stages, divisible, label)
 
 
-def _weights_specialization(name: str, tile: Tile, bias: str | None, weighted: bool) -> Specialization:
+def _weights_specialization(name: str, bias: str | None, weighted: bool, tile: Tile) -> Specialization:
     types = _logits_types(name, bias) | {"embedding": f"*{name}", "lse": "*fp32", "y_out": f"*{name}"}
     types |= dict.fromkeys(
         ("embedding_depth", "chunk_first", "chunk_columns", "embedding_stride", "grad_stride"), "i32"
@@ -393,6 +405,6 @@ def _weights_specialization(name: str, tile: Tile, bias: str | None, weighted: b
     else:
         constants |= dict.fromkeys(("weighted", "delta", "total", "grad", "origin"))
     strides = ("mixed_stride", "weight_stride", "embedding_stride", "grad_stride")
-    divisible = ("depth", "embedding_depth", "chunk_first", *strides)
+    divisible = ("depth", "embedding_depth", "chunk_first", "chunk_columns", *strides)
     label = name + (" bias" if bias else "") + (" weighted" if weighted else "")
     return Specialization(_weights_kernel, types, constants, tile.num_warps, tile.num_stages, divisible, label)

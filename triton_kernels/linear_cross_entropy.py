@@ -8,8 +8,9 @@ same bits twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear_cross_entropy_rows import optional, rows, softcapped
-from .tuning import Specialization, persistent_programs
+from .tuning import Specialization, choose, persistent_programs, variants
 
 __all__ = ["backward", "forward", "rescale_", "rows"]
 
 _SCALE_BLOCK = 4096
+# A multiprocessor. One is resident; of many, the last round is a small part. Backward, parts take memory.
+_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -195,9 +198,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and log-sum-exp of every row. ``enabled``: a flag on the device; where it is 0 the results are arbitrary."""
     n, vocabulary = len(hidden_states), len(weight)
-    tile, _ = _tiles(hidden_states)
+    tile = _choose("forward", 0, hidden_states, weight)
     blocks = triton.cdiv(n, tile.own)
-    part_columns, parts = _parts(vocabulary, tile.loop, blocks, hidden_states)
+    part_columns, parts = _parts(vocabulary, tile.loop, blocks, hidden_states, _FORWARD_PROGRAMS)
     part_lse, part_label, part_sum = (hidden_states.new_empty((parts, n), dtype=torch.float32) for _ in range(3))
     if n:
         _forward_kernel[(blocks, parts)](
@@ -269,11 +272,14 @@ def _launch_backward(
     target, bias, lse, grad_loss, grad_lse = inputs
     ignore_index, label_smoothing, softcap = options
     hidden_states, vocabulary = (y, len(x)) if over_vocabulary else (x, len(y))
-    (_, tile), d = _tiles(hidden_states), x.shape[1]
+    weight, d = (x if over_vocabulary else y), x.shape[1]
+    tile = _choose("backward_vocabulary" if over_vocabulary else "backward_rows", 1, hidden_states, weight)
     slices = triton.cdiv(d, tile.width) if grad_x is not None else 1
     blocks = triton.cdiv(len(x), tile.own)
     # a grid too small for the device is cut along the loop as well; its parts are added up afterwards
-    part_loopers, parts = (len(y), 1) if enabled is not None else _parts(len(y), tile.loop, blocks * slices, x)
+    part_loopers, parts = len(y), 1
+    if enabled is None:
+        part_loopers, parts = _parts(len(y), tile.loop, blocks * slices, x, _BACKWARD_PROGRAMS)
     outputs = [grad_x, grad_bias]
     if parts > 1:
         outputs = [None if t is None else t.new_empty((parts, *t.shape), dtype=torch.float32) for t in outputs]
@@ -291,23 +297,37 @@ def _launch_backward(
                 gradient.copy_(partial.sum(dim=0))
 
 
-# (forward, backward) for each chip and width of operand: the largest tiles for which ptxas spills nothing
-# (tests/test_ahead_of_time.py compiles them). fp32 is multiplied on tensor cores as three tf32 products, which take
-# more registers. "sm_80" stands for all NVIDIA chips that are not named.
-TILES = {
-    ("sm_80", 16): (MatmulTile(128, 64, 64, 0, 8, 3), MatmulTile(64, 64, 64, 256, 8, 3)),
-    ("sm_90", 16): (MatmulTile(128, 128, 64, 0, 8, 3), MatmulTile(64, 64, 64, 256, 8, 3)),
-    ("sm_100", 16): (MatmulTile(128, 64, 64, 0, 8, 3), MatmulTile(64, 64, 64, 256, 8, 3)),
-    ("gfx942", 16): (MatmulTile(128, 128, 64, 0, 8, 2), MatmulTile(64, 64, 32, 128, 4, 2)),
-    ("sm_80", 32): (MatmulTile(64, 64, 32, 0, 8, 2), MatmulTile(64, 32, 32, 64, 8, 2)),
-    ("sm_90", 32): (MatmulTile(128, 64, 32, 0, 8, 2), MatmulTile(64, 64, 32, 128, 8, 2)),
-    ("sm_100", 32): (MatmulTile(128, 64, 32, 0, 8, 2), MatmulTile(64, 64, 32, 64, 8, 2)),
-    ("gfx942", 32): (MatmulTile(64, 64, 32, 0, 4, 2), MatmulTile(64, 32, 32, 64, 4, 2)),
+# (forward, backward) for each chip and operands (bits of the rows × bits of the weight), the tile that ships first: the
+# largest for which ptxas spills nothing (tests/test_ahead_of_time.py compiles them). The others, for tuning, trade
+# reuse for a second program on each multiprocessor, or for longer steps. fp32 is multiplied on tensor cores as three
+# tf32 products, which take more registers; an fp32 weight beside 16-bit rows passes through registers and, for want of
+# them, goes in steps of 32. "sm_80" stands for all NVIDIA chips that are not named.
+_M = MatmulTile
+TILES: dict[tuple[str, str], tuple[Sequence[MatmulTile], Sequence[MatmulTile]]] = {
+    ("sm_80", "16x16"): ([_M(128, 64, 64, 0, 8, 3)], [_M(64, 64, 64, 256, 8, 3)]),
+    ("sm_90", "16x16"): (
+        [_M(128, 128, 64, 0, 8, 3), _M(128, 64, 64, 0, 8, 4), _M(64, 64, 64, 0, 4, 4), _M(128, 128, 32, 0, 8, 4)],
+        [_M(64, 64, 64, 256, 8, 3), _M(64, 64, 64, 128, 8, 3), _M(64, 64, 32, 256, 8, 4), _M(128, 64, 64, 64, 8, 3)],
+    ),
+    ("sm_100", "16x16"): ([_M(128, 64, 64, 0, 8, 3)], [_M(64, 64, 64, 256, 8, 3)]),
+    ("gfx942", "16x16"): ([_M(128, 128, 64, 0, 8, 2)], [_M(64, 64, 32, 128, 4, 2)]),
+    ("sm_80", "16x32"): ([_M(128, 64, 64, 0, 8, 3)], [_M(64, 64, 64, 256, 8, 3)]),
+    ("sm_90", "16x32"): ([_M(128, 128, 64, 0, 8, 3)], [_M(64, 64, 32, 256, 8, 3), _M(64, 64, 64, 128, 8, 3)]),
+    ("sm_100", "16x32"): ([_M(128, 64, 64, 0, 8, 3)], [_M(64, 64, 64, 256, 8, 3)]),
+    ("gfx942", "16x32"): ([_M(128, 128, 64, 0, 8, 2)], [_M(64, 64, 32, 128, 4, 2)]),
+    ("sm_80", "32x32"): ([_M(64, 64, 32, 0, 8, 2)], [_M(64, 32, 32, 64, 8, 2)]),
+    ("sm_90", "32x32"): ([_M(128, 64, 32, 0, 8, 2)], [_M(64, 64, 32, 128, 8, 2)]),
+    ("sm_100", "32x32"): ([_M(128, 64, 32, 0, 8, 2)], [_M(64, 64, 32, 64, 8, 2)]),
+    ("gfx942", "32x32"): ([_M(64, 64, 32, 0, 4, 2)], [_M(64, 32, 32, 64, 4, 2)]),
 }
 
 
-def _tiles(hidden_states: Tensor) -> tuple[MatmulTile, MatmulTile]:
-    return TILES[_chip(hidden_states.device), 8 * hidden_states.element_size()]
+def _choose(kernel: str, pass_: int, hidden_states: Tensor, weight: Tensor) -> MatmulTile:
+    rows, columns = 8 * hidden_states.element_size(), 8 * weight.element_size()
+    operands = f"{rows}x{max(rows, columns)}"
+    configurations = TILES[_chip(hidden_states.device), operands][pass_]
+    (n, d), vocabulary = hidden_states.shape, len(weight)
+    return choose(f"linear_cross_entropy.{kernel}.{operands}", configurations, hidden_states, n=n, v=vocabulary, d=d)
 
 
 def _chip(device: torch.device) -> str:
@@ -340,9 +360,9 @@ def _matmul_constants(hidden_states: Tensor, tile: MatmulTile) -> dict[str, Any]
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _parts(length: int, step: int, programs: int, tensor: Tensor) -> tuple[int, int]:
-    """Cut a loop of ``length`` so that there are about two programs a multiprocessor: (length of a part, parts)."""
-    wanted = max(1, min(16, persistent_programs(tensor, 2) // max(programs, 1)))
+def _parts(length: int, step: int, programs: int, tensor: Tensor, per_multiprocessor: int) -> tuple[int, int]:
+    """Cut a loop of ``length`` so that there are about so many programs: (length of a part, parts)."""
+    wanted = max(1, min(16, persistent_programs(tensor, per_multiprocessor) // max(programs, 1)))
     each = triton.cdiv(triton.cdiv(length, wanted), step) * step
     return each, triton.cdiv(length, each)
 
@@ -351,40 +371,50 @@ def specializations() -> Iterator[Specialization]:
     """What the launchers above ask the compiler for, over dtypes and options."""
     for dtype in ("bf16", "fp32"):
         types = {"x": f"*{dtype}", "scale": "*fp32", "n": "i32"}
-        yield Specialization(_scale_kernel, types, {"BLOCK": _SCALE_BLOCK}, label=dtype)
-    for (chip, bits), (forward_tile, backward_tile) in TILES.items():
-        dtypes = ("fp32",) if bits == 32 else ("bf16", "fp16") if chip == "sm_90" else ("bf16",)
+        yield Specialization(_scale_kernel, types, {"BLOCK": _SCALE_BLOCK}, divisible=("n",), label=dtype)
+    for (chip, operands), (forward, backward) in TILES.items():
+        weight = "fp32" if operands.endswith("x32") else ""
+        dtypes = ("fp32",) if operands == "32x32" else ("bf16", "fp16") if chip == "sm_90" else ("bf16",)
         for dtype in dtypes:
+            of = (dtype, weight or dtype, chip)
             for full in (False, True) if (chip, dtype) == ("sm_90", "bf16") else (True,):
-                yield _forward_specialization(dtype, chip, forward_tile, full)
+                all_or_first = slice(None if full and dtype != "fp16" else 1)
+                yield from variants(forward[all_or_first], partial(_forward_specialization, *of, full))
                 for over_vocabulary in (False, True):
-                    yield _backward_specialization(dtype, chip, backward_tile, over_vocabulary, full)
+                    make = partial(_backward_specialization, *of, over_vocabulary, full)
+                    yield from variants(backward[all_or_first], make)
 
 
-def _forward_specialization(dtype: str, chip: str, tile: MatmulTile, full: bool) -> Specialization:
+def _forward_specialization(dtype: str, weight: str, chip: str, full: bool, tile: MatmulTile) -> Specialization:
     integers = ("n", "vocabulary", "positions", "d", "part_columns", "hidden_row", "weight_row")
     types = dict.fromkeys(("part_lse", "part_label", "part_sum"), "*fp32") | dict.fromkeys(integers, "i32")
-    types |= {"hidden_states": f"*{dtype}", "weight": f"*{dtype}", "target": "*i64", "softcap": "fp32"}
+    types |= {"hidden_states": f"*{dtype}", "weight": f"*{weight}", "target": "*i64", "softcap": "fp32"}
     constants: dict[str, Any] = {"hidden_column": 1, "weight_column": 1}
     constants |= dict.fromkeys(("HAS_BIAS", "SOFTCAP", "SMOOTHING", "PREDICATED"), full)
-    constants |= optional(types, full, bias=f"*{dtype}", enabled="*i32")
-    return _matmul_specialization(_forward_kernel, dtype, chip, tile, types, constants, full)
+    constants |= optional(types, full, bias=f"*{weight}", enabled="*i32")
+    return _matmul_specialization(_forward_kernel, dtype, chip, tile, types, constants, full, _of_weight(dtype, weight))
 
 
 def _backward_specialization(
-    dtype: str, chip: str, tile: MatmulTile, over_vocabulary: bool, full: bool
+    dtype: str, weight: str, chip: str, over_vocabulary: bool, full: bool, tile: MatmulTile
 ) -> Specialization:
     integers = ("owners", "loopers", "vocabulary", "positions", "d", "part_loopers", "ignore_index", "x_row", "y_row")
     types = dict.fromkeys((*integers, "grad_loss_stride"), "i32")
-    types |= dict.fromkeys(("lse", "grad_loss"), "*fp32") | dict.fromkeys(("x", "y", "grad_x"), f"*{dtype}")
+    types |= dict.fromkeys(("lse", "grad_loss"), "*fp32")
+    own, loop = (weight, dtype) if over_vocabulary else (dtype, weight)
+    types |= {"x": f"*{own}", "y": f"*{loop}", "grad_x": f"*{own}"}
     types |= {"target": "*i64", "label_smoothing": "fp32", "softcap": "fp32"}
     constants: dict[str, Any] = {"x_column": 1, "y_column": 1, "WIDTH": tile.width}
     constants |= {"VOCABULARY": over_vocabulary, "HAS_GRAD_X": True, "HAS_GRAD_BIAS": full and over_vocabulary}
     constants |= dict.fromkeys(("HAS_BIAS", "HAS_GRAD_LSE", "SOFTCAP", "PREDICATED"), full)
-    constants |= optional(types, full, bias=f"*{dtype}", enabled="*i32", grad_lse="*fp32")
-    constants |= optional(types, full and over_vocabulary, grad_bias=f"*{dtype}")
-    label = "vocabulary " if over_vocabulary else "rows "
+    constants |= optional(types, full, bias=f"*{weight}", enabled="*i32", grad_lse="*fp32")
+    constants |= optional(types, full and over_vocabulary, grad_bias=f"*{weight}")
+    label = _of_weight(dtype, weight) + ("vocabulary " if over_vocabulary else "rows ")
     return _matmul_specialization(_backward_kernel, dtype, chip, tile, types, constants, full, label)
+
+
+def _of_weight(dtype: str, weight: str) -> str:
+    return "" if weight == dtype else f"{weight} weight "
 
 
 def _matmul_specialization(

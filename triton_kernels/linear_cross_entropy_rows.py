@@ -4,16 +4,29 @@ Mathematics: repdeg_fast/reference/linear_cross_entropy.py."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import Specialization
+from .tuning import Specialization, choose, padded_columns, padded_vector, variants
 
-_ROW_BLOCK = 8192  # logits a step of the row kernel: 32 a thread with 8 warps
 _SUM_ROWS, _SUM_COLUMNS = 64, 64
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """``columns`` logits of a row a step."""
+
+    columns: int
+    num_warps: int
+
+
+# 16 logits a thread: several 16-byte loads in flight, and registers for four programs a multiprocessor in 16 bits
+_BLOCKS = (RowBlock(4096, 8), RowBlock(8192, 8), RowBlock(4096, 4), RowBlock(8192, 16))
 
 
 @triton.jit
@@ -22,11 +35,11 @@ def softcapped(z, softcap):
 
 
 # A row of logits to its gradient, in place. It must be read once and written once: the second read finds the row
-# (60 KB at V = 30,522 in bf16) in L2.
+# (60 KB at V = 30,522 in bf16) in L2. `width` is the vocabulary with the padding behind it, which is written too.
 @triton.jit
 def _rows_kernel(
     logits, lse, loss, target, bias, scale,
-    vocabulary, positions, first_row, ignore_index, row_stride, scale_stride, label_smoothing, softcap,
+    vocabulary, width, positions, first_row, ignore_index, row_stride, scale_stride, label_smoothing, softcap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -46,11 +59,12 @@ def _rows_kernel(
     sum_z = 0.0
     for first in range(0, vocabulary, BLOCK):
         columns = first + block
-        z = tl.load(logits + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32)
+        z = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            z += tl.load(bias + columns, mask=columns < vocabulary, other=0.0)
+            z += tl.load(bias + columns, mask=columns < width, other=0.0)
         if SOFTCAP:
-            z = tl.where(columns < vocabulary, softcapped(z, softcap), -float("inf"))
+            z = softcapped(z, softcap)
+        z = tl.where(columns < vocabulary, z, -float("inf"))
         larger = tl.maximum(most, tl.max(z, axis=0))
         sum_exp = sum_exp * tl.exp(most - larger) + tl.sum(tl.exp(z - larger), axis=0)
         most = larger
@@ -65,9 +79,9 @@ def _rows_kernel(
     g = tl.where(valid, g, float("nan"))
     for first in range(0, vocabulary, BLOCK):
         columns = first + block
-        z = tl.load(logits + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
+        z = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            z += tl.load(bias + columns, mask=columns < vocabulary, other=0.0)
+            z += tl.load(bias + columns, mask=columns < width, other=0.0)
         if SOFTCAP:
             z = softcapped(z, softcap)
         gradient = tl.exp(z - total) - label_smoothing / vocabulary
@@ -75,20 +89,20 @@ def _rows_kernel(
         if SOFTCAP:
             gradient *= 1 - (z / softcap) * (z / softcap)
         gradient = tl.where(counted, gradient, 0.0)  # an ignored row gives nothing even where it is not a number
-        tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=columns < vocabulary)
+        tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=columns < width)
 
 
 # Bias gradient: column sums of the (R, V) gradient, read once; each program owns its columns and adds rows in order.
 @triton.jit
 def _column_sum_kernel(
-    logits, grad_bias, rows, vocabulary, row_stride,
+    logits, grad_bias, rows, vocabulary, width, row_stride,
     ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (columns < vocabulary)[None, :]
+        mask = (row < rows)[:, None] & (columns < width)[None, :]
         sums += tl.load(logits + row.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
     result = tl.sum(sums, axis=0)
     if ACCUMULATE:
@@ -101,17 +115,20 @@ def rows(
     scale: Tensor, lse_scale: None, vocabulary: int, first_row: int, first_column: int,
     ignore_index: int, label_smoothing: float, softcap: float, accumulate_bias: bool,
 ) -> None:  # fmt: skip
-    """Logits (R, V) to their gradient, in place; writes the loss and log-sum-exp of each row and the bias gradient."""
-    n = len(logits)
+    """Logits (R, V) to their gradient, in place; writes the loss and log-sum-exp of each row and the bias gradient.
+    Where rows are padded to a multiple of 16 columns or more, the padding up to there is overwritten."""
+    n, row_stride, width = len(logits), logits.stride(0), padded_columns(logits)
+    bias = padded_vector(bias, width)
+    block = choose("linear_cross_entropy.rows", _BLOCKS, logits, v=vocabulary)
     _rows_kernel[(n,)](
         logits, lse, loss, target, bias, scale,
-        vocabulary, len(target), first_row, ignore_index, logits.stride(0), scale.stride(0), label_smoothing, softcap,
+        vocabulary, width, len(target), first_row, ignore_index, row_stride, scale.stride(0), label_smoothing, softcap,
         HAS_BIAS=bias is not None, SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0,
-        BLOCK=_ROW_BLOCK, num_warps=8,
+        BLOCK=block.columns, num_warps=block.num_warps,
     )  # fmt: skip
     if grad_bias is not None:
         _column_sum_kernel[(triton.cdiv(vocabulary, _SUM_COLUMNS),)](
-            logits, grad_bias, n, vocabulary, logits.stride(0),
+            logits, grad_bias, n, vocabulary, width, row_stride,
             ACCUMULATE=accumulate_bias, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS,
         )  # fmt: skip
 
@@ -120,21 +137,21 @@ def specializations() -> Iterator[Specialization]:
     """What :func:`rows` asks the compiler for, over dtypes and options."""
     for dtype in ("bf16", "fp32"):
         for full in (False, True):
-            yield _rows_specialization(dtype, full)
+            yield from variants(_BLOCKS, partial(_rows_specialization, dtype, full))
         types = {"logits": f"*{dtype}", "grad_bias": "*fp32"}
-        types |= dict.fromkeys(("rows", "vocabulary", "row_stride"), "i32")
+        types |= dict.fromkeys(("rows", "vocabulary", "width", "row_stride"), "i32")
         constants = {"ACCUMULATE": True, "ROWS": _SUM_ROWS, "COLUMNS": _SUM_COLUMNS}
-        yield Specialization(_column_sum_kernel, types, constants, divisible=("row_stride",), label=dtype)
+        yield Specialization(_column_sum_kernel, types, constants, divisible=("width", "row_stride"), label=dtype)
 
 
-def _rows_specialization(dtype: str, full: bool) -> Specialization:
-    integers = ("vocabulary", "positions", "first_row", "ignore_index", "row_stride", "scale_stride")
+def _rows_specialization(dtype: str, full: bool, block: RowBlock) -> Specialization:
+    integers = ("vocabulary", "width", "positions", "first_row", "ignore_index", "row_stride", "scale_stride")
     types = {"logits": f"*{dtype}", "lse": "*fp32", "loss": "*fp32", "target": "*i64", "scale": "*fp32"}
     types |= dict.fromkeys(integers, "i32") | dict.fromkeys(("label_smoothing", "softcap"), "fp32")
-    constants: dict[str, Any] = {"SOFTCAP": full, "SMOOTHING": full, "BLOCK": _ROW_BLOCK}
+    constants: dict[str, Any] = {"SOFTCAP": full, "SMOOTHING": full, "BLOCK": block.columns}
     constants |= optional(types, full, bias="*fp32")
     return Specialization(
-        _rows_kernel, types, constants | {"HAS_BIAS": full}, num_warps=8, divisible=("row_stride",),
+        _rows_kernel, types, constants | {"HAS_BIAS": full}, block.num_warps, divisible=("width", "row_stride"),
         label=f"{dtype} {'all options' if full else 'plain'}",
     )  # fmt: skip
 

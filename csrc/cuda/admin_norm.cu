@@ -9,187 +9,21 @@
 //
 // Longer rows are read twice: forward walks over a row three times (from the L2 cache after the first), backward takes
 // the row means of its gradient in a launch of its own, after which columns need nothing of each other.
-#include <cuda_pipeline.h>
-
 #include <optional>
 #include <utility>
 
-#include "../philox.h"
-#include "rows.cuh"
+#include "admin_norm_block.cuh"
 
 namespace repdeg_fast {
 namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int kMaxThreads = 512;      // of a block, where a thread has one pack of each row: 128 registers each
 constexpr int kLongPacks = 4;         // packs a thread in the longest rows that are held,
 constexpr int kLongThreads = 256;     // by this many threads of 255 registers
 constexpr int kGroupedThreads = 256;  // groups of fewer threads share a block of about this many, and its sums
 constexpr int kParameters = 4;        // ω, γ, β, branch bias: the order of their sums
 constexpr int kReduceColumns = 32, kReduceLanes = 8;
-
-// What both passes take; null where absent. Matrices: rows of unit stride; parameters: d values, 16-byte aligned.
-template <typename T>
-struct Block {
-  const T *grad_y, *y, *x, *branch;
-  const float *omega, *weight, *bias, *branch_bias, *mean, *rstd;
-  const int64_t* seed;
-  int64_t n, x_stride, branch_stride;
-  int d;
-  float dropout, scale;
-  bool center;
-};
-
-// The threads that hold one row (or one block of columns of it) together.
-struct Group {
-  int threads, index, lane;
-  __device__ explicit Group(int threads)
-      : threads(threads), index(threadIdx.x / threads), lane(threadIdx.x % threads) {}
-  __device__ int count() const { return blockDim.x / threads; }
-};
-
-// Σ of two values over a group, the same in all its threads. Two scratch areas in turn need only one barrier a call.
-struct GroupSum {
-  float2* scratch;  // 2 × warps
-  int turn = 0;
-
-  __device__ float2 operator()(float2 value, const Group& group) {
-    value.x = warp_sum(value.x);
-    value.y = warp_sum(value.y);
-    if (group.threads == 32) return value;
-    float2* area = scratch + turn * (kMaxThreads / 32);
-    turn ^= 1;
-    if (threadIdx.x % 32 == 0) area[threadIdx.x / 32] = value;
-    __syncthreads();
-    const int warps = group.threads / 32;
-    value = float2{0, 0};
-    for (int w = 0; w < warps; ++w) {
-      value.x += area[group.index * warps + w].x;
-      value.y += area[group.index * warps + w].y;
-    }
-    return value;
-  }
-};
-
-// A pack's worth of fp32 values: a parameter's, or sums.
-template <int kSize>
-struct Floats {
-  float value[kSize];
-
-  __device__ static Floats all(float x) {
-    Floats f;
-    for (int j = 0; j < kSize; ++j) f.value[j] = x;
-    return f;
-  }
-  __device__ static Floats load(const float* p) {
-    Floats f;
-    for (int j = 0; j < kSize; j += 4) {
-      const float4 v = *reinterpret_cast<const float4*>(p + j);
-      f.value[j] = v.x, f.value[j + 1] = v.y, f.value[j + 2] = v.z, f.value[j + 3] = v.w;
-    }
-    return f;
-  }
-  __device__ static Floats parameter(const float* p, int column, float absent) {
-    return p ? load(p + column) : all(absent);
-  }
-  __device__ void store(float* p) const {
-    for (int j = 0; j < kSize; j += 4)
-      *reinterpret_cast<float4*>(p + j) = float4{value[j], value[j + 1], value[j + 2], value[j + 3]};
-  }
-};
-
-// Which values of a pack dropout keeps, a bit each; all of them without dropout.
-template <typename T>
-__device__ uint32_t kept_bits(const Block<T>& b, int64_t row, int column) {
-  if (!b.seed) return ~0u;
-  uint32_t bits = 0;
-#pragma unroll 1  // one generator's registers at a time
-  for (int j = 0; j < Pack<T>::size; j += 4) {
-    const PhiloxWords words = philox(uint64_t(*b.seed), uint32_t(column + j) / 4, uint32_t(row), kDropoutStream);
-#pragma unroll
-    for (int l = 0; l < 4; ++l) bits |= uint32_t(philox_uniform(words.lane[l]) >= b.dropout) << (j + l);
-  }
-  return bits;
-}
-
-__device__ inline float keep(uint32_t bits, int j, float scale) { return bits >> j & 1 ? scale : 0.f; }
-
-// z = x ⊙ ω + k ⊙ (f + b) of one pack.
-template <typename T>
-__device__ Floats<Pack<T>::size> residual_sum(const Block<T>& b, const Pack<T>& x, const Pack<T>& f, uint32_t bits,
-                                              int column) {
-  constexpr int S = Pack<T>::size;
-  const auto omega = Floats<S>::parameter(b.omega, column, 1), bias = Floats<S>::parameter(b.branch_bias, column, 0);
-  Floats<S> z;
-  for (int j = 0; j < S; ++j) {
-    z.value[j] = to_float(x.value[j]) * omega.value[j] +
-                 (to_float(f.value[j]) + bias.value[j]) * keep(bits, j, b.scale);
-  }
-  return z;
-}
-
-// n of one pack: (y − β)/γ, 0 where γ is 0, or from the inputs (`first` is y or x, `second` the branch).
-template <bool kFromOutput, typename T>
-__device__ Floats<Pack<T>::size> normalized(const Block<T>& b, const Pack<T>& first, const Pack<T>& second,
-                                            uint32_t bits, const Floats<Pack<T>::size>& weight, float mean, float rstd,
-                                            int column) {
-  constexpr int S = Pack<T>::size;
-  Floats<S> n;
-  if constexpr (kFromOutput) {
-    const auto bias = Floats<S>::parameter(b.bias, column, 0);
-    for (int j = 0; j < S; ++j) {
-      const float centered = to_float(first.value[j]) - bias.value[j];
-      n.value[j] = weight.value[j] == 0 ? 0 : __fdividef(centered, weight.value[j]);
-    }
-  } else {
-    n = residual_sum(b, first, second, bits, column);
-    for (int j = 0; j < S; ++j) n.value[j] = (n.value[j] - mean) * rstd;
-  }
-  return n;
-}
-
-template <typename T>
-__device__ Pack<T> affine(const Block<T>& b, const Floats<Pack<T>::size>& z, float mean, float rstd, int column) {
-  constexpr int S = Pack<T>::size;
-  const auto weight = Floats<S>::parameter(b.weight, column, 1), bias = Floats<S>::parameter(b.bias, column, 0);
-  Pack<T> y;
-  for (int j = 0; j < S; ++j)
-    y.value[j] = from_float<T>((z.value[j] - mean) * rstd * weight.value[j] + bias.value[j]);
-  return y;
-}
-
-// Rows on their way from memory: two stages of kStreams matrices, kPacks packs a thread, in slots of the thread's own.
-template <typename T, int kPacks, int kStreams>
-struct Prefetch {
-  uint4* slots;
-  int reading = 0;  // stage; the other one is being filled
-
-  static size_t bytes(int threads) { return size_t(2) * kStreams * kPacks * threads * sizeof(uint4); }
-
-  __device__ uint4* slot(int stage, int stream, int k) const {
-    return slots + ((stage * kStreams + stream) * kPacks + k) * blockDim.x + threadIdx.x;
-  }
-  __device__ void copy(int stream, const T* row, int first_column, int column_step, int d) const {
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      const int column = first_column + k * column_step;
-      if (column < d) __pipeline_memcpy_async(slot(reading ^ 1, stream, k), row + column, sizeof(uint4));
-    }
-  }
-  // Turns to the next row, whose copies are waited for, while `fetch` begins those of the row after it. They go where
-  // the row before lay, whose values this thread has used by then.
-  template <typename F>
-  __device__ void next(F&& fetch) {
-    reading ^= 1;
-    fetch();
-    __pipeline_commit();
-    __pipeline_wait_prior(1);
-  }
-  __device__ Pack<T> read(int stream, int k) const {
-    return Pack<T>::load(reinterpret_cast<const T*>(slot(reading, stream, k)));
-  }
-};
 
 // A step takes a row for each group. All threads of a block make the same steps, with or without a row: sums over a
 // group meet at the block's barrier.

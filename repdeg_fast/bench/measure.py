@@ -202,6 +202,7 @@ def device_name(device: torch.device) -> str:
 def versions(device: torch.device) -> dict[str, str | int | None]:
     """What a figure depends on beside the code under test."""
     import repdeg_fast
+    from repdeg_fast import backends
 
     try:
         import triton
@@ -210,6 +211,7 @@ def versions(device: torch.device) -> dict[str, str | int | None]:
     except ImportError:
         triton_version = None
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "repdeg_fast": repdeg_fast.__version__,
         "torch": torch.__version__,
         "triton": triton_version,
@@ -217,5 +219,7 @@ def versions(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
+        # by `repdeg-fast tune`: not the configurations that ship
+        "tuned": "by repdeg-fast tune" if backends.tuning_file().exists() else None,
         "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE"),  # huge pages for all of torch's CPU memory
     }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,8 +24,15 @@ _MARKS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
+    write_rows([row.as_json() for row in rows], path)
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Replaced as a whole: whoever reads it while a run goes on, or after one was killed, finds it complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(draft, path)
 
 
 def table(rows: Sequence[Row]) -> Table:

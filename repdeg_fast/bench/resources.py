@@ -1,4 +1,5 @@
-"""Compile kernels without a GPU and read what the compiled code needs: registers, spills, shared memory."""
+"""Compile kernels without a GPU and read what the compiled code needs, and what is in it: registers, spills, shared
+memory, the width of loads and stores, matrix instructions; and how many of its threads a chip can hold at once."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,81 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_MEMORY_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a block
 
 
+_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}  # of an access; none of these: 32
+_MATRIX = re.compile(r"(HGMMA|QGMMA|IGMMA|UTC\w*MMA|HMMA|IMMA|DMMA|v_s?mfma)\b|v_mfma")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel needs. ``spilled`` is in bytes a thread (on AMD: spilled registers)."""
+    """What one compiled kernel needs, and how often each instruction stands in its code.
+
+    ``spilled`` is in bytes a thread (on AMD: spilled registers). ``threads`` is the size of a block, the largest one
+    allowed where the launcher chooses. Shared memory that a CUDA launcher asks for beside it is not known here.
+    """
 
     registers: int
     spilled: int
     shared_bytes: int
-    matrix_instruction: str
-    assembly: str
+    threads: int
+    instructions: Mapping[str, int]
+
+    @property
+    def matrix(self) -> dict[str, int]:
+        """Tensor-core instructions: ``{"HGMMA.64x128x16.F32.BF16": 4}``."""
+        return {name: count for name, count in self.instructions.items() if _MATRIX.match(name)}
+
+    def accesses(self, kind: str) -> dict[int, int]:
+        """Instructions by the bytes a thread moves with each, the widest first; ``kind``: ``"LDG"`` (global loads),
+        ``"STG"`` (stores) or ``"LDGSTS"`` (copies to shared memory, past the registers). NVIDIA only."""
+        widths: Counter[int] = Counter()
+        for name, count in self.instructions.items():
+            opcode, *modifiers = name.split(".")
+            if opcode == kind:
+                widths[next((_BITS[m] for m in modifiers if m in _BITS), 32) // 8] += count
+        return dict(sorted(widths.items(), reverse=True))
+
+    @property
+    def bulk_copies(self) -> int:
+        """Copies by the tensor memory accelerator."""
+        return sum(count for name, count in self.instructions.items() if name.startswith(("UTMA", "UBLKCP")))
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the blocks on one multiprocessor share, and in what portions a chip hands it out."""
+
+    registers: int = 65_536
+    shared_bytes: int = 228 << 10
+    threads: int = 2048
+    blocks: int = 32
+    shared_reserved: int = 1024  # of each block, for the system
+    shared_portion: int = 128
+    warp_registers_portion: int = 256
+    warps_portion: int = 4  # one on each of its four parts
+
+    @property
+    def warps(self) -> int:
+        return self.threads // 32
+
+    def resident_warps(self, registers: int, shared_bytes: int, threads: int) -> tuple[int, str]:
+        """Warps that it holds at once of blocks that need so much, and what there is too little of for more:
+        "registers", "shared memory", "threads" or "blocks"."""
+        warps = -(-threads // 32)
+        each = -(-32 * registers // self.warp_registers_portion) * self.warp_registers_portion
+        by_registers = self.registers // max(each, 1) // self.warps_portion * self.warps_portion // warps
+        shared = -(-(shared_bytes + self.shared_reserved) // self.shared_portion) * self.shared_portion
+        most = {
+            "threads": self.warps // warps,
+            "registers": by_registers,
+            "shared memory": self.shared_bytes // shared,
+            "blocks": self.blocks,
+        }
+        limit = min(most, key=lambda name: most[name])
+        return warps * most[limit], limit
+
+
+H200 = Multiprocessor()  # as H100: the figures of compute capability 9.0
 
 
 def specializations() -> Iterator[Any]:
@@ -57,8 +125,12 @@ def compile_triton(specialization: Any, target: str) -> Resources:
     compiled = triton.compile(source, target=_gpu_target(target), options=options)
     shared = compiled.metadata.shared
     if target.startswith("gfx"):
-        return _amd_resources(compiled.asm["amdgcn"], shared)
-    return _nvidia_resources(compiled.asm["cubin"], compiled.asm["ptx"], shared)
+        return _amd_resources(compiled.asm["amdgcn"], shared, 64 * specialization.num_warps)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        (found,) = _read_cubin(Path(file.name)).values()
+    return replace(found, shared_bytes=shared)  # its shared memory is given at launch
 
 
 def _gpu_target(target: str) -> Any:
@@ -69,13 +141,13 @@ def _gpu_target(target: str) -> Any:
     return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
 
 
-def _amd_resources(assembly: str, shared: int) -> Resources:
+def _amd_resources(assembly: str, shared: int, threads: int) -> Resources:
     def count(field: str) -> int:
         found = re.search(rf"\.{field}:\s*(\d+)", assembly)
         return int(found.group(1)) if found else 0
 
-    matrix = "mfma" if "v_mfma" in assembly else ""
-    return Resources(count("vgpr_count"), count("vgpr_spill_count"), shared, matrix, assembly)
+    instructions = Counter(re.findall(r"^\s+((?:v|s|ds|global|buffer)_\w+)", assembly, re.MULTILINE))
+    return Resources(count("vgpr_count"), count("vgpr_spill_count"), shared, threads, instructions)
 
 
 def compile_cuda(source: Path, target: str, folder: Path) -> dict[str, Resources]:
@@ -88,32 +160,35 @@ def compile_cuda(source: Path, target: str, folder: Path) -> dict[str, Resources
     done = subprocess.run([*command, str(source)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{source.name} does not compile for {target}:\n{done.stderr}")
-    return {name: Resources(*usage, "", "") for name, usage in _resource_usage(cubin).items()}
+    return _read_cubin(cubin)
 
 
-def _nvidia_resources(cubin: bytes, ptx: str, shared: int) -> Resources:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        ((registers, spilled, _),) = _resource_usage(Path(file.name)).values()
-    matrix = next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "")
-    return Resources(registers, spilled, shared, matrix, ptx)
-
-
-def _resource_usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
-    """Registers, spilled bytes and static shared memory of each kernel in a cubin. Spills are the stack and local
-    memory: our kernels ask for none of their own."""
-    command = [str(_cuobjdump()), "-res-usage", str(cubin)]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _read_cubin(cubin: Path) -> dict[str, Resources]:
+    """What each kernel of a cubin needs. Spills are the stack and local memory: our kernels ask for none themselves."""
+    usage = _cuobjdump("-res-usage", cubin)
+    code = re.split(r"^\s*Function : (\S+)", _cuobjdump("-sass", cubin), flags=re.MULTILINE)
+    threads = re.split(r"^\.nv\.info\.(\S+)", _cuobjdump("-elf", cubin), flags=re.MULTILINE)
+    instructions = {
+        name: Counter(_INSTRUCTION.findall(text)) for name, text in zip(code[1::2], code[2::2], strict=True)
+    }
+    blocks = {name: _block_threads(text) for name, text in zip(threads[1::2], threads[2::2], strict=True)}
     found = {}
-    for name, line in re.findall(r"Function (\S+):\s*\n(.*)", report):
-        usage = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
-        found[name] = (usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"])
+    for name, line in re.findall(r"Function (\S+):\s*\n(.*)", usage):
+        used = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+        spilled = used["STACK"] + used["LOCAL"]
+        found[name] = Resources(used["REG"], spilled, used["SHARED"], blocks[name], instructions[name])
     return found
 
 
-def _cuobjdump() -> Path:
-    """The disassembler that Triton's package carries."""
+def _block_threads(attributes: str) -> int:
+    """The size of a block that the compiler was told of: exact or the largest."""
+    x, y, z = re.findall(r"EIATTR_(?:MAX_THREADS|REQNTID)\s+Format:\s+\S+\s+Value:\s+(\w+) (\w+) (\w+)", attributes)[0]
+    return int(x, 16) * int(y, 16) * int(z, 16)
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    """The disassembler that Triton's package carries, at work."""
     import triton
 
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([str(program), option, str(cubin)], capture_output=True, text=True, check=True).stdout

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from repdeg_fast import backends
-from repdeg_fast._checks import check_floating, check_positive
+from repdeg_fast._checks import check_dropout, check_floating, check_positive
 from repdeg_fast._recoverable import SMALLEST_RATIO, smallest_ratio
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.ops.admin_norm import admin_norm as _admin_norm
@@ -85,8 +85,7 @@ def admin_norm(
 
 def check_options(dropout: float, eps: float, norm: str, save: str) -> None:
     """The options that the module shares."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    check_dropout("dropout", dropout)
     check_positive("eps", eps)
     for name, value, choices in (("norm", norm, NORMS), ("save", save, SAVES)):
         if value not in choices:

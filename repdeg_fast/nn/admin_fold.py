@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from repdeg_fast.nn.admin_norm import AdminNorm
 from repdeg_fast.nn.admin_profile import admin_norms
-from repdeg_fast.nn.admin_transformer import TORCH_CLASS, AdminDecoderLayer, AdminEncoderLayer, sublayers
+from repdeg_fast.nn.admin_transformer import TORCH_CLASS, AdminDecoderLayer, AdminEncoderLayer, check_weights, sublayers
 
 
 class ScaledInputEncoderLayer(nn.TransformerEncoderLayer):
@@ -75,11 +75,12 @@ def fold_admin(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: an entry of ω that is zero or not finite (what it blocks cannot be undone), a model without
-            AdminNorm, or an AdminNorm that is no part of an ADMIN layer or has options a LayerNorm does not know.
+            AdminNorm, an AdminNorm that is no part of an ADMIN layer or has options a LayerNorm does not know, or
+            weights that several layers share or a parametrization computes.
     """
+    _check_foldable(model)
     folded = copy.deepcopy(model)
     layers = [part for part in folded.modules() if isinstance(part, _LAYERS)]
-    _check_foldable(folded, layers)
     preceding = _preceding_layers(folded)
     for layer in layers:
         before = preceding.get(id(layer))
@@ -92,7 +93,9 @@ def fold_admin(model: nn.Module) -> nn.Module:
     return folded
 
 
-def _check_foldable(model: nn.Module, layers: list[Layer]) -> None:
+def _check_foldable(model: nn.Module) -> None:
+    named = {name: part for name, part in model.named_modules() if isinstance(part, _LAYERS)}
+    layers = named.values()
     known = {id(getattr(layer, f"norm{number}")) for layer in layers for number in sublayers(layer)}
     for name, norm in admin_norms(model).items():
         if id(norm) not in known:
@@ -106,6 +109,8 @@ def _check_foldable(model: nn.Module, layers: list[Layer]) -> None:
                 f"model: expected ω without zeros at {name}, got a smallest |ω| of {norm.omega.abs().min().item()}; "
                 f"the weights after it would have to be divided by zero"
             )
+    for name, layer in named.items():
+        check_weights(name, layer)
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters():
         if uses[id(parameter)] > 1 and any(parameter is own for layer in layers for own in layer.parameters()):

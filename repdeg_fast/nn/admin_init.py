@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repdeg_fast.nn.admin_norm import AdminNorm
 from repdeg_fast.nn.admin_profile import admin_norms, observe, stack_of, variances
 from repdeg_fast.nn.admin_table import AdminTable, Sublayer
-from repdeg_fast.nn.admin_transformer import AdminDecoderLayer, AdminEncoderLayer
+from repdeg_fast.nn.admin_transformer import AdminDecoderLayer, AdminEncoderLayer, check_weights
 
 # ω of every sub-layer in a stack of n, by how the change of the stack's output in one update grows with n: the rules of
 # the authors' package admin-torch
@@ -116,6 +116,8 @@ def _deepnorm(model: nn.Module, norms: dict[str, AdminNorm]) -> dict[str, float]
             f"model: rule='deepnorm' rescales weights and knows AdminEncoderLayer and AdminDecoderLayer only, got "
             f"{strangers[0]} outside of them"
         )
+    for name, layer in layers.items():
+        check_weights(name, layer)
     constants = deepnorm_constants(
         sum(isinstance(layer, AdminEncoderLayer) for layer in layers.values()),
         sum(isinstance(layer, AdminDecoderLayer) for layer in layers.values()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from repdeg_fast._checks import check_finite
 from repdeg_fast.functional.admin_norm import admin_norm, check_options
 
 
@@ -56,6 +57,7 @@ class AdminNorm(nn.Module):
                 f"normalized_shape: expected the length of the last dimension, an int of at least 1, "
                 f"got {normalized_shape!r}"
             )
+        check_finite("omega", omega)
         check_options(dropout, eps, norm, save)
         self.normalized_shape, self.initial_omega = normalized_shape, float(omega)
         self.dropout, self.eps, self.norm, self.save = dropout, eps, norm, save

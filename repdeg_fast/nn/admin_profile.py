@@ -104,10 +104,14 @@ def variances(norm: AdminNorm, x: Tensor, branch: Tensor, group: Any | None = No
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(moments, group=group)
     (count, total, squares), (_, branch_total, branch_squares) = moments.tolist()
+    if count == 0:
+        raise ValueError("batch: expected activations, got an empty batch")
     kept = 1 - norm.dropout if norm.training else 1.0
     found = squares / count - (total / count) ** 2, branch_squares / kept / count - (branch_total / count) ** 2
     if not all(0 <= value < float("inf") for value in found):
         raise ValueError(f"batch: expected finite activations, got variances {found[0]} and {found[1]} in the model")
+    if sum(found) == 0:
+        raise ValueError("batch: expected activations that differ, got the same value throughout the model's stream")
     return found
 
 

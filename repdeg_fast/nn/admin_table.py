@@ -35,9 +35,15 @@ class Share:
 
 
 class _Table(ABC):
-    """What a table can do with its records, all of one dataclass."""
+    """What a table can do with its records, all of one dataclass. As a sequence it is that of its records."""
 
     records: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.records[place]
 
     def save(self, path: str | Path) -> Path:
         """Write the records as a list of objects (``.json``) or as lines with a header (``.csv``)."""

@@ -212,7 +212,8 @@ def from_torch(module: Module) -> Module:
 
     Raises:
         ValueError: no layer to convert, or a pre-LN one (``norm_first=True``).
-        TypeError: a subclass of torch's layers, whose ``forward`` may be another.
+        TypeError: a subclass of torch's layers, whose ``forward`` may be another, or parts in a layer that are not
+            those it is made with.
     """
     converted = copy.deepcopy(module)
     for original, part in zip(module.modules(), converted.modules(), strict=True):
@@ -235,16 +236,7 @@ def _convert_(module: nn.Module) -> int:
     parts = [(name, part) for name, part in module.named_modules() if not isinstance(part, _ADMIN_LAYERS)]
     layers = [(name, part) for name, part in parts if isinstance(part, _TORCH_LAYERS)]
     for name, layer in layers:
-        where = f"module{'.' if name else ''}{name}"
-        if type(layer) not in ADMIN_CLASS:
-            raise TypeError(
-                f"{where}: expected torch's own layer, got its subclass {type(layer).__name__}, whose forward may be "
-                f"another; use repdeg_fast.AdminNorm in it instead"
-            )
-        _check_post_ln(layer.norm_first, where)
-        for child, attention in layer.named_children():
-            if child.endswith("_attn"):
-                check_plain(f"{where}.{child}", attention)
+        _check_convertible(f"module{'.' if name else ''}{name}", layer)
     for _, part in parts:
         if type(part) in ADMIN_CLASS:
             part.__class__ = ADMIN_CLASS[type(part)]
@@ -255,6 +247,25 @@ def _convert_(module: nn.Module) -> int:
     return len(layers)
 
 
+def _check_convertible(where: str, layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> None:
+    if type(layer) not in ADMIN_CLASS:
+        raise TypeError(
+            f"{where}: expected torch's own layer, got its subclass {type(layer).__name__}, whose forward may be "
+            f"another; use repdeg_fast.AdminNorm in it instead"
+        )
+    _check_post_ln(layer.norm_first, where)
+    for child, part in layer.named_children():
+        if child.endswith("_attn"):
+            check_plain(f"{where}.{child}", part)
+    for number in sublayers(layer):
+        for child, expected in ((f"norm{number}", nn.LayerNorm), (f"dropout{number}", nn.Dropout)):
+            if type(part := getattr(layer, child)) is not expected:
+                raise TypeError(
+                    f"{where}.{child}: expected an nn.{expected.__name__}, whose place an AdminNorm takes, got "
+                    f"{type(part).__name__}; use repdeg_fast.AdminNorm in a layer of your own"
+                )
+
+
 def _take_admin_norms(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> None:
     """Put one AdminNorm in the place of each sub-layer's dropout and LayerNorm."""
     for number in sublayers(layer):
@@ -263,6 +274,17 @@ def _take_admin_norms(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderL
         delattr(layer, f"dropout{number}")
     if isinstance(layer, nn.TransformerEncoderLayer):
         layer.activation_relu_or_gelu = 0  # keeps nn.TransformerEncoder's nested tensors away: AdminNorm takes none
+
+
+def check_weights(where: str, layer: nn.Module) -> None:
+    """Whether all are parameters: what is written to a weight that a parametrization or a hook computes is lost."""
+    for name, part in layer.named_modules(prefix=where):
+        for weight in ("weight", "bias", "in_proj_weight", "in_proj_bias"):
+            if isinstance(value := getattr(part, weight, None), Tensor) and not isinstance(value, nn.Parameter):
+                raise ValueError(
+                    f"model: expected a parameter, got {f'{name}.{weight}'.lstrip('.')} that is computed from others; "
+                    f"make it one by torch.nn.utils.parametrize.remove_parametrizations, prune.remove or the like"
+                )
 
 
 def feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor) -> Tensor:

@@ -1,0 +1,97 @@
+"""The committed documents that commands write: README's result tables and the budget."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from repdeg_fast.bench.suite import Work, suites
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name):  # of benchmarks/
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    module = script("readme_tables")
+    for name in ("README", "RESULTS"):
+        monkeypatch.setattr(module, name, tmp_path / name)
+    module.RESULTS.mkdir()
+    module.README.write_text(f"before\n\n{module.BEGIN}\nold\n{module.END}\n\nafter\n")
+    return module
+
+
+def row(provider, ms, **changes):
+    versions = {"device_name": "NVIDIA H200", "date": "2026-11-20", "torch": "2.11.0", "triton": None}
+    names = {"op": "linear_cross_entropy", "case": "amos-base", "pass": "forward+backward", "provider": provider}
+    return {**names, "ms_median": ms, "percent_of_roof": 71.6, "reason": None, "versions": versions, **changes}
+
+
+def test_without_results_the_readme_stays_as_it_is(tables, capsys):
+    before = tables.README.read_text()
+    (tables.RESULTS / "NVIDIA_H200.tuning.json").write_text("[]")
+    assert tables.main() == 0
+    assert tables.README.read_text() == before
+    assert "no GPU was measured yet" in capsys.readouterr().out
+
+
+def test_our_fastest_beside_the_fastest_of_the_others(tables):
+    rows = [
+        *(row("eager", 9.0), row("liger", 6.0), row("quack", None, reason="not installed"), row("gemms", 2.0)),
+        *(row("ours-streaming-triton", 8.0), row("ours-chunked-triton", 4.0)),
+        *(row("ours-chunked-cpu", 1.0, reason="wrong value"), row("ours-chunked-triton", 3.0, case="alone")),
+    ]
+    (tables.RESULTS / "NVIDIA_H200.json").write_text(json.dumps(rows))
+    assert tables.main() == tables.main() == 0
+    text = tables.README.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\n\nafter\n")
+    assert "old" not in text
+    assert "NVIDIA H200, 2026-11-20, torch 2.11.0:" in text
+    expected = "| linear_cross_entropy | amos-base | forward+backward | chunked-triton | 4 | 72 | liger | 6 | 1.50× |"
+    assert [line for line in text.splitlines() if line.startswith("| linear")] == [expected]
+
+
+def test_a_readme_without_markers_is_an_error(tables, capsys):
+    (tables.RESULTS / "GPU.json").write_text(json.dumps([row("eager", 9.0)]))
+    tables.README.write_text("nothing")
+    assert tables.main() == 2
+    assert "expected one line" in capsys.readouterr().err
+
+
+def test_the_readme_has_the_markers():
+    module = script("readme_tables")
+    assert [module.README.read_text().count(marker) for marker in (module.BEGIN, module.END)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "work", "expected"),
+    [
+        ("cosreg", torch.float32, Work(48 * 10**8, 1), (1e-3, 1e-3 / 0.9, "bytes")),
+        ("linear_cross_entropy", torch.bfloat16, Work(1, 989 * 10**9), (1e-3, 1e-3 / 0.8, "operations")),
+        ("linear_cross_entropy", torch.float32, Work(1, 494 * 10**9), (3e-3, 3e-3 / 0.8, "operations")),
+    ],
+)
+def test_floors(op, dtype, work, expected):
+    *seconds, bound = script("budget").floors(op, dtype, work)
+    assert seconds == pytest.approx(expected[:2])
+    assert bound == expected[2]
+
+
+def test_the_budget_has_every_gpu_case():
+    module = script("budget")
+    text = module.TABLE.read_text()
+    for op, suite in suites().items():
+        section = text.split(f"## {op}\n")[1].split("## ")[0]
+        cases = [case.name for case in suite.cases if "cuda" in case.default_on and case.group is None]
+        listed = [line.split(" | ")[0].removeprefix("| ") for line in section.splitlines()[3:] if line.startswith("|")]
+        assert list(dict.fromkeys(listed)) == cases, "run `make tables`"
