@@ -305,7 +305,9 @@ def test_gradcheck(backend, strategy):
 def test_opcheck(chunked):
     hidden, weight, target, bias = inputs(9, 6, 5, torch.float64)
     options = (1, -100, 0.0, 0.0, "mean", None, torch.float64, [True, True, True])
-    torch.library.opcheck(ops.linear_cross_entropy, (hidden, weight, target, bias, *options, chunked, "auto"))
+    no_sample = (None, None, 1.0)
+    arguments = (hidden, weight, target, bias, *no_sample, *options, chunked, "auto")
+    torch.library.opcheck(ops.linear_cross_entropy, arguments)
     made = [t.detach().clone() for t in (hidden, weight, bias)]
     grad_loss, inputs_ = torch.tensor([0.5]).double(), (hidden.detach(), weight.detach(), target, bias.detach())
     torch.library.opcheck(ops.linear_cross_entropy_rescale_, (*made, grad_loss, *inputs_, *options, "auto"))
