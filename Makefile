@@ -12,7 +12,7 @@ STAGE ?= all
 help:
 	@echo "make bench              set up .venv and run the benchmarks (ARGS='--ops cosreg ...' to choose)"
 	@echo "make test               set up .venv, lint, and run all tests"
-	@echo "make gpu [STAGE=check]  on a machine with a GPU and its own torch: check, bench, tune, profile (offline); STAGE=batch: largest batches"
+	@echo "make gpu [STAGE=check]  on a machine with a GPU and its own torch: check, bench, tune, profile (offline); STAGE=sanitize, STAGE=batch"
 	@echo "make tables             write benchmarks/KERNELS.md, benchmarks/BUDGET.md and the README's tables anew"
 	@echo "make clean              remove .venv and build files"
 

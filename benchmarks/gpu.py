@@ -26,10 +26,12 @@ from typing import TextIO
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SITE = ROOT / "bench_out" / "site"  # the package is installed here, so that a read-only environment will do
-OPS = ("cosreg", "linear_cross_entropy", "gumbel_mix")  # whose memory is profiled
+PROFILED = ("cosreg", "linear_cross_entropy", "gumbel_mix")  # whose memory is shown
+OPS = (*PROFILED, "mlm_losses_and_sample", "admin_norm")
 TUNED = "linear_cross_entropy,gumbel_mix,admin_norm,cosreg"  # the longest first; the other suites launch the same
 MINUTES = 8.0
-BY_NAME = ("batch",)  # stages that run only when asked for: the largest batch takes minutes to find
+BY_NAME = ("sanitize", "batch")  # stages that run only when asked for: both take minutes
+SANITIZED = "value_and_gradient or published_formula or equals_the_two_functions or long_rows"  # every kernel, small
 RESERVE = 15.0  # seconds kept back for the report
 SHARES = {"check": 0.33, "bench": 0.45, "tune": 0.14, "profile": 0.08}  # of the time left when a stage of `all` starts
 
@@ -92,23 +94,29 @@ def gpu_name() -> str | None:
 
 
 def commands(stage: str, name: str) -> list[list[str]]:
-    """The modules that a stage runs one after the other. Figures do not wait for the plots, nor need them."""
-    cli, plots = ["repdeg_fast", stage, "--device", "cuda"], str(RESULTS / name)
+    """What a stage runs, one after the other. Figures do not wait for the plots, nor need them."""
+    python, plots = [sys.executable, "-m"], str(RESULTS / name)
+    cli = [*python, "repdeg_fast", stage, "--device", "cuda"]
+    tests = [*python, "pytest", "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider"]
     if stage == "install":
         flags = ["-q", "--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "--upgrade"]
-        return [["pip", "install", *flags, "--target", str(SITE), str(ROOT)]]
+        return [[*python, "pip", "install", *flags, "--target", str(SITE), str(ROOT)]]
     if stage == "check":
-        build = ["repdeg_fast", "info", "--build"]
-        return [build, ["pytest", str(ROOT / "tests"), "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider"]]
+        return [[*python, "repdeg_fast", "info", "--build"], [*tests, str(ROOT / "tests")]]
+    if stage == "sanitize":  # each tensor in an allocation of its own: else a step beyond its end meets the next one
+        tests += ["-k", SANITIZED, *(str(ROOT / "tests" / f"test_{op}.py") for op in OPS)]
+        sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1", "--tool"]
+        return [[*sanitizer, tool, *tests] for tool in ("memcheck", "racecheck")]
     if stage == "bench":
         figures = str(RESULTS / f"{name}.json")
         return [[*cli, "--json", figures, *(["--plot", plots] if _can_plot() else [])]]
     if stage == "batch":
-        return [["repdeg_fast.bench.largest_batch", "--json", str(RESULTS / f"{name}.largest_batch.json")]]
+        found = str(RESULTS / f"{name}.largest_batch.json")
+        return [[*python, "repdeg_fast.bench.largest_batch", "--json", found]]
     if stage == "tune":
         trials = str(RESULTS / f"{name}.tuning.json")
-        return [["repdeg_fast", "tune", "--ops", TUNED, "--json", trials, "--seconds", "0.5"]]
-    return [[*cli, "--op", op, "--out", plots] for op in OPS if _can_plot()]
+        return [[*python, "repdeg_fast", "tune", "--ops", TUNED, "--json", trials, "--seconds", "0.5"]]
+    return [[*cli, "--op", op, "--out", plots] for op in PROFILED if _can_plot()]
 
 
 def run_stage(stage: str, name: str, seconds: float) -> str:
@@ -121,7 +129,7 @@ def run_stage(stage: str, name: str, seconds: float) -> str:
     with open(RESULTS / f"{name}.{stage}.log", "w") as log:
         for command in commands(stage, name):
             remaining = seconds - (time.monotonic() - start)
-            outcome = run_limited([sys.executable, "-m", *command], log, max(1.0, remaining))
+            outcome = run_limited(command, log, max(1.0, remaining))
             ended = ended if outcome == "passed" else outcome
     outcome = f"{ended} after {time.monotonic() - start:.0f} s"
     print(f"== {stage}: {outcome}", flush=True)

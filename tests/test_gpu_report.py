@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -70,7 +71,7 @@ def stages(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(gpu, "SITE", tmp_path / "site")
     monkeypatch.setattr(gpu, "gpu_name", lambda: "GPU")
-    monkeypatch.setattr(gpu, "commands", lambda stage, name: [["timeit", "-n1", "-r1", codes[stage]]])
+    monkeypatch.setattr(gpu, "commands", lambda stage, name: [[sys.executable, "-c", codes[stage]]])
     return codes
 
 
@@ -123,7 +124,7 @@ def test_an_interrupted_run_leaves_a_report_and_no_figures_of_an_earlier_one(sta
     def interrupted(stage, name):
         if stage == "bench":
             raise KeyboardInterrupt
-        return [["timeit", "-n1", "-r1", "pass"]]
+        return [[sys.executable, "-c", "pass"]]
 
     monkeypatch.setattr(gpu, "commands", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -161,3 +162,13 @@ def test_report_without_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     gpu.write_report("GPU", {"check": "failed (exit 1) after 2 s"})
     assert "failed (exit 1)" in (tmp_path / "GPU.md").read_text()
+
+
+def test_the_sanitizer_is_given_a_test_of_every_operation():
+    commands = gpu.commands("sanitize", "GPU")
+    assert [command[command.index("--tool") + 1] for command in commands] == ["memcheck", "racecheck"]
+    files = [Path(word) for word in commands[0] if word.endswith(".py")]
+    assert len(files) == len(gpu.OPS)
+    for file in files:
+        tests = re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+        assert any(word in name for word in gpu.SANITIZED.split(" or ") for name in tests)
