@@ -1,6 +1,5 @@
-"""Writes the results of ``make gpu`` (``benchmarks/results/<gpu>.json``) into README.md, between its two markers.
-
-Without results README.md stays as it is. ``python benchmarks/readme_tables.py``
+"""Writes the results in ``benchmarks/results/`` into README.md, between its two markers: those of ``make gpu``
+(``<gpu>.json``) first, then those of CPUs (``repdeg-fast bench --json``). ``python benchmarks/readme_tables.py``
 """
 
 from __future__ import annotations
@@ -15,31 +14,36 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"
-_HEAD = ["| operation | case | pass | ours | ms | % of roof | best rival | ms | faster |", "|" + "---|" * 9]
+NO_GPU = "No GPU measured yet: run `make gpu` on one, then `make tables`."
+_COLUMNS = ("operation", "case", "pass", "ours", "ms", "% of roof", "peak MB", "best rival", "ms", "peak MB", "faster")
+_HEAD = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+_COMMAND = {"cuda": "make gpu", "cpu": "repdeg-fast bench --json"}
 
 
 def main() -> int:
-    tables = [table(path) for path in sorted(RESULTS.glob("*.json")) if "." not in path.stem]  # not .tuning.json
-    if not tables:
-        print(f"{README}: left as it is; no GPU was measured yet")
-        return 0
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) if "." not in path.stem]
+    tables: dict[str, list[str]] = {"cuda": [], "cpu": []}
+    for rows in found:
+        if measured := [row for row in rows if row["ms_median"] is not None]:
+            tables[measured[0]["device"]].append(table(measured))
     text = README.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         print(f"{README}: expected one line {BEGIN!r} and one {END!r}", file=sys.stderr)
         return 2
     before, rest = text.split(BEGIN)
-    README.write_text("\n".join([before + BEGIN, "", "\n\n".join(tables), "", END]) + rest.split(END)[1])
-    print(f"{README}: {len(tables)} table(s)")
+    written = "\n\n".join([*(tables["cuda"] or [NO_GPU]), *tables["cpu"]])
+    README.write_text("\n".join([before + BEGIN, "", written, "", END]) + rest.split(END)[1])
+    print(f"{README}: {len(tables['cuda'])} table(s) of GPUs, {len(tables['cpu'])} of CPUs")
     return 0
 
 
-def table(path: Path) -> str:
+def table(rows: list[dict]) -> str:
     """Our fastest provider of each operation, case and pass beside the fastest of the others."""
-    rows = [row for row in json.loads(path.read_text()) if row["ms_median"] is not None]
-    versions = rows[0]["versions"] if rows else {}
-    named = ", ".join(f"{key} {versions[key]}" for key in ("torch", "triton", "cuda", "python") if versions.get(key))
-    title = f"{versions.get('device_name', path.stem)}, {versions.get('date', 'undated')}, {named}:"
-    lines = [title, "", *_HEAD]
+    versions, device = rows[0]["versions"], rows[0]["device"]
+    named = [f"{key} {versions[key]}" for key in ("torch", "triton", "cuda", "python") if versions.get(key)]
+    threads = [f"{versions['threads']} threads"] if device == "cpu" else []
+    facts = [versions["device_name"], *threads, versions.get("date", "undated"), *named]
+    lines = [f"{', '.join(facts)}; made by `{_COMMAND[device]}`:", "", *_HEAD]
     for key in dict.fromkeys((row["op"], row["case"], row["pass"]) for row in rows):
         lines += _compare([row for row in rows if (row["op"], row["case"], row["pass"]) == key])
     return "\n".join(lines)
@@ -53,11 +57,19 @@ def _compare(rows: list[dict]) -> list[str]:
         return []
     best, rival = (min(some, key=lambda row: row["ms_median"]) for some in (ours, rivals))
     cells = [
-        *(best["op"], best["case"], best["pass"], best["provider"].removeprefix("ours-"), f"{best['ms_median']:.3g}"),
-        *(f"{best['percent_of_roof']:.0f}", rival["provider"], f"{rival['ms_median']:.3g}"),
+        *(best["op"], best["case"], best["pass"], best["provider"].removeprefix("ours-"), _ms(best)),
+        *(f"{best['percent_of_roof']:.0f}", _peak(best), rival["provider"], _ms(rival), _peak(rival)),
         f"{rival['ms_median'] / best['ms_median']:.2f}×",
     ]
     return ["| " + " | ".join(cells) + " |"]
+
+
+def _ms(row: dict) -> str:
+    return f"{row['ms_median']:,.0f}" if row["ms_median"] >= 100 else f"{row['ms_median']:.3g}"
+
+
+def _peak(row: dict) -> str:
+    return "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.3g}"
 
 
 if __name__ == "__main__":

@@ -33,15 +33,27 @@ def tables(tmp_path, monkeypatch):
 def row(provider, ms, **changes):
     versions = {"device_name": "NVIDIA H200", "date": "2026-11-20", "torch": "2.11.0", "triton": None}
     names = {"op": "linear_cross_entropy", "case": "amos-base", "pass": "forward+backward", "provider": provider}
-    return {**names, "ms_median": ms, "percent_of_roof": 71.6, "reason": None, "versions": versions, **changes}
+    figures = {"ms_median": ms, "percent_of_roof": 71.6, "peak_bytes": 12e6, "reason": None, "device": "cuda"}
+    return {**names, **figures, "versions": versions, **changes}
 
 
-def test_without_results_the_readme_stays_as_it_is(tables, capsys):
-    before = tables.README.read_text()
+def test_without_results_the_readme_says_so(tables):
     (tables.RESULTS / "NVIDIA_H200.tuning.json").write_text("[]")
+    assert tables.main() == tables.main() == 0
+    assert tables.README.read_text() == f"before\n\n{tables.BEGIN}\n\n{tables.NO_GPU}\n\n{tables.END}\n\nafter\n"
+
+
+def test_a_cpu_is_no_gpu(tables):
+    versions = {"device_name": "EPYC", "date": "2026-11-20", "torch": "2.13.0", "threads": 2}
+    rows = [row(name, ms, device="cpu", versions=versions) for name, ms in (("eager", 2000.0), ("ours-cpu", 1000.0))]
+    (tables.RESULTS / "EPYC.json").write_text(json.dumps(rows))
     assert tables.main() == 0
-    assert tables.README.read_text() == before
-    assert "no GPU was measured yet" in capsys.readouterr().out
+    text = tables.README.read_text()
+    assert text.index(tables.NO_GPU) < text.index(
+        "EPYC, 2 threads, 2026-11-20, torch 2.13.0; made by `repdeg-fast bench"
+    )
+    assert "| ours-cpu" not in text
+    assert "| cpu | 1,000 | 72 | 12 | eager | 2,000 | 12 | 2.00× |" in text
 
 
 def test_our_fastest_beside_the_fastest_of_the_others(tables):
@@ -56,9 +68,10 @@ def test_our_fastest_beside_the_fastest_of_the_others(tables):
     assert text.startswith("before\n")
     assert text.endswith("\n\nafter\n")
     assert "old" not in text
-    assert "NVIDIA H200, 2026-11-20, torch 2.11.0:" in text
-    expected = "| linear_cross_entropy | amos-base | forward+backward | chunked-triton | 4 | 72 | liger | 6 | 1.50× |"
-    assert [line for line in text.splitlines() if line.startswith("| linear")] == [expected]
+    assert "NVIDIA H200, 2026-11-20, torch 2.11.0; made by `make gpu`:" in text
+    expected = "| amos-base | forward+backward | chunked-triton | 4 | 72 | 12 | liger | 6 | 12 | 1.50× |"
+    assert [line for line in text.splitlines() if line.startswith("| linear")] == [f"| linear_cross_entropy {expected}"]
+    assert tables.NO_GPU not in text
 
 
 def test_a_readme_without_markers_is_an_error(tables, capsys):
