@@ -2,7 +2,8 @@
 in one sweep and as two functions; and the losses alone, since the question is what the sample costs besides.
 
 The value is the mean loss plus the mean of the embeddings, so that gradients flow through both. PyTorch's forms draw
-noise of their own and are not compared.
+noise of their own and are not compared. Ours make the losses' gradients in the forward pass, which alone compares with
+nothing but ours.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import repdeg_fast
-from repdeg_fast.bench.suite import FORWARD, Case, Inputs, Provider, Suite, Work, compiled, per_backend
+from repdeg_fast.bench.suite import (
+    FORWARD,
+    FORWARD_BACKWARD,
+    Case,
+    Inputs,
+    Provider,
+    Suite,
+    Work,
+    compiled,
+    per_backend,
+)
 from repdeg_fast.bench.suites import gumbel_mix, linear_cross_entropy
 from repdeg_fast.bench.suites.gumbel_mix import SEED, TEMPERATURE, embedded_sample, heads
 from repdeg_fast.ops.linear_cross_entropy import operation
@@ -81,7 +92,10 @@ def _joint(inputs: Inputs) -> Tensor:
 
 
 def _torchs(name: str, function: Callable[..., Tensor]) -> Provider:
-    return Provider(name, lambda inputs: lambda: function(*_arguments(inputs)), needs=_logits_needs, own_noise=True)
+    def prepare(inputs: Inputs) -> Callable[[], Tensor]:
+        return lambda: function(*_arguments(inputs))
+
+    return Provider(name, prepare, passes=(FORWARD_BACKWARD,), needs=_logits_needs, own_noise=True)
 
 
 def _ours(name: str, call: Callable[[Inputs], Tensor]) -> list[Provider]:
