@@ -16,8 +16,8 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
       " Tensor target, Tensor? bias, Tensor? scale, Tensor? lse_scale, int vocabulary, int first_row,"
       " int first_column, int ignore_index, float label_smoothing, float softcap, bool accumulate_bias) -> ()");
   m.def("linear_cross_entropy_multiply(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
-  m.def("linear_cross_entropy_add(Tensor(a!) total, Tensor product) -> ()");
   m.def("linear_cross_entropy_advise(Tensor(a!) fresh) -> ()");  // contents unchanged: a hint about its pages
+  m.def("linear_cross_entropy_add(Tensor(a!) total, Tensor product) -> ()");
   m.def(
       "philox_words(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
   m.def(

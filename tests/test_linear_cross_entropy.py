@@ -398,6 +398,7 @@ def threads():
 def test_peak_memory(strategy, number, threads):
     """Beyond the gradients, at most 64 MiB; the logits would be 313 MB. The backward pass adds nothing to that."""
     threads(number)
+    _vocabulary_chunks.release()
     hidden, weight, target, bias = inputs(30522, 2560, 128)
     gradients = sum(t.nbytes for t in (hidden, weight, bias))
 
@@ -406,6 +407,26 @@ def test_peak_memory(strategy, number, threads):
 
     assert 3 * (gradients + (64 << 20)) < 2560 * 30522 * 4
     assert gradients < peak_bytes(step) <= gradients + (64 << 20)
+
+
+def test_the_buffer_is_kept_on_the_cpu():
+    """Between calls, for either kind, never more than the limit; results do not depend on what is in it."""
+    _vocabulary_chunks.release()
+    hidden, weight, target, bias = inputs(2000, 64, 16)
+    first = linear_cross_entropy(hidden, weight, target, bias)
+    (kept,) = _vocabulary_chunks._kept.values()
+    kept.fill_(torch.nan)
+    with torch.inference_mode():
+        assert linear_cross_entropy(hidden, weight, target, bias) == first
+    loss = linear_cross_entropy(hidden, weight, target, bias)
+    loss.backward()
+    assert loss == first
+    assert hidden.grad.isfinite().all()
+    kept = _vocabulary_chunks._kept[torch.float32]
+    assert kept.nbytes <= _vocabulary_chunks.LIMIT["cpu"]
+    assert not kept.is_inference()
+    _vocabulary_chunks.release()
+    assert not _vocabulary_chunks._kept
 
 
 def test_chunk_positions(threads):

@@ -195,11 +195,11 @@ void linear_cross_entropy_rows(Tensor logits, Tensor lse, const std::optional<Te
 // (PyTorch's add converts the product to a wide copy first).
 void linear_cross_entropy_add(Tensor total, const Tensor& product) { add(total, product); }
 
+void linear_cross_entropy_advise(Tensor fresh) { advise_huge_pages(fresh); }
+
 void linear_cross_entropy_multiply(Tensor out, const Tensor& a, const Tensor& b, bool accumulate) {
   multiply(out, a, b, accumulate);
 }
-
-void linear_cross_entropy_advise(Tensor fresh) { advise_huge_pages(fresh); }
 
 }  // namespace
 }  // namespace repdeg_fast

@@ -113,7 +113,9 @@ inline void dispatch_floating(ScalarType dtype, const char* what, F&& f) {
 }
 
 // A large tensor fresh from the allocator has no pages yet, and taking them 4 KiB at a time costs more than computing
-// what goes there. Asking for 2 MiB pages first is a hint: it changes no contents and fails harmlessly.
+// what goes there. Asking for 2 MiB pages first is a hint: it changes no contents and fails harmlessly. It is for
+// passes that take no longer than the faults, and for memory that is kept: some virtual machines give free 2 MiB blocks
+// back to their host, and wait 2 ms for each that is needed again.
 inline void advise_huge_pages(const Tensor& fresh) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = uintptr_t(2) << 20;

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from repdeg_fast.bench.measure import Step
 from repdeg_fast.bench.suite import Inputs
+from repdeg_fast.ops import _vocabulary_chunks
 
 _PHASE = "repdeg_fast phase: "
 
@@ -35,7 +36,7 @@ class Timeline:
 
 def record(step: Step, device: torch.device) -> Timeline:
     """Run ``step`` once under the profiler. Scratch memory inside C++ and Triton kernels is allocated through torch,
-    and so is seen like any other."""
+    and so is seen like any other; what earlier calls kept is given back first, so that this one has to take it."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each use prints two lines to stderr
     from torch.profiler import ProfilerActivity, profile
 
@@ -43,6 +44,7 @@ def record(step: Step, device: torch.device) -> Timeline:
         return torch.profiler.record_function(_PHASE + name)
 
     step.reset()
+    _vocabulary_chunks.release()
     _synchronize(device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with phase("both passes" if step.graph_free else "forward"):

@@ -155,8 +155,8 @@ def print_notes(console: Console, rows: Sequence[Row]) -> None:
         " inputs, fresh gradients included. saved: kept by autograd between the passes."
         + (
             " Speedups on the CPU are medians of the ratios within interleaved rounds, so they need not equal the"
-            " ratio of the medians shown. Our C++ backward asks for 2 MiB pages for the gradient it makes (madvise);"
-            " THP_MEM_ALLOC_ENABLE=1 gives them to every provider."
+            " ratio of the medians shown. Our C++ kernels for CosReg and ADMIN ask for 2 MiB pages for what they write"
+            " (madvise); THP_MEM_ALLOC_ENABLE=1 gives them to every provider."
             if rows[0].device == "cpu"
             else ""
         )

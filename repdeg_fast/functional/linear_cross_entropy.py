@@ -46,10 +46,10 @@ def linear_cross_entropy(
         reduction: ``"mean"`` over the targets that count, ``"sum"``, or ``"none"``. A mean over no target is 0 with
             zero gradients (PyTorch: NaN): a batch without masks must not poison a run.
         strategy: ``"chunked"`` makes the gradients in the forward pass (three GEMMs) and keeps them; the buffer is at
-            most 64 MiB on the CPU, 512 MiB on a GPU (or 16 rows of logits). A 16-bit weight, whose gradient is summed
-            in ``accumulate_dtype``, takes all rows of logits at once or a wide copy of the gradient besides, whichever
-            is less. ``"streaming"`` keeps one value
-            a row and makes them in the backward pass. ``"auto"``: see :func:`choose_strategy
+            most 64 MiB on the CPU, where it is kept for the next call, and 512 MiB on a GPU (or 16 rows of logits). A
+            16-bit weight, whose gradient is summed in ``accumulate_dtype``, takes all rows of logits at once or a wide
+            copy of the gradient besides, whichever is less. ``"streaming"`` keeps one value a row and makes them in
+            the backward pass. ``"auto"``: see :func:`choose_strategy
             <repdeg_fast.ops.linear_cross_entropy.choose_strategy>`. Where no gradient is needed, none is made.
         accumulate_dtype: in which the weight's gradient is summed over chunks: float32, or the dtype of the weight.
         return_lse: return (loss, log-sum-exp of every row (...)); differentiable, for z-losses.
