@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import repdeg_fast
 from repdeg_fast.bench import products
 from repdeg_fast.bench.suite import FORWARD, Case, Inputs, Provider, Suite, Work, compiled, per_backend
+from repdeg_fast.bench.suites.linear_cross_entropy import heads
 from repdeg_fast.ops.gumbel_mix import operation
 from repdeg_fast.reference import philox
 from repdeg_fast.reference.cosreg import arithmetic_dtype
@@ -28,10 +29,6 @@ from repdeg_fast.reference.gumbel_mix import mix
 _COLUMNS = 4096  # logits a row of the exact value that are in float64 at a time
 TEMPERATURE = 0.3
 SEED = 2204_03243
-
-
-def heads(name: str, k: int, m: int, v: int, d: int, **options: object) -> Case:
-    return Case(name, {"K": k, "M": m, "V": v, "d": d}, tokens=m, **options)  # type: ignore[arg-type]
 
 
 CASES = [

