@@ -212,19 +212,14 @@ void write_weights(const Chunk<A>& z, int64_t begin, int64_t end, const A* lse, 
 template <typename A>
 void soft_value(const Tensor& value, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
                 const Tensor& embedding, const Tensor& lse, uint64_t seed, A inverse_temperature) {
-  const int64_t m = mixed.size(0), size = value.numel();
+  const int64_t m = mixed.size(0);
   Vocabulary<A> vocabulary(mixed, weight, bias, embedding);
-  const Tensor part = torch::stable::empty_like(value);
-  A* sum = static_cast<A*>(value.data_ptr());
-  const A* added = static_cast<const A*>(part.data_ptr());
-  std::fill(sum, sum + size, A(0));
   vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor&, const Tensor& f) {
     torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) z.perturb(i, seed);
       write_weights(z, begin, end, static_cast<const A*>(lse.data_ptr()), inverse_temperature);
     });
-    multiply(part, vocabulary.columns_of_logits(z.columns), f);
-    for (int64_t j = 0; j < size; ++j) sum[j] += added[j];
+    multiply(value, vocabulary.columns_of_logits(z.columns), f, z.first > 0);
   });
 }
 

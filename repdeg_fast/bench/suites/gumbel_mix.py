@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import repdeg_fast
 from repdeg_fast.bench import products
 from repdeg_fast.bench.suite import FORWARD, Case, Inputs, Provider, Suite, Work, compiled, per_backend
-from repdeg_fast.bench.suites.linear_cross_entropy import heads
+from repdeg_fast.bench.suites.linear_cross_entropy import case_of_weights, heads, operands
 from repdeg_fast.ops.gumbel_mix import operation
 from repdeg_fast.reference import philox
 from repdeg_fast.reference.cosreg import arithmetic_dtype
@@ -39,15 +39,12 @@ CASES = [
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Hidden states as after a LayerNorm, rows of the weight as after BERT's initialization unless they are real."""
-    k, m, v, d = (case.sizes[name] for name in "KMVd")
     generator = torch.Generator(device).manual_seed(0)
+    inputs = operands(case, generator)
+    size = (case.sizes["M"], case.sizes["K"])
     options: dict[str, Any] = {"generator": generator, "device": device, "dtype": case.dtype}
-    weight = case.load().to(device, case.dtype) if case.load else torch.randn(v, d, **options).mul_(0.02)
-    return {
-        "hidden_states": torch.randn(k, m, d, **options),
-        "mixture_logits": torch.randn(m, k, **options).requires_grad_(),
-        "weight": weight.contiguous().requires_grad_(),
+    return inputs | {
+        "mixture_logits": torch.randn(*size, **options).requires_grad_(),
         "seed": torch.tensor([SEED], device=device),
     }
 
@@ -150,5 +147,5 @@ SUITE = Suite(
     size=lambda case: case.sizes["V"],
     size_label="V",
     value_name="mean embedding",
-    case_of_weights=lambda name, weight: heads(name, 3, 512, *weight.shape, dtype=weight.dtype, load=lambda: weight),
+    case_of_weights=case_of_weights,
 )

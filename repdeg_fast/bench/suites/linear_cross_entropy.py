@@ -60,16 +60,23 @@ CASES = [
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = operands(case, generator)
+    inputs["hidden_states"].requires_grad_()
+    size = (case.sizes["M"],)
+    return inputs | {"target": torch.randint(case.sizes["V"], size, generator=generator, device=device)}
+
+
+def operands(case: Case, generator: torch.Generator) -> Inputs:
     """Hidden states as after a LayerNorm, rows of the weight as after BERT's initialization unless they are real."""
     k, m, v, d = (case.sizes[name] for name in "KMVd")
-    generator = torch.Generator(device).manual_seed(0)
-    options: dict[str, Any] = {"generator": generator, "device": device, "dtype": case.dtype}
-    weight = case.load().to(device, case.dtype) if case.load else torch.randn(v, d, **options).mul_(0.02)
-    return {
-        "hidden_states": torch.randn(k, m, d, **options).requires_grad_(),
-        "weight": weight.contiguous().requires_grad_(),
-        "target": torch.randint(v, (m,), generator=generator, device=device),
-    }
+    options: dict[str, Any] = {"generator": generator, "device": generator.device, "dtype": case.dtype}
+    weight = case.load().to(generator.device, case.dtype) if case.load else torch.randn(v, d, **options).mul_(0.02)
+    return {"hidden_states": torch.randn(k, m, d, **options), "weight": weight.contiguous().requires_grad_()}
+
+
+def case_of_weights(name: str, weight: Tensor) -> Case:
+    return heads(name, 3, 512, *weight.shape, dtype=weight.dtype, load=lambda: weight)
 
 
 @torch.no_grad()
@@ -211,5 +218,5 @@ SUITE = Suite(
     size=lambda case: case.sizes["V"],
     size_label="V",
     value_name="loss",
-    case_of_weights=lambda name, weight: heads(name, 3, 512, *weight.shape, dtype=weight.dtype, load=lambda: weight),
+    case_of_weights=case_of_weights,
 )

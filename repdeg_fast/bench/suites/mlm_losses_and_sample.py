@@ -124,5 +124,5 @@ SUITE = Suite(
     size=lambda case: case.sizes["V"],
     size_label="V",
     value_name="loss + embedding",
-    case_of_weights=gumbel_mix.SUITE.case_of_weights,
+    case_of_weights=linear_cross_entropy.case_of_weights,
 )
