@@ -1,11 +1,7 @@
-"""AMOS against its published formula written out with K logits tensors, its options, and the training script."""
+"""AMOS against its published formula written out with K logits tensors, and its options."""
 
 import copy
-import importlib.util
-import pydoc_data.topics
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +9,6 @@ from helpers import TOLERANCE, relative_error
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repdeg_fast.data import MaskingCollator
 from repdeg_fast.reference import philox
 
 transformers = pytest.importorskip("transformers")
@@ -26,16 +21,7 @@ MASK, FIRST = 4, 5  # the mask token, and the first that is not special
 SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 64, "max_position_embeddings": 20, "mlm_layers": (1, 2, 4)}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-EXAMPLE = Path(__file__).parent.parent / "examples" / "pretrain_amos.py"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors this small only make threads wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def amos(**options):
@@ -443,145 +429,3 @@ def test_bad_configurations(options, message):
 def test_bad_input(changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         amos()(**batch() | changes)
-
-
-# the collator
-
-WORDS = list(range(10, 50))  # of these, odd ones continue the word before
-
-
-def collator(**options):
-    return MaskingCollator(mask_token_id=3, pad_token_id=0, special_token_ids=[1, 2], **options)
-
-
-def sentences(number=400, length=64):
-    generator = torch.Generator().manual_seed(0)
-    inner = [torch.randint(10, 50, (n,), generator=generator) for n in range(length - number % length, length)]
-    inner += [torch.randint(10, 50, (length,), generator=generator) for _ in range(number)]
-    return [torch.cat([torch.tensor([1]), words, torch.tensor([2])]) for words in inner]
-
-
-@pytest.mark.parametrize("whole_words", [False, True])
-@pytest.mark.parametrize("probability", [0.15, 0.5])
-def test_masked_share(whole_words, probability):
-    continuations = WORDS[1::2] if whole_words else None
-    generator = torch.Generator().manual_seed(1)
-    examples = sentences()
-    result = collator(probability=probability, continuation_token_ids=continuations, generator=generator)(examples)
-    original = torch.nn.utils.rnn.pad_sequence(examples, batch_first=True)
-    masked = result["labels"] != -100
-    ordinary = original >= 10
-    assert not (masked & ~ordinary).any()
-    assert torch.equal(result["attention_mask"].bool(), original != 0)
-    assert torch.equal(result["labels"][masked], original[masked])
-    assert torch.equal(result["input_ids"], original.masked_fill(masked, 3))
-    share = masked.sum() / ordinary.sum()
-    tokens_a_word = 3 if whole_words else 1  # E n²/E n of a geometric n with mean 2
-    error = (probability * (1 - probability) * tokens_a_word / ordinary.sum()) ** 0.5
-    assert abs(share - probability) < 4 * error
-    if whole_words:
-        continues = (original % 2 == 1) & ordinary
-        continues[:, :2] = False  # the first word may begin within
-        assert torch.equal(masked[:, 1:][continues[:, 1:]], masked[:, :-1][continues[:, 1:]])
-        assert (masked[:, 2:] != masked[:, 1:-1]).any()
-
-
-def test_the_generator_decides():
-    draw = [collator(generator=torch.Generator().manual_seed(seed))(sentences())["labels"] for seed in (1, 1, 2)]
-    assert torch.equal(draw[0], draw[1])
-    assert not torch.equal(draw[0], draw[2])
-
-
-def test_examples_as_mappings():
-    mappings = [{"input_ids": [1, 10, 11, 2], "token_type_ids": [0, 0, 1, 1]}, {"input_ids": [1, 10, 2]}]
-    mappings[1] |= {"token_type_ids": [0, 0, 0], "attention_mask": [1, 0, 1]}
-    result = collator(probability=1.0)(mappings)
-    assert result["input_ids"].tolist() == [[1, 3, 3, 2], [1, 10, 2, 0]]
-    assert result["labels"].tolist() == [[-100, 10, 11, -100], [-100] * 4]
-    assert result["token_type_ids"].tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
-
-
-def test_collator_bad_input():
-    with pytest.raises(ValueError, match=r"probability: expected a number from 0 to 1, got 1\.5"):
-        collator(probability=1.5)
-    with pytest.raises(TypeError, match="probability: expected a number, got str"):
-        collator(probability="x")
-
-
-@pytest.mark.parametrize(
-    ("examples", "error", "message"),
-    [
-        ([], ValueError, "examples: expected at least one"),
-        ({"input_ids": [[1, 2]]}, TypeError, "examples: expected a sequence of examples, got one mapping"),
-        ([1, 10, 2], TypeError, r"examples\[0\]: input_ids: expected a sequence of integers, got 1"),
-        (["some", "text"], TypeError, r"examples\[0\]: input_ids: .* got 'some'"),
-        ([[1, 2], [[1, 2]]], TypeError, r"examples\[1\]: input_ids: .* got \[\[1, 2\]\]"),
-        ([[1.5]], TypeError, r"examples\[0\]: input_ids: .* got \[1\.5\]"),
-        ([{"ids": [1]}], ValueError, r"examples\[0\]: expected input_ids, .* got ids"),
-        (
-            [[1, 2], {"input_ids": [1], "token_type_ids": [0]}],
-            ValueError,
-            r"examples\[0\]: expected .* token_type_ids in all examples or in none, got input_ids",
-        ),
-        (
-            [{"input_ids": [1, 2], "attention_mask": [1]}],
-            ValueError,
-            r"examples\[0\]: attention_mask: expected 2 values like input_ids, got 1",
-        ),
-    ],
-)
-def test_bad_examples(examples, error, message):
-    with pytest.raises(error, match=message):
-        collator()(examples)
-
-
-# the example
-
-
-@pytest.fixture(scope="module")
-def example():
-    specification = importlib.util.spec_from_file_location("pretrain_amos", EXAMPLE)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["pretrain_amos"] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(pydoc_data.topics.topics.values())[:40_000], encoding="utf-8")
-    options = "--tokenizer text --vocabulary-size 400 --hidden-size 16 --layers 2 --mlm-layers 1 2 --sequence-length 16"
-    return ["--text", str(text), "--whole-words", "--checkpoint-every", "4", *options.split()]
-
-
-def test_resumed_training_is_exact(example, arguments, tmp_path):
-    unbroken = example.main([*arguments, "--steps", "8", "--output", str(tmp_path / "unbroken")])
-    broken = example.Training(example.parse([*arguments, "--steps", "8", "--output", str(tmp_path / "broken")]))
-    (tmp_path / "broken").mkdir()
-    for step in range(6):  # dies two steps after its checkpoint
-        broken.step()
-        if step == 3:
-            broken.save()
-    resumed = example.main([*arguments, "--steps", "8", "--output", str(tmp_path / "broken")])
-    assert resumed.history == unbroken.history
-    for (name, mine), (_, right) in zip(
-        resumed.model.named_parameters(), unbroken.model.named_parameters(), strict=True
-    ):
-        assert torch.equal(mine, right), name
-    written = {path.name for path in (tmp_path / "broken").iterdir()}
-    assert written >= {"checkpoint.pt", "amos", "encoder", "history.csv"}
-    assert len((tmp_path / "broken" / "history.csv").read_text().splitlines()) == 9
-    assert type(transformers.AutoModel.from_pretrained(tmp_path / "broken" / "encoder")) is BertModel
-    with pytest.raises(SystemExit, match=r"other options .steps 8 → 9"):
-        example.main([*arguments, "--steps", "9", "--output", str(tmp_path / "broken")])
-
-
-def test_training_lowers_all_losses(example, arguments, tmp_path):
-    options = ["--steps", "60", "--learning-rate", "5e-3", "--output", str(tmp_path)]
-    training = example.Training(example.parse([*arguments, *options]))
-    for _ in range(60):
-        training.step()
-    for name in ("mlm_loss_1", "mlm_loss_2", "rtd_loss"):
-        losses = [line[name] for line in training.history]
-        assert sum(losses[-10:]) < 0.95 * sum(losses[:10]), name
