@@ -136,6 +136,24 @@ def test_heads_may_lie_further_apart_than_32_bits_reach(place):
     assert relative_error(drawn[1], expected[1]) <= 1e-5
 
 
+def test_a_log_sum_exp_of_rounded_logits_serves_the_backward_pass(place):
+    """Weights are divided by what they add up to, so that it need only be near."""
+    problem = Problem((1, 20, 200, 16, 16), torch.float32, place.device)
+    mixed, weight, bias, embedding = (
+        t.detach() for t in (problem.hidden_states[0], problem.weight, problem.bias, problem.embedding)
+    )
+    seed = torch.tensor([SEED], device=place.device)
+    kernels = operation.kernels(place.backend, mixed, weight)
+    token_ids, lse = problem.target.new_empty(20), mixed.new_empty(20)
+    kernels.sample(token_ids, lse, mixed, weight, bias, seed, 0.3)
+    origin = (problem.upstream * embedding[token_ids]).sum(dim=1)
+    gradients = [torch.empty_like(mixed) for _ in range(2)]
+    for gradient, error in zip(gradients, (0.0, 0.25), strict=True):
+        inputs = (problem.upstream, origin, mixed, weight, bias, embedding, lse + error, seed, 0.3)
+        kernels.backward(gradient, None, *inputs)
+    assert relative_error(gradients[1], gradients[0]) <= 1e-5
+
+
 def test_one_product_with_the_vocabulary_serves_both(monkeypatch):
     problem = Problem(SHAPES[0])
     monkeypatch.setattr(Sample, "from_hidden_states", lambda _: pytest.fail("a second sweep"))
