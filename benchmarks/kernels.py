@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from repdeg_fast import native
 from repdeg_fast.bench import resources
 from repdeg_fast.bench.resources import H200, Resources
+from repdeg_fast.native import build
 
 TABLE = Path(__file__).parent / "KERNELS.md"
 TARGET = "sm_90"
@@ -57,7 +57,7 @@ def triton_kernels() -> Iterator[tuple[str, Resources]]:
 
 
 def cuda_kernels(folder: Path) -> Iterator[tuple[str, Resources]]:
-    sources = sorted((native.source_root() / "cuda").glob("*.cu"))
+    sources = sorted((build.source_root() / "cuda").glob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(lambda source: resources.compile_cuda(source, TARGET, folder), sources))
     for source, kernels in zip(sources, compiled, strict=True):

@@ -5,7 +5,7 @@
 #include <map>
 #include <string>
 
-#include "build_config.h"  // written by repdeg_fast/native.py next to the objects
+#include "build_config.h"  // written by repdeg_fast/native/build.py next to the objects
 
 static std::string compiler() {
 #if defined(__clang__)

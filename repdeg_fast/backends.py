@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repdeg_fast import native
+from repdeg_fast.native import build
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -134,7 +134,7 @@ def _environment(backend: str, device: str) -> str | None:
         return _triton_unavailable(device)
     if backend != device:
         return f"serves {backend} tensors only"
-    return native.unavailable(backend)
+    return build.unavailable(backend)
 
 
 def _triton_unavailable(device: str) -> str | None:
@@ -151,9 +151,9 @@ def _triton_unavailable(device: str) -> str | None:
 
 def _load_failure(backend: str) -> str | None:
     """Compile and load a native backend if that has not been done; why it failed, or ``None``."""
-    if backend in native.LIBRARIES:
+    if backend in build.LIBRARIES:
         try:
-            native.load(backend)
+            build.load(backend)
         except RuntimeError as error:
             return str(error)
     return None
@@ -166,13 +166,13 @@ def _implementation(operation: Operation, backend: str) -> Any:
     if backend == "triton":
         _load_tuning()
         return importlib.import_module(f"repdeg_fast.triton_kernels.{operation.name}")
-    native.load(backend)
-    return native.operators(operation.name, *operation.functions)
+    build.load(backend)
+    return build.operators(operation.name, *operation.functions)
 
 
 def tuning_file() -> Path:
     """Where ``repdeg-fast tune`` keeps the launch configurations that it found."""
-    return native.cache_root() / "tuning.json"
+    return build.cache_root() / "tuning.json"
 
 
 @functools.cache

@@ -18,12 +18,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from repdeg_fast import __version__, backends, native
+from repdeg_fast import __version__, backends
 from repdeg_fast.bench import inspection, measure, outputs, plots, report, runner
 from repdeg_fast.bench import profile as profiling
 from repdeg_fast.bench import tune as tuner
 from repdeg_fast.bench import weights as checkpoints
 from repdeg_fast.bench.suite import DTYPES, InputError, Selection, Suite, select, suites
+from repdeg_fast.native import build
 
 app = typer.Typer(
     help="Fused kernels for language-model pretraining: measure their speed and memory, and look at embeddings.",
@@ -192,7 +193,7 @@ def tune(
     """
     with _clear_errors():
         if not torch.cuda.is_available():
-            raise InputError(f"tune: needs a GPU: {native.unavailable('cuda')}")
+            raise InputError(f"tune: needs a GPU: {build.unavailable('cuda')}")
         target = torch.device("cuda")
         if json:
             outputs.check_file("json", json)
@@ -236,13 +237,13 @@ def inspect(
 
 @app.command()
 def info(
-    build: Annotated[
+    compile_now: Annotated[
         bool, typer.Option("--build", help="Compile the C++ and CUDA kernels now, ahead of time.")
     ] = False,
 ) -> None:
     """Show versions, devices, how the kernels were built, and which backend serves each operation and why."""
     console = _console()
-    failed = _build(console) if build else False
+    failed = _build(console) if compile_now else False
     console.print(_environment_table())
     console.print(_libraries_table())
     console.print(_backends_table())
@@ -253,12 +254,12 @@ def info(
 def _build(console: Console) -> bool:
     """Compile what this machine can use; true if something that should have compiled did not."""
     failed = False
-    for library in native.LIBRARIES:
-        if reason := native.unavailable(library):
+    for library in build.LIBRARIES:
+        if reason := build.unavailable(library):
             console.print(f"{library} kernels: not compiled: {reason}", markup=False)
             continue
         try:
-            native.load(library)
+            build.load(library)
             console.print(f"{library} kernels: compiled", markup=False)
         except RuntimeError as error:
             failed = True
@@ -283,7 +284,7 @@ def _environment_table() -> Table:
             f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 1e9:.0f} GB"
         )
     if not torch.cuda.is_available():
-        facts["cuda devices"] = native.unavailable("cuda")
+        facts["cuda devices"] = build.unavailable("cuda")
     table = Table("", "", title="Environment", title_justify="left", show_header=False)
     for key, value in facts.items():
         table.add_row(key, escape(str("–" if value is None else value)))
@@ -292,13 +293,13 @@ def _environment_table() -> Table:
 
 def _libraries_table() -> Table:
     table = Table("library", "state", "build", title="Native kernels", title_justify="left")
-    for library in native.LIBRARIES:
-        state = native.state(library)
-        built = native.build_info(library) if state in ("loaded", "compiled") else {}
+    for library in build.LIBRARIES:
+        state = build.state(library)
+        built = build.build_info(library) if state in ("loaded", "compiled") else {}
         table.add_row(
             library, escape(state), escape("\n".join(f"{key}: {value}" for key, value in built.items() if value))
         )
-    table.caption = escape(f"sources: {native.source_root()}; cache: {native.cache_root()}")
+    table.caption = escape(f"sources: {build.source_root()}; cache: {build.cache_root()}")
     return table
 
 
@@ -318,7 +319,7 @@ def _device(name: str) -> torch.device:
     if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: cuda is not there: {native.unavailable('cuda')}")
+        raise InputError(f"device: cuda is not there: {build.unavailable('cuda')}")
     if name not in ("cpu", "cuda"):
         raise InputError(f"device: got {name!r}; there are cpu and cuda (CUDA_VISIBLE_DEVICES chooses among several)")
     return torch.device(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from repdeg_fast import native
+from repdeg_fast.native import build
 
 HERE = Path(__file__).parent
 NAMESPACE = "repdeg_fast_emulated"
@@ -19,18 +19,18 @@ def load(folder):
     """Compile every ``.cu`` file for the CPU; the operators are then in ``torch.ops.repdeg_fast_emulated``."""
     from torch.utils import cpp_extension
 
-    root = native.source_root()
+    root = build.source_root()
     sources = []
     for path in [*root.glob("cuda/*.cuh"), *root.glob("cuda/*.cu"), *root.glob("*.h"), root / "registration.cpp"]:
         target = folder / (path.name if path.suffix != ".cu" else f"{path.stem}_cuda.cpp")
         target.write_text(_as_cpp(path.read_text()))
         if target.suffix == ".cpp":
             sources.append(str(target))
-    flags = [*native.compile_flags(), "-O1", f"-I{HERE / 'cuda_emulation'}", "-Wno-unknown-pragmas"]
-    build = folder / "build"
-    build.mkdir()
+    flags = [*build.compile_flags(), "-O1", f"-I{HERE / 'cuda_emulation'}", "-Wno-unknown-pragmas"]
+    objects = folder / "build"
+    objects.mkdir()
     cpp_extension.load(
-        "repdeg_fast_emulated", sources, extra_cflags=flags, build_directory=str(build), is_python_module=False
+        "repdeg_fast_emulated", sources, extra_cflags=flags, build_directory=str(objects), is_python_module=False
     )
 
 

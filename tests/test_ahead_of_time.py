@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from repdeg_fast import native
 from repdeg_fast.bench import resources
+from repdeg_fast.native import build
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 pytest.importorskip("triton")
 
 SPECIALIZATIONS = list(resources.specializations())
-CUDA_SOURCES = sorted((native.source_root() / "cuda").glob("*.cu"))
+CUDA_SOURCES = sorted((build.source_root() / "cuda").glob("*.cu"))
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 CUDA_TARGETS = [target for target in resources.TARGETS if target.startswith("sm_")]
 

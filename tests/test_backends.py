@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import repdeg_fast
-from repdeg_fast import backends, native
+from repdeg_fast import backends
+from repdeg_fast.native import build
 
 WEIGHT = torch.randn(6, 4)
 
@@ -76,37 +77,39 @@ print(len(caught), caught[0].message, values[0])
 
 
 def test_a_build_that_fails_is_explained(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "compile_flags", lambda: ["-DTORCH_TARGET_VERSION=0", "-fno-such-flag"])
+    monkeypatch.setattr(build, "compile_flags", lambda: ["-DTORCH_TARGET_VERSION=0", "-fno-such-flag"])
     monkeypatch.setenv("REPDEG_FAST_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(native, "_loaded", {})
-    monkeypatch.setattr(native, "_failures", {})
-    native._library_path.cache_clear()
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_failures", {})
+    build._library_path.cache_clear()
     with pytest.raises(RuntimeError, match=r"compiling the cpu kernels failed; install .*no-such-flag"):
-        native.load("cpu")
-    assert "no-such-flag" in native.unavailable("cpu")
+        build.load("cpu")
+    assert "no-such-flag" in build.unavailable("cpu")
     assert backends.status()["cosreg"]["cpu"]["serves"] == "reference"
-    native._library_path.cache_clear()
+    build._library_path.cache_clear()
 
 
 def test_a_build_that_fails_falls_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "compile_flags", lambda: ["-fno-such-flag"])
+    monkeypatch.setattr(build, "compile_flags", lambda: ["-fno-such-flag"])
     monkeypatch.setenv("REPDEG_FAST_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(native, "_loaded", {})
-    monkeypatch.setattr(native, "_failures", {})
-    native._library_path.cache_clear()
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_failures", {})
+    build._library_path.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"falls back to plain PyTorch: cpu: compiling the cpu kernels failed"):
         assert repdeg_fast.cosine_regularization(torch.eye(2)).item() == 0
-    native._library_path.cache_clear()
+    build._library_path.cache_clear()
 
 
 def test_a_library_that_does_not_load_is_built_again(tmp_path, monkeypatch):
     monkeypatch.setenv("REPDEG_FAST_CACHE_DIR", str(tmp_path))
-    native._library_path.cache_clear()
-    path = native._library_path("cpu")
-    native._library_path.cache_clear()
+    build._library_path.cache_clear()
+    path = build._library_path("cpu")
+    build._library_path.cache_clear()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"cut short")
-    result = run("import repdeg_fast.native as n; print(n.build_info()['flags'])", REPDEG_FAST_CACHE_DIR=str(tmp_path))
+    result = run(
+        "from repdeg_fast.native import build; print(build.build_info()['flags'])", REPDEG_FAST_CACHE_DIR=str(tmp_path)
+    )
     assert "-O3" in result.stdout, result.stderr
 
 
@@ -117,23 +120,23 @@ sys.modules["ninja"] = None
 pwd.getpwuid = lambda uid: {}[uid]
 for name in ("HOME", "XDG_CACHE_HOME", "REPDEG_FAST_CACHE_DIR"):
     os.environ.pop(name, None)
-import repdeg_fast.native as n
-print(n.cache_root(), n.state("cpu"))
+from repdeg_fast.native import build
+print(build.cache_root(), build.state("cpu"))
 """
     result = run(code)
     assert f"repdeg_fast-{os.getuid()}" in result.stdout, result.stderr
 
 
 def test_build_info():
-    info = native.build_info()
+    info = build.build_info()
     assert set(info) == {"compiler", "flags", "instruction_set", "cuda_architectures"}
     assert "-O3" in info["flags"]
     assert "-ffast-math" not in info["flags"]
-    assert native.state("cpu") == "loaded"
+    assert build.state("cpu") == "loaded"
 
 
 def test_processes_that_compile_at_once_share_one_build(tmp_path):
-    code = "import repdeg_fast.native as n; n.load('cpu'); print(n.build_info()['compiler'])"
+    code = "from repdeg_fast.native import build; build.load('cpu'); print(build.build_info()['compiler'])"
     environment = {**os.environ, "REPDEG_FAST_CACHE_DIR": str(tmp_path)}
     processes = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=-1, stderr=-1, text=True)
@@ -148,9 +151,9 @@ def test_processes_that_compile_at_once_share_one_build(tmp_path):
 
 
 def test_cache_follows_flags_and_sources(monkeypatch):
-    native._library_path.cache_clear()
-    before = native._library_path("cpu")
-    monkeypatch.setattr(native, "compile_flags", lambda: ["-O2"])
-    native._library_path.cache_clear()
-    assert native._library_path("cpu") != before
-    native._library_path.cache_clear()
+    build._library_path.cache_clear()
+    before = build._library_path("cpu")
+    monkeypatch.setattr(build, "compile_flags", lambda: ["-O2"])
+    build._library_path.cache_clear()
+    assert build._library_path("cpu") != before
+    build._library_path.cache_clear()

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import repdeg_fast
 from repdeg_fast import linear_cross_entropy, multi_layer_mlm_loss
+from repdeg_fast.native import build
 from repdeg_fast.ops import _vocabulary_chunks
 from repdeg_fast.ops import linear_cross_entropy as ops
 from repdeg_fast.ops.linear_cross_entropy import operation  # noqa: F401 - tells conftest where to test
@@ -250,8 +251,8 @@ def test_same_bits_twice(place, strategy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_of_the_row_pass_do_not_depend_on_threads(dtype):
     """The GEMMs are the vendor's."""
-    rows = repdeg_fast.native.operators("linear_cross_entropy", "rows")
-    repdeg_fast.native.load("cpu")
+    rows = build.operators("linear_cross_entropy", "rows")
+    build.load("cpu")
     logits, target, bias = torch.randn(33, 5000).to(dtype), torch.randint(0, 5000, (33,)), torch.randn(5000)
     results = []
     before = torch.get_num_threads()

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from repdeg_fast import native
 from repdeg_fast._seeds import seed_tensor
+from repdeg_fast.native import build
 from repdeg_fast.reference import philox
 
 SEED = torch.tensor([0x299F31D0A4093822])
@@ -16,10 +16,10 @@ BLOCK = (range(3, 70), range(40, 143))  # neither starts at 0, nor are the sizes
 
 @pytest.fixture(scope="module")
 def native_philox():
-    if reason := native.unavailable("cpu"):
+    if reason := build.unavailable("cpu"):
         pytest.skip(reason)
-    native.load("cpu")
-    return native.operators("philox", "words", "gumbel")
+    build.load("cpu")
+    return build.operators("philox", "words", "gumbel")
 
 
 # Known answers published with the generator (Random123, philox4x32-10).

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from repdeg_fast import native
+from repdeg_fast.native import build
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_MEMORY_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a block
@@ -156,7 +156,7 @@ def compile_cuda(source: Path, target: str, folder: Path) -> dict[str, Resources
 
     cubin = folder / f"{source.stem}.{target}.cubin"
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    command = ["nvcc", *native.cuda_flags(), "-std=c++20", *includes, f"-arch={target}", "-cubin", "-o", str(cubin)]
+    command = ["nvcc", *build.cuda_flags(), "-std=c++20", *includes, f"-arch={target}", "-cubin", "-o", str(cubin)]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{source.name} does not compile for {target}:\n{done.stderr}")

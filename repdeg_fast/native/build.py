@@ -115,7 +115,7 @@ def _compiler_missing(library: str) -> str | None:
 @functools.cache
 def source_root() -> Path:
     """``csrc/``: beside the package in a source tree, inside it once installed."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     for root in (package / "csrc", package.parent / "csrc"):
         if (root / "registration.cpp").exists():
             return root
