@@ -5,19 +5,17 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOLERANCE, relative_error, saved_bytes
+from helpers import TOLERANCE, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
+from linear_cross_entropy_cases import STRATEGIES, assert_close, expected, expected_heads, inputs
 
 import repdeg_fast
 from repdeg_fast import linear_cross_entropy, multi_layer_mlm_loss
 from repdeg_fast.native import build
 from repdeg_fast.ops import _vocabulary_chunks
-from repdeg_fast.ops import linear_cross_entropy as ops
 from repdeg_fast.ops.linear_cross_entropy import operation  # noqa: F401 - tells conftest where to test
 
-STRATEGIES = ("chunked", "streaming")
 # V, M, d: each of the awkward values at least twice, in different company
 SHAPES = [(1, 3, 65), (7, 1, 1), (127, 129, 65), (127, 3, 768), (7, 129, 768), (1, 129, 1), (127, 1, 65)]
 OPTIONS = [
@@ -27,53 +25,6 @@ OPTIONS = [
     {"reduction": "sum", "label_smoothing": 0.2, "softcap": 3.0},
     {"reduction": "none"},
 ]
-
-
-def inputs(vocabulary, rows, width, dtype=torch.float32, device="cpu", target_dtype=torch.int64, heads=None):
-    """Hidden states, weight, target (some ignored) and bias; logits of size about 1, so that no class vanishes."""
-    shape = (rows, width) if heads is None else (heads, rows, width)
-    hidden = torch.randn(shape, dtype=torch.float64)
-    weight = torch.randn(vocabulary, width, dtype=torch.float64) / width**0.5
-    bias = torch.randn(vocabulary, dtype=torch.float64)
-    target = torch.randint(0, vocabulary, (rows,))
-    target[1::5] = -100
-    hidden, weight, bias = (t.to(dtype).to(device).requires_grad_() for t in (hidden, weight, bias))
-    return hidden, weight, target.to(target_dtype).to(device), bias
-
-
-def expected(hidden, weight, target, bias=None, *, softcap=None, padding_idx=None, upstream=None, **options):
-    """Loss and gradients of PyTorch's own functions, in float64 on the CPU."""
-    leaves = [None if t is None else t.detach().cpu().double().requires_grad_() for t in (hidden, weight, bias)]
-    z = F.linear(*leaves)
-    z = softcap * torch.tanh(z / softcap) if softcap else z
-    target = target.cpu().long()
-    loss = F.cross_entropy(z.flatten(0, -2), target.flatten(), **options)
-    loss = loss.view(target.shape) if options.get("reduction") == "none" else loss
-    loss.backward(None if upstream is None else upstream.cpu().double())
-    if padding_idx is not None:
-        leaves[1].grad[padding_idx] = 0
-    return loss.detach(), [None if t is None else t.grad for t in leaves]
-
-
-def expected_heads(hidden, weight, target, bias, head_weight):
-    losses, gradients = zip(
-        *(expected(h, weight, target, bias, upstream=u) for h, u in zip(hidden, head_weight, strict=True)), strict=True
-    )
-    dh, dw, db = zip(*gradients, strict=True)
-    return torch.stack(losses), [torch.stack(dh), sum(dw), sum(db)]
-
-
-def assert_close(loss, leaves, true_loss, true_gradients, tolerance):
-    assert relative_error(loss, true_loss) <= tolerance
-    scale = max(g.norm().item() for g in true_gradients if g is not None)
-    for leaf, true in zip(leaves, true_gradients, strict=True):
-        if leaf is None:
-            continue
-        assert leaf.grad.dtype == leaf.dtype
-        if true.norm() > 1e-9 * scale:
-            assert relative_error(leaf.grad, true) <= tolerance
-        else:  # one class: the gradient is a difference that cancels
-            assert leaf.grad.norm().item() <= tolerance
 
 
 @pytest.fixture
@@ -302,37 +253,6 @@ def test_gradcheck(backend, strategy):
             assert torch.autograd.gradcheck(function, (hidden, weight, bias), fast_mode=True)
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_opcheck(chunked):
-    hidden, weight, target, bias = inputs(9, 6, 5, torch.float64)
-    options = (1, -100, 0.0, 0.0, "mean", None, torch.float64, [True, True, True])
-    no_sample = (None, None, 1.0)
-    arguments = (hidden, weight, target, bias, *no_sample, *options, chunked, "auto")
-    torch.library.opcheck(ops.linear_cross_entropy, arguments)
-    made = [t.detach().clone() for t in (hidden, weight, bias)]
-    grad_loss, inputs_ = torch.tensor([0.5]).double(), (hidden.detach(), weight.detach(), target, bias.detach())
-    torch.library.opcheck(ops.linear_cross_entropy_rescale_, (*made, grad_loss, *inputs_, *options, "auto"))
-    torch.library.opcheck(
-        ops.linear_cross_entropy_backward, (grad_loss, None, *inputs_, None, *options, "auto"),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
-def test_compiles_as_one_graph(strategy):
-    hidden, weight, target, bias = inputs(40, 16, 8)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def step(hidden, weight, bias):
-        return 2 * linear_cross_entropy(hidden.tanh(), weight, target, bias, strategy=strategy)
-
-    step(hidden, weight, bias).backward()
-    compiled = [t.grad for t in (hidden, weight, bias)]
-    loss = 2 * linear_cross_entropy(hidden.tanh(), weight, target, bias)
-    for ours, true in zip(compiled, torch.autograd.grad(loss, (hidden, weight, bias)), strict=True):
-        assert relative_error(ours, true) <= 1e-6
-
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_autocast_keeps_an_fp32_weight(small_buffers, strategy):
     """The hidden states are converted and say what is multiplied; the weight and its gradient stay in fp32."""
@@ -356,165 +276,6 @@ def test_sums_over_chunks_in_fp32(small_buffers):
         errors.append(relative_error(gradient, expected(hidden, weight, target)[1][1]))
     assert errors[0] <= 4e-3
     assert errors[1] > 2 * errors[0]
-
-
-def test_second_derivative_is_a_clear_error():
-    for strategy in STRATEGIES:
-        hidden, weight, target, _ = inputs(9, 6, 5)
-        loss = linear_cross_entropy(hidden, weight, target, strategy=strategy)
-        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
-        with pytest.raises(RuntimeError, match="no second derivative"):
-            gradient.sum().backward()
-
-
-def test_saves_the_gradients_or_one_value_a_row():
-    hidden, weight, target, bias = inputs(127, 64, 40, heads=3)
-    for strategy, most in (("chunked", 4 * (3 * 64 * 40 + 127 * 40 + 127)), ("streaming", 4 * 3 * 64)):
-        call = lambda s=strategy: multi_layer_mlm_loss(hidden, weight, target, bias, strategy=s)  # noqa: E731
-        assert 0 < saved_bytes(call, hidden, weight, target, bias) <= most
-
-
-def peak_bytes(function):
-    """The most that PyTorch's CPU allocator held at once during ``function``, beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    held = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
-
-
-@pytest.fixture
-def threads():
-    """Set the number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("number", [1, 2, 5])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_peak_memory(strategy, number, threads):
-    """Beyond the gradients, at most 64 MiB; the logits would be 313 MB. The backward pass adds nothing to that."""
-    threads(number)
-    _vocabulary_chunks.release()
-    hidden, weight, target, bias = inputs(30522, 2560, 128)
-    gradients = sum(t.nbytes for t in (hidden, weight, bias))
-
-    def step():
-        linear_cross_entropy(hidden, weight, target, bias, strategy=strategy).backward()
-
-    assert 3 * (gradients + (64 << 20)) < 2560 * 30522 * 4
-    assert gradients < peak_bytes(step) <= gradients + (64 << 20)
-
-
-def test_the_buffer_is_kept_on_the_cpu():
-    """Between calls, for either kind, never more than the limit; results do not depend on what is in it."""
-    _vocabulary_chunks.release()
-    hidden, weight, target, bias = inputs(2000, 64, 16)
-    first = linear_cross_entropy(hidden, weight, target, bias)
-    (kept,) = _vocabulary_chunks._kept.values()
-    kept.fill_(torch.nan)
-    with torch.inference_mode():
-        assert linear_cross_entropy(hidden, weight, target, bias) == first
-    loss = linear_cross_entropy(hidden, weight, target, bias)
-    loss.backward()
-    assert loss == first
-    assert hidden.grad.isfinite().all()
-    kept = _vocabulary_chunks._kept[torch.float32]
-    assert kept.nbytes <= _vocabulary_chunks.LIMIT["cpu"]
-    assert not kept.is_inference()
-    _vocabulary_chunks.release()
-    assert not _vocabulary_chunks._kept
-
-
-def test_chunk_positions(threads):
-    threads(2)
-    weight = torch.empty(30522, 768)
-    call = lambda positions, dtype=torch.float32, heads=1: _vocabulary_chunks.chunk_positions(  # noqa: E731
-        positions, heads, weight.to(dtype), dtype, torch.float32, True
-    )
-    assert call(1536) == 512  # three chunks of equal size, 63 MB each
-    assert call(512, heads=3) == 171  # three chunks as well, of 171, 171 and 170
-    assert call(100) == 100
-    assert call(1536, torch.bfloat16) == 1536  # one chunk is smaller than an fp32 copy of the gradient
-    assert call(4096, torch.bfloat16) * 30528 * 2 <= 64 << 20
-
-
-def test_choose_strategy():
-    choose = lambda dtype=torch.float32, known=True, free=None: ops.choose_strategy(  # noqa: E731
-        1536, 30522, 768, dtype, upstream_known=known, buffer_bytes=64 << 20, free_bytes=free
-    )
-    assert choose() == "chunked"
-    assert choose(free=8 << 30) == "chunked"
-    assert choose(free=300 << 20) == "streaming"  # 166 MB of buffer and gradients
-    assert choose(known=False) == "streaming"
-    assert choose(dtype=torch.float16) == "streaming"
-
-
-def test_no_gradient_is_made_where_none_is_needed(monkeypatch):
-    def fail(*_):
-        raise AssertionError("made gradients")
-
-    monkeypatch.setattr(_vocabulary_chunks, "forward_backward", fail)
-    hidden, weight, target, bias = inputs(30, 10, 8)
-    with torch.no_grad(), repdeg_fast.use_backend("cpu"):
-        loss = linear_cross_entropy(hidden, weight, target, bias, strategy="chunked")
-    assert relative_error(loss, expected(hidden, weight, target, bias)[0]) <= 1e-5
-
-
-def call(hidden=(4, 3), weight=(5, 3), target=None, bias=None, **options):
-    hidden = torch.randn(hidden) if isinstance(hidden, tuple) else hidden
-    weight = torch.randn(weight) if isinstance(weight, tuple) else weight
-    target = torch.tensor([0, 1, 2, 3]) if target is None else target
-    return lambda: linear_cross_entropy(hidden, weight, target, bias, **options)
-
-
-def heads(hidden, target=None):
-    target = torch.tensor([0, 1]) if target is None else target
-    return lambda: multi_layer_mlm_loss(hidden, torch.randn(5, 3), target)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (call(target=torch.tensor([0, 1, 2, 5])), ValueError, r"target: expected values from 0 to 4.*got 5"),
-        (call(target=torch.tensor([0, -1, 2, 4])), ValueError, r"target: expected values.*got -1"),
-        (call(target=torch.randn(4)), TypeError, "target: expected a tensor of class indices.*float32"),
-        (call(target=[0, 1]), TypeError, "target: .*got list"),
-        (call(target=torch.tensor([0, 1])), ValueError, r"target: expected shape \(4,\).*got \(2,\)"),
-        (call(hidden=(4, 2)), ValueError, "hidden_states: expected a last dimension of 3"),
-        (call(hidden=torch.zeros(4, 3, dtype=torch.int64)), TypeError, "hidden_states: expected float32"),
-        (call(weight=(5, 3, 1)), ValueError, "weight: expected 2 dimensions"),
-        (call(weight=(0, 3)), ValueError, "weight: expected 2 dimensions"),
-        (call(weight=torch.randn(5, 3).double()), TypeError, "weight: expected torch.float32 like hidden_states"),
-        (call(bias=torch.randn(4)), ValueError, r"bias: expected shape \(5,\)"),
-        (call(bias=torch.randn(5).bfloat16()), TypeError, "bias: expected torch.float32.*autocast"),
-        (call(weight=torch.randn(5, 3, device="meta")), ValueError, "weight: expected device cpu"),
-        (call(label_smoothing=1.0), ValueError, r"label_smoothing: expected a number in \[0, 1\), got 1.0"),
-        (call(label_smoothing=float("nan")), ValueError, "label_smoothing"),
-        (call(label_smoothing="a"), TypeError, "label_smoothing: expected a number, got str"),
-        (call(ignore_index=None), TypeError, "ignore_index: expected an integer, got NoneType"),
-        (call(padding_idx=1.5), TypeError, "padding_idx: expected an integer, got float"),
-        (call(softcap=0.0), ValueError, "softcap: expected a finite number above 0"),
-        (call(reduction="max"), ValueError, "reduction: expected one of none, sum, mean"),
-        (call(strategy="fast"), ValueError, "strategy: expected one of auto, chunked, streaming"),
-        (call(accumulate_dtype=torch.bfloat16), ValueError, "accumulate_dtype: expected float32"),
-        (call(padding_idx=5), ValueError, "padding_idx: expected a row of weight"),
-        (heads([]), ValueError, "hidden_states: expected at least one tensor"),
-        (heads([torch.randn(2, 3), torch.randn(3, 3)]), ValueError, r"hidden_states\[1\]: expected shape \(2, 3\)"),
-        (heads([torch.randn(2, 3), torch.randn(2, 3).half()]), TypeError, r"hidden_states\[1\]: expected"),
-        (heads(torch.randn(2, 3)), ValueError, "hidden_states: expected 3 dimensions"),
-        (heads(torch.randn(0, 2, 3)), ValueError, r"hidden_states: .*K at least 1, got shape \(0, 2, 3\)"),
-        (heads(None), TypeError, "hidden_states: expected a tensor .* or a sequence .*got NoneType"),
-        (heads(torch.randn(1, 3, 3)), ValueError, r"target: expected shape \(3,\)"),
-    ],
-)  # fmt: skip
-def test_bad_input(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,98 @@
+"""What the linear cross entropy holds in memory, and how it chooses by that."""
+
+import pytest
+import torch
+from helpers import saved_bytes
+from linear_cross_entropy_cases import STRATEGIES, inputs
+from torch.profiler import ProfilerActivity, profile
+
+from repdeg_fast import linear_cross_entropy, multi_layer_mlm_loss
+from repdeg_fast.ops import _vocabulary_chunks
+from repdeg_fast.ops import linear_cross_entropy as ops
+
+
+def test_saves_the_gradients_or_one_value_a_row():
+    hidden, weight, target, bias = inputs(127, 64, 40, heads=3)
+    for strategy, most in (("chunked", 4 * (3 * 64 * 40 + 127 * 40 + 127)), ("streaming", 4 * 3 * 64)):
+        call = lambda s=strategy: multi_layer_mlm_loss(hidden, weight, target, bias, strategy=s)  # noqa: E731
+        assert 0 < saved_bytes(call, hidden, weight, target, bias) <= most
+
+
+def peak_bytes(function):
+    """The most that PyTorch's CPU allocator held at once during ``function``, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_peak_memory(strategy, number, threads):
+    """Beyond the gradients, at most 64 MiB; the logits would be 313 MB. The backward pass adds nothing to that."""
+    threads(number)
+    _vocabulary_chunks.release()
+    hidden, weight, target, bias = inputs(30522, 2560, 128)
+    gradients = sum(t.nbytes for t in (hidden, weight, bias))
+
+    def step():
+        linear_cross_entropy(hidden, weight, target, bias, strategy=strategy).backward()
+
+    assert 3 * (gradients + (64 << 20)) < 2560 * 30522 * 4
+    assert gradients < peak_bytes(step) <= gradients + (64 << 20)
+
+
+def test_the_buffer_is_kept_on_the_cpu():
+    """Between calls, for either kind, never more than the limit; results do not depend on what is in it."""
+    _vocabulary_chunks.release()
+    hidden, weight, target, bias = inputs(2000, 64, 16)
+    first = linear_cross_entropy(hidden, weight, target, bias)
+    (kept,) = _vocabulary_chunks._kept.values()
+    kept.fill_(torch.nan)
+    with torch.inference_mode():
+        assert linear_cross_entropy(hidden, weight, target, bias) == first
+    loss = linear_cross_entropy(hidden, weight, target, bias)
+    loss.backward()
+    assert loss == first
+    assert hidden.grad.isfinite().all()
+    kept = _vocabulary_chunks._kept[torch.float32]
+    assert kept.nbytes <= _vocabulary_chunks.LIMIT["cpu"]
+    assert not kept.is_inference()
+    _vocabulary_chunks.release()
+    assert not _vocabulary_chunks._kept
+
+
+def test_chunk_positions(threads):
+    threads(2)
+    weight = torch.empty(30522, 768)
+    call = lambda positions, dtype=torch.float32, heads=1: _vocabulary_chunks.chunk_positions(  # noqa: E731
+        positions, heads, weight.to(dtype), dtype, torch.float32, True
+    )
+    assert call(1536) == 512  # three chunks of equal size, 63 MB each
+    assert call(512, heads=3) == 171  # three chunks as well, of 171, 171 and 170
+    assert call(100) == 100
+    assert call(1536, torch.bfloat16) == 1536  # one chunk is smaller than an fp32 copy of the gradient
+    assert call(4096, torch.bfloat16) * 30528 * 2 <= 64 << 20
+
+
+def test_choose_strategy():
+    choose = lambda dtype=torch.float32, known=True, free=None: ops.choose_strategy(  # noqa: E731
+        1536, 30522, 768, dtype, upstream_known=known, buffer_bytes=64 << 20, free_bytes=free
+    )
+    assert choose() == "chunked"
+    assert choose(free=8 << 30) == "chunked"
+    assert choose(free=300 << 20) == "streaming"  # 166 MB of buffer and gradients
+    assert choose(known=False) == "streaming"
+    assert choose(dtype=torch.float16) == "streaming"

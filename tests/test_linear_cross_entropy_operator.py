@@ -1,0 +1,62 @@
+"""Linear cross entropy as PyTorch sees it: operator checks, compilation, derivatives."""
+
+import pytest
+import torch
+from helpers import relative_error
+from linear_cross_entropy_cases import STRATEGIES, expected, inputs
+
+import repdeg_fast
+from repdeg_fast import linear_cross_entropy
+from repdeg_fast.ops import _vocabulary_chunks
+from repdeg_fast.ops import linear_cross_entropy as ops
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_opcheck(chunked):
+    hidden, weight, target, bias = inputs(9, 6, 5, torch.float64)
+    options = (1, -100, 0.0, 0.0, "mean", None, torch.float64, [True, True, True])
+    no_sample = (None, None, 1.0)
+    arguments = (hidden, weight, target, bias, *no_sample, *options, chunked, "auto")
+    torch.library.opcheck(ops.linear_cross_entropy, arguments)
+    made = [t.detach().clone() for t in (hidden, weight, bias)]
+    grad_loss, inputs_ = torch.tensor([0.5]).double(), (hidden.detach(), weight.detach(), target, bias.detach())
+    torch.library.opcheck(ops.linear_cross_entropy_rescale_, (*made, grad_loss, *inputs_, *options, "auto"))
+    torch.library.opcheck(
+        ops.linear_cross_entropy_backward, (grad_loss, None, *inputs_, None, *options, "auto"),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
+def test_compiles_as_one_graph(strategy):
+    hidden, weight, target, bias = inputs(40, 16, 8)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(hidden, weight, bias):
+        return 2 * linear_cross_entropy(hidden.tanh(), weight, target, bias, strategy=strategy)
+
+    step(hidden, weight, bias).backward()
+    compiled = [t.grad for t in (hidden, weight, bias)]
+    loss = 2 * linear_cross_entropy(hidden.tanh(), weight, target, bias)
+    for ours, true in zip(compiled, torch.autograd.grad(loss, (hidden, weight, bias)), strict=True):
+        assert relative_error(ours, true) <= 1e-6
+
+
+def test_second_derivative_is_a_clear_error():
+    for strategy in STRATEGIES:
+        hidden, weight, target, _ = inputs(9, 6, 5)
+        loss = linear_cross_entropy(hidden, weight, target, strategy=strategy)
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
+
+
+def test_no_gradient_is_made_where_none_is_needed(monkeypatch):
+    def fail(*_):
+        raise AssertionError("made gradients")
+
+    monkeypatch.setattr(_vocabulary_chunks, "forward_backward", fail)
+    hidden, weight, target, bias = inputs(30, 10, 8)
+    with torch.no_grad(), repdeg_fast.use_backend("cpu"):
+        loss = linear_cross_entropy(hidden, weight, target, bias, strategy="chunked")
+    assert relative_error(loss, expected(hidden, weight, target, bias)[0]) <= 1e-5
