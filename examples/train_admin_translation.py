@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from translation_data import BEGIN, END, PAD, Pair, Subwords, batches, collate, load_pairs
 
 import repdeg_fast
+from repdeg_fast.analysis import plot_table, save_table
 
 HELD_OUT = 500  # pairs
 LONGEST = 24  # subwords of a text
@@ -178,11 +179,11 @@ def stream(examples: list[Example], options: argparse.Namespace) -> Iterator[Bat
 
 def report_initialization(admin: nn.Module, batch: Batch, out: Path) -> None:
     """Set ω from one batch; save what it is, and what each branch explains of the output before and after."""
-    repdeg_fast.residual_dependency(admin, batch).plot(out / "dependency-post-ln.png")
+    plot_table(repdeg_fast.residual_dependency(admin, batch), out / "dependency-post-ln.png")
     table = repdeg_fast.initialize_admin_(admin, batch)
-    table.save(out / "omega.csv")
-    table.plot(out / "omega.png")
-    repdeg_fast.residual_dependency(admin, batch).plot(out / "dependency-admin.png")
+    save_table(table, out / "omega.csv")
+    plot_table(table, out / "omega.png")
+    plot_table(repdeg_fast.residual_dependency(admin, batch), out / "dependency-admin.png")
     omegas = [row.omega for row in table.records]
     print(f"ω of {len(omegas)} sub-layers from {min(omegas):.2f} to {max(omegas):.2f}; table and plots in {out}")
 

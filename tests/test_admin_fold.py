@@ -18,7 +18,7 @@ from repdeg_fast.nn import (
     AdminTransformer,
     fold_admin,
 )
-from repdeg_fast.nn.admin_fold import ScaledInputDecoderLayer, ScaledInputEncoderLayer
+from repdeg_fast.nn.admin.fold import ScaledInputDecoderLayer, ScaledInputEncoderLayer
 
 D, B, S, T = 32, 3, 6, 5
 LAYER = {"d_model": D, "nhead": 4, "dim_feedforward": 48, "dropout": 0.1, "batch_first": True}

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import repdeg_fast
+from repdeg_fast.analysis import plot_table, save_table
 from repdeg_fast.nn import AdminEncoder, AdminEncoderLayer, AdminNorm, AdminTransformer
-from repdeg_fast.nn.admin_init import deepnorm_constants
-from repdeg_fast.nn.admin_profile import stack_of
+from repdeg_fast.nn.admin.init import deepnorm_constants
+from repdeg_fast.nn.admin.profile import stack_of
 
 D, N, M = 24, 3, 2
 SIZES = {"d_model": D, "nhead": 4, "dim_feedforward": 40, "batch_first": True}
@@ -116,7 +117,7 @@ def _profile_rank(rank, world, address, folder):
     model, (source, target) = build(), batch(5)
     mine = slice(0, 2) if rank == 0 else slice(2, 5)  # batches of different sizes
     table = repdeg_fast.initialize_admin_(model, (source[mine], target[mine]))
-    table.save(f"{folder}/{rank}.json")
+    save_table(table, f"{folder}/{rank}.json")
     torch.distributed.destroy_process_group()
 
 
@@ -246,18 +247,21 @@ def test_tables_are_printed_saved_and_plotted(tmp_path):
     for table in (profile, dependency, repdeg_fast.initialize_admin_(model, rule="O(1)")):
         assert "encoder.layers.0.norm1" in str(table)
         assert [table[place] for place in range(len(table))] == list(table) == list(table.records)
-        loaded = json.loads(table.save(tmp_path / "table.json").read_text())
-        with table.save(tmp_path / "table.csv").open(newline="") as file:
+        loaded = json.loads(save_table(table, tmp_path / "table.json").read_text())
+        with save_table(table, tmp_path / "table.csv").open(newline="") as file:
             lines = list(csv.DictReader(file))
         assert len(loaded) == len(lines) == len(table.records)
         for one, other, record in zip(loaded, lines, table.records, strict=True):
             assert one == vars(record)
             assert other == {name: "" if value is None else str(value) for name, value in vars(record).items()}
-        picture = table.plot(tmp_path / "table.png").read_bytes()
+        picture = plot_table(table, tmp_path / "table.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert len(picture) > 5_000
     with pytest.raises(ValueError, match=r"\.json or \.csv"):
-        profile.save(tmp_path / "table.txt")
+        save_table(profile, tmp_path / "table.txt")
+    for write in (save_table, plot_table):
+        with pytest.raises(TypeError, match=r"table: expected what initialize_admin_ .* got list"):
+            write(list(profile), tmp_path / "table.json")
     with pytest.raises(ValueError, match=r"decoder\.layers"):
         dependency.output("layers")
 

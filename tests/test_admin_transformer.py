@@ -21,7 +21,7 @@ from repdeg_fast.nn import (
     admin_norm_like,
     from_torch,
 )
-from repdeg_fast.nn.attention import attend
+from repdeg_fast.nn.admin.attention import attend
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 

@@ -273,7 +273,7 @@ def test_trainer_runs_unchanged(model, tmp_path, options):
 
 
 def test_heads_go_there_and_back(model):
-    head = MultiLayerMLMHead.from_huggingface(model)
+    head = huggingface.read_mlm_head(model)
     assert head.weight is model.get_input_embeddings().weight
     hidden_states = torch.randn(2, 5, 32)
     module = model.cls if hasattr(model, "cls") else model.lm_head
@@ -282,25 +282,29 @@ def test_heads_go_there_and_back(model):
         for parameter in (*head.parameters(), head.weight):
             parameter.mul_(1.5)
     assert not torch.equal(head.logits(hidden_states), module(hidden_states))
-    assert head.to_huggingface(module) is module
+    assert huggingface.write_mlm_head(head, module) is module
     torch.testing.assert_close(head.logits(hidden_states), module(hidden_states))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight is head.weight
     assert model.get_output_embeddings().bias is (module.predictions if hasattr(model, "cls") else module).bias
 
     other = type(model)(model.config)  # whose weights are others: written into, and still tied
-    head.to_huggingface(other)
+    huggingface.write_mlm_head(head, other)
     assert torch.equal(other.get_input_embeddings().weight, head.weight)
     assert other.get_output_embeddings().weight is other.get_input_embeddings().weight
     for part in filter(None, (getattr(module, "predictions", None), module)):
-        assert MultiLayerMLMHead.from_huggingface(part).weight is head.weight
+        assert huggingface.read_mlm_head(part).weight is head.weight
 
 
 def test_heads_that_do_not_fit(model):
     head = MultiLayerMLMHead(32, torch.nn.Embedding(98, 32))
-    with pytest.raises(ValueError, match=r"expected weight of shape \(98, 32\) as in this head, got \(99, 32\)"):
-        head.to_huggingface(model)
-    with pytest.raises(ValueError, match=r"expected bias of shape None as in this head, got \(99,\)"):
-        MultiLayerMLMHead(32, model.get_input_embeddings(), bias=False).to_huggingface(model)
+    with pytest.raises(ValueError, match=r"expected weight of shape \(98, 32\) as in head, got \(99, 32\)"):
+        huggingface.write_mlm_head(head, model)
+    with pytest.raises(ValueError, match=r"expected bias of shape None as in head, got \(99,\)"):
+        huggingface.write_mlm_head(MultiLayerMLMHead(32, model.get_input_embeddings(), bias=False), model)
+    with pytest.raises(TypeError, match="head: expected a MultiLayerMLMHead, got Linear"):
+        huggingface.write_mlm_head(torch.nn.Linear(2, 2), model)
+    with pytest.raises(TypeError, match=r"model_or_head: expected BertForMaskedLM or RobertaForMaskedLM.* got Linear"):
+        huggingface.read_mlm_head(torch.nn.Linear(2, 2))
 
 
 def test_models_that_are_not_supported(model):
@@ -372,7 +376,7 @@ def test_three_layers_of_minilm_against_three_heads(minilm, text):
     mine = [layers[i].clone().requires_grad_() for i in (2, 4, 6)]
     theirs = [layers[i].clone().requires_grad_() for i in (2, 4, 6)]
 
-    head = MultiLayerMLMHead.from_huggingface(minilm)
+    head = huggingface.read_mlm_head(minilm)
     minilm.zero_grad()
     losses = head(mine, text["labels"])
     losses.sum().backward()

@@ -11,12 +11,14 @@ Example::
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from repdeg_fast.nn.admin_norm import AdminNorm
-from repdeg_fast.nn.mlm_head import HuggingFaceHead, masked_lm_losses
+from repdeg_fast.nn import MultiLayerMLMHead, admin_norm_like
+from repdeg_fast.nn.mlm_head import Activation, masked_lm_losses
 
 try:
     from transformers import BertForMaskedLM, PreTrainedModel, RobertaForMaskedLM
@@ -95,6 +97,94 @@ def revert(model: Model) -> Model:
     return model
 
 
+@torch.no_grad()
+def read_mlm_head(model_or_head: nn.Module) -> MultiLayerMLMHead:
+    """A :class:`~repdeg_fast.MultiLayerMLMHead` with the weights of a BERT or RoBERTa head (``BertForMaskedLM``, its
+    ``cls`` or ``cls.predictions``; ``RobertaForMaskedLM``, its ``lm_head``): dense, LayerNorm and bias copied, the
+    projection tied to the same parameter as there. As there, the padding word's row is projected on, and trained, like
+    any other.
+
+    Raises:
+        TypeError: there is no such head.
+    """
+    parts = HuggingFaceHead.of(model_or_head)
+    hidden_size, norm, bias = parts.dense.in_features, parts.layer_norm, parts.decoder.bias is not None
+    head = MultiLayerMLMHead(
+        hidden_size, parts.decoder, activation=parts.activation, layer_norm_eps=norm.eps, bias=bias
+    )
+    head.dense.load_state_dict(parts.dense.state_dict())
+    head.layer_norm.load_state_dict(norm.state_dict())
+    if head.bias is not None:
+        head.bias.copy_(parts.decoder.bias)
+    return head.train(model_or_head.training)
+
+
+@torch.no_grad()
+def write_mlm_head(head: MultiLayerMLMHead, model_or_head: Model) -> Model:
+    """Write the weights of ``head`` into a BERT or RoBERTa head, as :func:`read_mlm_head` takes them, and return that.
+
+    In place, so that what is tied there stays tied. Its activation is left as it is.
+
+    Raises:
+        TypeError: there is no such head, or ``head`` is none of ours.
+        ValueError: it has other shapes, or a bias where ``head`` has none.
+    """
+    if not isinstance(head, MultiLayerMLMHead):
+        raise TypeError(f"head: expected a MultiLayerMLMHead, got {type(head).__name__}")
+    parts = HuggingFaceHead.of(model_or_head)
+    pairs: dict[str, tuple[Tensor | None, Tensor | None]] = {
+        "dense.weight": (head.dense.weight, parts.dense.weight),
+        "dense.bias": (head.dense.bias, parts.dense.bias),
+        "layer_norm.weight": (head.layer_norm.weight, parts.layer_norm.weight),
+        "layer_norm.bias": (head.layer_norm.bias, parts.layer_norm.bias),
+        "weight": (head.weight, parts.decoder.weight),
+        "bias": (head.bias, parts.decoder.bias),
+    }
+    for name, (ours, theirs) in pairs.items():
+        _check_alike(name, ours, theirs)
+    for ours, theirs in pairs.values():
+        if ours is not None and theirs is not None and ours is not theirs:
+            theirs.copy_(ours)
+    return model_or_head
+
+
+class HuggingFaceHead(NamedTuple):
+    """The parts of a BERT or RoBERTa masked-language-model head, whose classes name them differently."""
+
+    dense: nn.Linear
+    activation: Activation
+    layer_norm: nn.LayerNorm
+    decoder: nn.Linear
+
+    @classmethod
+    def of(cls, model_or_head: nn.Module) -> HuggingFaceHead:
+        head = model_or_head
+        for name in ("cls", "predictions", "lm_head"):  # of a model, of BERT's cls, of a model
+            head = getattr(head, name, head)
+        transform = getattr(head, "transform", head)
+        names = ("dense", "LayerNorm" if hasattr(transform, "LayerNorm") else "layer_norm")
+        parts: list[Any] = [getattr(transform, name, None) for name in names] + [getattr(head, "decoder", None)]
+        if not all(isinstance(part, nn.Module) for part in parts):
+            raise TypeError(
+                "model_or_head: expected BertForMaskedLM or RobertaForMaskedLM, or the head of one (cls.predictions, "
+                f"lm_head), got {type(model_or_head).__name__}"
+            )
+        dense, layer_norm, decoder = parts
+        return cls(dense, getattr(transform, "transform_act_fn", F.gelu), layer_norm, decoder)
+
+    def transform(self, hidden_states: Tensor) -> Tensor:
+        return self.layer_norm(self.activation(self.dense(hidden_states)))
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden_states))
+
+
+def _check_alike(name: str, ours: Tensor | None, theirs: Tensor | None) -> None:
+    mine, other = (None if tensor is None else tuple(tensor.shape) for tensor in (ours, theirs))
+    if mine != other:
+        raise ValueError(f"model_or_head: expected {name} of shape {mine} as in head, got {other}")
+
+
 class _FusedMaskedLM(PreTrainedModel):
     """``forward`` of the two models. They differ in how the parts of their heads are called."""
 
@@ -169,11 +259,7 @@ class AdminOutput(nn.Module):
     def take_over(end: nn.Module) -> None:
         original, end.__class__ = type(end), AdminOutput
         assert isinstance(end, AdminOutput)
-        before, end.original = end.LayerNorm, original
-        like = {"device": before.weight.device, "dtype": before.weight.dtype}
-        end.LayerNorm = AdminNorm(*before.normalized_shape, dropout=end.dropout.p, eps=before.eps, **like)
-        end.LayerNorm.weight, end.LayerNorm.bias = before.weight, before.bias
-        end.LayerNorm.train(before.training)
+        end.LayerNorm, end.original = admin_norm_like(end.LayerNorm, end.dropout.p), original
 
     def check_omega(self) -> None:
         if not bool((self.LayerNorm.omega == 1).all()):

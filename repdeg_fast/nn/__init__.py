@@ -1,17 +1,16 @@
 """Modules."""
 
-from repdeg_fast.nn.admin_fold import fold_admin
-from repdeg_fast.nn.admin_init import initialize_admin_
-from repdeg_fast.nn.admin_norm import AdminNorm
-from repdeg_fast.nn.admin_profile import residual_dependency
-from repdeg_fast.nn.admin_transformer import (
+from repdeg_fast.nn.admin.convert import from_torch
+from repdeg_fast.nn.admin.fold import fold_admin
+from repdeg_fast.nn.admin.init import initialize_admin_
+from repdeg_fast.nn.admin.norm import AdminNorm, admin_norm_like
+from repdeg_fast.nn.admin.profile import residual_dependency
+from repdeg_fast.nn.admin.transformer import (
     AdminDecoder,
     AdminDecoderLayer,
     AdminEncoder,
     AdminEncoderLayer,
     AdminTransformer,
-    admin_norm_like,
-    from_torch,
 )
 from repdeg_fast.nn.cosreg import CosineRegularization
 from repdeg_fast.nn.gumbel_mix import GumbelMixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,51 +105,6 @@ class MultiLayerMLMHead(nn.Module):
         """(..., hidden_size) → (..., V), for predictions."""
         return F.linear(self.transform(hidden_states), self.weight, self.bias)
 
-    @classmethod
-    @torch.no_grad()
-    def from_huggingface(cls, model_or_head: nn.Module) -> MultiLayerMLMHead:
-        """A head with the weights of a BERT or RoBERTa head (``BertForMaskedLM``, its ``cls`` or ``cls.predictions``;
-        ``RobertaForMaskedLM``, its ``lm_head``): dense, LayerNorm and bias copied, the projection tied to the same
-        parameter as there. As there, the padding word's row is projected on, and trained, like any other.
-
-        Raises:
-            TypeError: there is no such head.
-        """
-        parts = HuggingFaceHead.of(model_or_head)
-        hidden_size, norm, bias = parts.dense.in_features, parts.layer_norm, parts.decoder.bias is not None
-        head = cls(hidden_size, parts.decoder, activation=parts.activation, layer_norm_eps=norm.eps, bias=bias)
-        head.dense.load_state_dict(parts.dense.state_dict())
-        head.layer_norm.load_state_dict(norm.state_dict())
-        if head.bias is not None:
-            head.bias.copy_(parts.decoder.bias)
-        return head.train(model_or_head.training)
-
-    @torch.no_grad()
-    def to_huggingface(self, model_or_head: nn.Module) -> nn.Module:
-        """Write the weights into a BERT or RoBERTa head, as :meth:`from_huggingface` takes them, and return it.
-
-        In place, so that what is tied there stays tied. Its activation is left as it is.
-
-        Raises:
-            TypeError: there is no such head.
-            ValueError: it has other shapes, or a bias where this head has none.
-        """
-        parts = HuggingFaceHead.of(model_or_head)
-        pairs: dict[str, tuple[Tensor | None, Tensor | None]] = {
-            "dense.weight": (self.dense.weight, parts.dense.weight),
-            "dense.bias": (self.dense.bias, parts.dense.bias),
-            "layer_norm.weight": (self.layer_norm.weight, parts.layer_norm.weight),
-            "layer_norm.bias": (self.layer_norm.bias, parts.layer_norm.bias),
-            "weight": (self.weight, parts.decoder.weight),
-            "bias": (self.bias, parts.decoder.bias),
-        }
-        for name, (ours, theirs) in pairs.items():
-            _check_alike(name, ours, theirs)
-        for ours, theirs in pairs.values():
-            if ours is not None and theirs is not None and ours is not theirs:
-                theirs.copy_(ours)
-        return model_or_head
-
     def extra_repr(self) -> str:
         return f"tied to {self._tied[0]!r}" if isinstance(self._tied[0], nn.Module) else f"V={len(self.weight)}"
 
@@ -171,37 +126,6 @@ def masked_lm_losses(
     masked = torch.stack([layer.flatten(0, -2).index_select(0, positions) for layer in layers])
     target = target.reshape(-1).index_select(0, positions)
     return multi_layer_mlm_loss(transform(masked), weight, target, bias, ignore_index=ignore_index, **options)
-
-
-class HuggingFaceHead(NamedTuple):
-    """The parts of a BERT or RoBERTa masked-language-model head, whose classes name them differently."""
-
-    dense: nn.Linear
-    activation: Activation
-    layer_norm: nn.LayerNorm
-    decoder: nn.Linear
-
-    @classmethod
-    def of(cls, model_or_head: nn.Module) -> HuggingFaceHead:
-        head = model_or_head
-        for name in ("cls", "predictions", "lm_head"):  # of a model, of BERT's cls, of a model
-            head = getattr(head, name, head)
-        transform = getattr(head, "transform", head)
-        names = ("dense", "LayerNorm" if hasattr(transform, "LayerNorm") else "layer_norm")
-        parts: list[Any] = [getattr(transform, name, None) for name in names] + [getattr(head, "decoder", None)]
-        if not all(isinstance(part, nn.Module) for part in parts):
-            raise TypeError(
-                "model_or_head: expected BertForMaskedLM or RobertaForMaskedLM, or the head of one (cls.predictions, "
-                f"lm_head), got {type(model_or_head).__name__}"
-            )
-        dense, layer_norm, decoder = parts
-        return cls(dense, getattr(transform, "transform_act_fn", F.gelu), layer_norm, decoder)
-
-    def transform(self, hidden_states: Tensor) -> Tensor:
-        return self.layer_norm(self.activation(self.dense(hidden_states)))
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        return self.decoder(self.transform(hidden_states))
 
 
 def _check_embedding(embedding: Any) -> nn.Embedding | nn.Linear | nn.Parameter:
@@ -254,9 +178,3 @@ def _check_input(hidden_states: Tensor, weight: Tensor) -> None:
             f"hidden_states: expected {weight.dtype} like the head, got {hidden_states.dtype}; convert one of them or "
             f"use torch.autocast"
         )
-
-
-def _check_alike(name: str, ours: Tensor | None, theirs: Tensor | None) -> None:
-    mine, other = (None if tensor is None else tuple(tensor.shape) for tensor in (ours, theirs))
-    if mine != other:
-        raise ValueError(f"model_or_head: expected {name} of shape {mine} as in this head, got {other}")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from repdeg_fast.nn.admin_norm import AdminNorm
-from repdeg_fast.nn.admin_table import DependencyTable, Share
+from repdeg_fast.nn.admin.norm import AdminNorm
+from repdeg_fast.nn.admin.table import DependencyTable, Share
 
 Visit = Callable[[str, AdminNorm, Tensor, Tensor], None]  # name, module, x, branch
 _VALUES_AT_A_TIME = 1 << 22  # so that the float64 copies stay small beside the activations
@@ -27,7 +27,8 @@ def residual_dependency(model: nn.Module, batch: Any, *, group: Any | None = Non
         model, batch, group: as in :func:`repdeg_fast.initialize_admin_`.
 
     Returns:
-        A table to index, print, save and plot. The shares of one output add up to 1.
+        A table to index and print; :mod:`repdeg_fast.analysis` saves and draws it. The shares of one output add
+        up to 1.
     """
     rows: dict[str, list[Share]] = {}  # of each stack: the sources of its latest output
     records: list[Share] = []

@@ -1,13 +1,9 @@
-"""Tables of what ADMIN's initialization did and measured: printed, saved as JSON or CSV, plotted."""
+"""What ADMIN's initialization did and measured, as data; :mod:`repdeg_fast.analysis` saves and draws it."""
 
 from __future__ import annotations
 
-import csv
-import json
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -34,8 +30,8 @@ class Share:
     share: float
 
 
-class _Table(ABC):
-    """What a table can do with its records, all of one dataclass. As a sequence it is that of its records."""
+class Table:
+    """Records, all of one dataclass. As a sequence it is that of its records."""
 
     records: Sequence[Any]
 
@@ -45,45 +41,13 @@ class _Table(ABC):
     def __getitem__(self, place: int) -> Any:
         return self.records[place]
 
-    def save(self, path: str | Path) -> Path:
-        """Write the records as a list of objects (``.json``) or as lines with a header (``.csv``)."""
-        path = Path(path)
-        rows = [asdict(record) for record in self.records]
-        if path.suffix == ".json":
-            path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        elif path.suffix == ".csv":
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, [field.name for field in fields(self.records[0])])
-                writer.writeheader()
-                writer.writerows(rows)
-        else:
-            raise ValueError(f"path: expected a name that ends in .json or .csv, got {str(path)!r}")
-        return path
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw the table into a picture file (PNG, PDF, SVG by its ending). Needs matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as missing:
-            raise ImportError("plot needs matplotlib; pip install matplotlib") from missing
-        figure = Figure(figsize=(6.0 * len(self.stacks()), 4.5), layout="constrained")
-        for axes, stack in zip(figure.subplots(1, len(self.stacks()), squeeze=False)[0], self.stacks(), strict=True):
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            self._draw(axes, figure, stack)
-            axes.set_title(stack or "model")
-        figure.savefig(path, dpi=120)
-        return Path(path)
-
     def stacks(self) -> list[str]:
         """The stacks, in the order of their first sub-layers."""
         return list(dict.fromkeys(record.stack for record in self.records))
 
-    @abstractmethod
-    def _draw(self, axes: Any, figure: Any, stack: str) -> None: ...
-
 
 @dataclass(frozen=True)
-class AdminTable(_Table):
+class AdminTable(Table):
     """What :func:`repdeg_fast.initialize_admin_` did: for each sub-layer ω and, under ``profile``, the variances."""
 
     rule: str
@@ -97,18 +61,9 @@ class AdminTable(_Table):
         rows += [(r.name, number(r.stream_variance), number(r.branch_variance), number(r.omega)) for r in self.records]
         return f"ADMIN, rule {self.rule!r}\n{_aligned(rows)}"
 
-    def _draw(self, axes: Any, figure: Any, stack: str) -> None:
-        rows = [record for record in self.records if record.stack == stack]
-        places = range(1, len(rows) + 1)
-        if rows[0].branch_variance is not None:
-            axes.bar(places, [row.branch_variance for row in rows], color="tab:orange", alpha=0.6, label="Var f")
-        axes.plot(places, [row.omega for row in rows], marker=".", label="ω")
-        axes.set_xlabel("sub-layer")
-        axes.legend()
-
 
 @dataclass(frozen=True)
-class DependencyTable(_Table):
+class DependencyTable(Table):
     """What :func:`repdeg_fast.residual_dependency` found: one record for each sub-layer and source up to it."""
 
     records: Sequence[Share]
@@ -133,15 +88,6 @@ class DependencyTable(_Table):
             rows = [("source", "share of the output"), *((s.source, f"{s.share:.4f}") for s in self.output(stack))]
             blocks.append(f"{stack or 'model'}\n{_aligned(rows)}")
         return "\n\n".join(blocks)
-
-    def _draw(self, axes: Any, figure: Any, stack: str) -> None:
-        matrix = self.matrix(stack)
-        width = len(matrix[-1])
-        shares = [[s.share for s in row] + [float("nan")] * (width - len(row)) for row in matrix]
-        image = axes.imshow(shares, vmin=0, extent=(-0.5, width - 0.5, len(matrix) + 0.5, 0.5), aspect="auto")
-        axes.set_xlabel("source: 0 the input, j the branch of sub-layer j")
-        axes.set_ylabel("output of sub-layer")
-        figure.colorbar(image, ax=axes, label="share of the variance")
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

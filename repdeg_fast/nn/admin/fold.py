@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repdeg_fast.nn.admin_norm import AdminNorm
-from repdeg_fast.nn.admin_profile import admin_norms
-from repdeg_fast.nn.admin_transformer import TORCH_CLASS, AdminDecoderLayer, AdminEncoderLayer, check_weights, sublayers
+from repdeg_fast.nn.admin.convert import TORCH_CLASS
+from repdeg_fast.nn.admin.norm import AdminNorm
+from repdeg_fast.nn.admin.profile import admin_norms
+from repdeg_fast.nn.admin.transformer import AdminDecoderLayer, AdminEncoderLayer, AdminLayer, check_weights, sublayers
 
 
 class ScaledInputEncoderLayer(nn.TransformerEncoderLayer):
@@ -53,9 +54,7 @@ class ScaledInputDecoderLayer(nn.TransformerDecoderLayer):
         )  # fmt: skip
 
 
-Layer = AdminEncoderLayer | AdminDecoderLayer
-_LAYERS = (AdminEncoderLayer, AdminDecoderLayer)
-_SCALED = {AdminEncoderLayer: ScaledInputEncoderLayer, AdminDecoderLayer: ScaledInputDecoderLayer}
+_SCALED: dict[type, type] = {AdminEncoderLayer: ScaledInputEncoderLayer, AdminDecoderLayer: ScaledInputDecoderLayer}
 
 
 @torch.no_grad()
@@ -80,7 +79,7 @@ def fold_admin(model: nn.Module) -> nn.Module:
     """
     _check_foldable(model)
     folded = copy.deepcopy(model)
-    layers = [part for part in folded.modules() if isinstance(part, _LAYERS)]
+    layers = [part for part in folded.modules() if isinstance(part, AdminLayer)]
     preceding = _preceding_layers(folded)
     for layer in layers:
         before = preceding.get(id(layer))
@@ -94,7 +93,7 @@ def fold_admin(model: nn.Module) -> nn.Module:
 
 
 def _check_foldable(model: nn.Module) -> None:
-    named = {name: part for name, part in model.named_modules() if isinstance(part, _LAYERS)}
+    named = {name: part for name, part in model.named_modules() if isinstance(part, AdminLayer)}
     layers = named.values()
     known = {id(getattr(layer, f"norm{number}")) for layer in layers for number in sublayers(layer)}
     for name, norm in admin_norms(model).items():
@@ -117,14 +116,14 @@ def _check_foldable(model: nn.Module) -> None:
             raise ValueError(f"model: expected parameters of its own in every layer, got {name} in several places")
 
 
-def _preceding_layers(model: nn.Module) -> dict[int, Layer]:
+def _preceding_layers(model: nn.Module) -> dict[int, AdminLayer]:
     """By the id of a layer in one of torch's stacks: the ADMIN layer before it."""
     stacks = [part for part in model.modules() if isinstance(part, (nn.TransformerEncoder, nn.TransformerDecoder))]
     pairs = [pair for stack in stacks for pair in itertools.pairwise(stack.layers)]
-    return {id(layer): before for before, layer in pairs if isinstance(before, _LAYERS)}
+    return {id(layer): before for before, layer in pairs if isinstance(before, AdminLayer)}
 
 
-def _fold_omegas(layer: Layer, norm_before: AdminNorm | None) -> None:
+def _fold_omegas(layer: AdminLayer, norm_before: AdminNorm | None) -> None:
     """ω of each sub-layer into the norm before it and the weights that read the stream there."""
     for number, reader in zip(sublayers(layer), _readers(layer), strict=True):
         omega = getattr(layer, f"norm{number}").omega
@@ -134,18 +133,18 @@ def _fold_omegas(layer: Layer, norm_before: AdminNorm | None) -> None:
                     parameter.mul_(omega)
             reader.div_(omega)
         elif not bool((omega == 1).all()):
-            layer.__class__ = _SCALED[type(layer)]  # type: ignore[assignment]
+            layer.__class__ = _SCALED[type(layer)]
             layer.input_scale = nn.Parameter(omega.clone(), requires_grad=omega.requires_grad)
             reader.div_(omega)
         norm_before = getattr(layer, f"norm{number}")
 
 
-def _readers(layer: Layer) -> list[Tensor]:
+def _readers(layer: AdminLayer) -> list[Tensor]:
     """By sub-layer: the weights (rows, d) that are applied to the residual stream."""
-    if isinstance(layer, AdminEncoderLayer):
-        return [layer.self_attn.in_proj_weight, layer.linear1.weight]
-    cross = layer.multihead_attn
-    return [layer.self_attn.in_proj_weight, cross.in_proj_weight[: cross.embed_dim], layer.linear1.weight]
+    if isinstance(layer, AdminDecoderLayer):
+        cross = layer.multihead_attn
+        return [layer.self_attn.in_proj_weight, cross.in_proj_weight[: cross.embed_dim], layer.linear1.weight]
+    return [layer.self_attn.in_proj_weight, layer.linear1.weight]
 
 
 def _take_layer_norms(layer: nn.Module) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repdeg_fast.nn.admin_norm import AdminNorm
-from repdeg_fast.nn.admin_profile import admin_norms, observe, stack_of, variances
-from repdeg_fast.nn.admin_table import AdminTable, Sublayer
-from repdeg_fast.nn.admin_transformer import AdminDecoderLayer, AdminEncoderLayer, check_weights
+from repdeg_fast.nn.admin.norm import AdminNorm
+from repdeg_fast.nn.admin.profile import admin_norms, observe, stack_of, variances
+from repdeg_fast.nn.admin.table import AdminTable, Sublayer
+from repdeg_fast.nn.admin.transformer import AdminDecoderLayer, AdminEncoderLayer, AdminLayer, check_weights
 
 # ω of every sub-layer in a stack of n, by how the change of the stack's output in one update grows with n: the rules of
 # the authors' package admin-torch
@@ -21,7 +21,6 @@ FORMULAS = {
     "O(1)": lambda n: math.sqrt(n),
     "O(n)": lambda n: 1.0,
 }
-_LAYERS = (AdminEncoderLayer, AdminDecoderLayer)
 RULES = ("profile", *FORMULAS, "deepnorm")
 
 
@@ -53,7 +52,7 @@ def initialize_admin_(
         group: process group of the data-parallel ranks; ``None``: the default one.
 
     Returns:
-        A table (sub-layer, Var f, ω) to index, print, ``save`` and ``plot``.
+        A table (sub-layer, Var f, ω) to index and print; :mod:`repdeg_fast.analysis` saves and draws it.
 
     Raises:
         ValueError: an unknown rule, a model without AdminNorm (a pre-LN one, say), no batch, eval mode, activations
@@ -109,7 +108,7 @@ def _profile(model: nn.Module, norms: dict[str, AdminNorm], batch: Any, group: A
 
 def _deepnorm(model: nn.Module, norms: dict[str, AdminNorm]) -> dict[str, float]:
     """α by sub-layer, after multiplying the initial weights by β."""
-    layers = {name: part for name, part in model.named_modules() if isinstance(part, _LAYERS)}
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, AdminLayer)}
     owner = {name: name.rpartition(".")[0] for name in norms}
     if strangers := [name for name in norms if owner[name] not in layers]:
         raise ValueError(

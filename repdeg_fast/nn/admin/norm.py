@@ -102,3 +102,28 @@ class AdminNorm(nn.Module):
             f"norm={self.norm!r}, elementwise_affine={self.weight is not None}, bias={self.bias is not None}, "
             f"branch_bias={self.branch_bias is not None}, save={self.save!r}"
         )
+
+
+def admin_norm_like(layer_norm: nn.LayerNorm, dropout: float = 0.0) -> AdminNorm:
+    """An AdminNorm that takes the place of ``layer_norm(x + dropout(branch))``, with ω = 1 and the same parameters.
+
+    ``weight`` and ``bias`` are shared with ``layer_norm``, not copied: an optimizer that holds them stays valid.
+    """
+    if not isinstance(layer_norm, nn.LayerNorm):
+        raise TypeError(f"layer_norm: expected an nn.LayerNorm, got {type(layer_norm).__name__}")
+    if len(layer_norm.normalized_shape) != 1:
+        raise ValueError(
+            f"layer_norm: expected one over the last dimension, got normalized_shape {layer_norm.normalized_shape}"
+        )
+    weight, bias = layer_norm.weight, layer_norm.bias
+    norm = AdminNorm(
+        layer_norm.normalized_shape[0],
+        dropout=dropout,
+        eps=layer_norm.eps,
+        elementwise_affine=weight is not None,
+        bias=bias is not None,
+        device=None if weight is None else weight.device,
+        dtype=None if weight is None else weight.dtype,
+    )
+    norm.weight, norm.bias = weight, bias
+    return norm.train(layer_norm.training)
