@@ -1,7 +1,9 @@
 """Which backend is tested where. ``make test`` runs this suite twice: once plainly, and once with TRITON_INTERPRET=1
-and ``-m interpreter``, because Triton decides at import whether its kernels run on the CPU."""
+and ``-m interpreter``, because Triton decides at import whether its kernels run on the CPU. What cannot run here is not
+collected; one line at the end says how much that is, and why."""
 
 import os
+from collections import Counter
 
 import emulate_cuda
 import pytest
@@ -20,10 +22,13 @@ PLACES = [
 
 
 def pytest_generate_tests(metafunc):
-    """A test module names the ``operation`` it tests, which is tested where it has kernels."""
+    """A test module names the ``operation`` it tests, which is tested where it has kernels; a test marked ``gpu`` on
+    GPUs alone."""
     if "place" in metafunc.fixturenames:
         backends = {"reference", *metafunc.module.operation.backends}
-        metafunc.parametrize("place", [p for p in PLACES if p.values[0][0] in backends], indirect=True)
+        devices = {"cuda"} if metafunc.definition.get_closest_marker("gpu") else {"cpu", "cuda"}
+        places = [p for p in PLACES for backend, device in p.values if backend in backends and device in devices]
+        metafunc.parametrize("place", places, indirect=True)
 
 
 @pytest.fixture
@@ -82,13 +87,32 @@ class Place:
         return [torch.float32, torch.bfloat16, torch.float16]
 
 
-def pytest_collection_modifyitems(items):
-    interpreter = os.environ.get("TRITON_INTERPRET") == "1"
-    for item in items:
-        if item.get_closest_marker("interpreter") and not interpreter:
-            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+_left_out = pytest.StashKey()  # reason -> how many tests
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m have left
+def pytest_collection_modifyitems(config, items):
+    reasons = {item: _cannot_run(item) for item in items}
+    config.stash[_left_out] = Counter(filter(None, reasons.values()))
+    config.hook.pytest_deselected(items=[item for item, reason in reasons.items() if reason])
+    items[:] = [item for item, reason in reasons.items() if not reason]
+
+
+def _cannot_run(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        return "need an NVIDIA GPU (`make gpu`)"
+    if item.get_closest_marker("interpreter") and os.environ.get("TRITON_INTERPRET") != "1":
+        return "need TRITON_INTERPRET=1 (the second run of `make test`)"
+    return None
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """One line for what was not collected, and one for each reason that a test gave for skipping itself."""
+    if left_out := config.stash.get(_left_out, None):
+        terminalreporter.line("not run here: " + "; ".join(f"{n} tests {reason}" for reason, n in left_out.items()))
+    reports = terminalreporter.stats.get("skipped", [])
+    for reason, n in Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports).items():
+        terminalreporter.line(f"skipped: {n} × {reason}")
 
 
 @pytest.fixture(autouse=True)

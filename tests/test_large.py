@@ -10,7 +10,7 @@ from repdeg_fast.reference import philox
 
 PLACES = [  # device, vocabulary, width
     pytest.param("cpu", 3001, 96, id="small"),
-    pytest.param("cuda", 2**20 + 5, 2048, id="gpu", marks=pytest.mark.gpu),
+    pytest.param("cuda", 2**20 + 5, 2048, id="gpu", marks=[pytest.mark.gpu, pytest.mark.large]),
 ]
 ROWS = 40
 STRATEGIES = ("chunked", "streaming")

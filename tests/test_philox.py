@@ -1,7 +1,6 @@
 """Random numbers: the published generator, the same bits on every backend, the right distribution."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -114,7 +113,6 @@ def test_dropout_extremes():
 
 
 @pytest.mark.interpreter
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("seed", [0, -1, 0x299F31D0A4093822])
 def test_triton_words_have_the_reference_bits(seed):
     from philox_kernel import block_kernel

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import pytest
 import torch
@@ -14,11 +13,6 @@ from repdeg_fast.triton_kernels import tuning
 from repdeg_fast import backends, cli
 from repdeg_fast.bench import tune
 from repdeg_fast.bench.suite import Case, Provider, Selection, suites
-
-needs_interpreter = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +87,7 @@ def test_fastest(ms, best):
 class TestTuning:
     """The loop, in the interpreter, with a clock of its own."""
 
-    pytestmark = needs_interpreter
+    pytestmark = pytest.mark.interpreter
 
     @pytest.fixture
     def selection(self):
