@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from repdeg_fast.native import build
+from repdeg_fast.native.cache import cache_root
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -172,7 +173,7 @@ def _implementation(operation: Operation, backend: str) -> Any:
 
 def tuning_file() -> Path:
     """Where ``repdeg-fast tune`` keeps the launch configurations that it found."""
-    return build.cache_root() / "tuning.json"
+    return cache_root() / "tuning.json"
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from repdeg_fast.bench import tune as tuner
 from repdeg_fast.bench import weights as checkpoints
 from repdeg_fast.bench.suite import DTYPES, InputError, Selection, Suite, select, suites
 from repdeg_fast.native import build
+from repdeg_fast.native.cache import cache_root
 
 app = typer.Typer(
     help="Fused kernels for language-model pretraining: measure their speed and memory, and look at embeddings.",
@@ -299,7 +300,7 @@ def _libraries_table() -> Table:
         table.add_row(
             library, escape(state), escape("\n".join(f"{key}: {value}" for key, value in built.items() if value))
         )
-    table.caption = escape(f"sources: {build.source_root()}; cache: {build.cache_root()}")
+    table.caption = escape(f"sources: {build.source_root()}; cache: {cache_root()}")
     return table
 
 
