@@ -6,12 +6,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class InputError(ValueError):
-    """A mistake in what the user asked for: the command line shows it without a traceback."""
 
 
 def check_floating(name: str, value: Tensor) -> None:
@@ -20,6 +17,11 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}")
+    if type(value) not in (Tensor, Parameter) and type(value).__module__.startswith("torch.distributed.tensor"):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor (FSDP2 or tensor parallelism); pass {name}.full_tensor(), "
+            f"or call this inside the forward pass of the module that FSDP wraps, where its parameters are whole"
+        )
     if value.is_nested:
         raise ValueError(f"{name}: expected a dense tensor, got a nested one; call .to_padded_tensor(0.0)")
     if value.layout != torch.strided:

@@ -11,103 +11,229 @@ import functools
 import importlib.util
 import os
 import shutil
+import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from repdeg_fast.native import build
-from repdeg_fast.native.cache import cache_root
+from repdeg_fast.native import Namespace, build
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-Limit = Callable[..., "str | None"]  # the tensors of a call -> why this backend cannot take them
+K = TypeVar("K")  # an operation's Kernels protocol: repdeg_fast/contracts/<operation>.py
+Limit = Callable[..., "str | None"]  # the tensors of a call -> why a backend's kernels cannot take them
 
 
-@dataclass(frozen=True, eq=False)  # hashed by identity
-class Operation:
-    """One operation and its kernels, found by name: ``repdeg_fast.reference.<name>``,
-    ``repdeg_fast.triton_kernels.<name>`` and the native operators ``<name>_<function>``.
+class Operation(Generic[K]):
+    """One operation and its kernels.
 
-    ``backends`` maps each backend beside the reference to what its kernels cannot take.
+    Args:
+        name: the operation's, in every layer.
+        reference: its kernels in PyTorch.
+        native: makes those of ``cpu`` and ``cuda`` from a namespace of ``torch.ops``; both have the same schemas.
+        triton: imports those in Triton.
+        limits: the backends that it has beside the reference, and what their kernels cannot take.
     """
 
-    name: str
-    functions: tuple[str, ...]
-    backends: Mapping[str, Limit] = field(default_factory=dict)
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: K,
+        native: Callable[[Namespace], K],
+        triton: Callable[[], K],
+        limits: Mapping[str, Limit],
+    ) -> None:
+        self.name, self.reference, self.native, self.triton = name, reference, native, triton
+        self.limits: Mapping[str, Limit] = {"reference": no_limit, **limits}
+        self._found: dict[tuple[str, str], K | _Unavailable] = {}
+        _operations[name] = self
 
-    def __post_init__(self) -> None:
-        _operations[self.name] = self
-
-    def kernels(self, backend: str, *tensors: Tensor) -> Any:
-        """The functions of the backend that serves this call; ``backend`` is a name or ``"auto"``."""
-        return _implementation(self, self.choose(backend, *tensors))
-
-    def choose(self, backend: str, *tensors: Tensor) -> str:
+    def kernels(self, backend: str, *tensors: Tensor) -> K:
+        """Those that serve this call; ``backend`` is a name or ``"auto"``."""
         device = tensors[0].device.type
-        if backend != "auto":
-            if reason := self.unavailable(backend, device, *tensors):
-                raise RuntimeError(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
-            return backend
-        reasons: list[str] = []
-        for candidate in PREFERENCE.get(device, ("reference",)):
-            reason = self.unavailable(candidate, device, *tensors) or _load_failure(candidate)
-            if reason is None:
-                if candidate == "reference" and reasons:
-                    announce(f"repdeg_fast: {self.name} on {device} falls back to plain PyTorch: {'; '.join(reasons)}")
-                return candidate
-            reasons.append(f"{candidate}: {reason}")
-        raise AssertionError("the reference always serves")
+        for name in PREFERENCE.get(device, ("reference",)) if backend == "auto" else (backend,):
+            found = self._find(name, device)
+            if not isinstance(found, _Unavailable) and self.limits[_backends[name].kernels_of](*tensors) is None:
+                if name != backend and name == "reference":
+                    self._announce_fallback(device, *tensors)
+                return found
+        reason = self.unavailable(backend, device, *tensors)
+        raise RuntimeError(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
 
     def unavailable(self, backend: str, device: str, *tensors: Tensor) -> str | None:
-        """Why ``backend`` cannot serve this operation on ``device`` (for these tensors, if given), or ``None``."""
-        if backend == "reference":
-            return None
-        if backend not in self.backends:
-            return f"{self.name} has no {backend} kernel"
-        if reason := _environment(backend, device):
+        """Why ``backend`` cannot serve this operation on ``device`` (for these tensors, if given), or ``None``.
+        Compiles nothing."""
+        one = _backends[backend]
+        if one.kernels_of not in self.limits:
+            return f"{self.name} has no {one.kernels_of} kernel"
+        found = self._found.get((backend, device))
+        if reason := found if isinstance(found, _Unavailable) else one.unavailable(device):
             return reason
-        return self.backends[backend](*tensors) if tensors else None
+        return self.limits[one.kernels_of](*tensors) if tensors else None
+
+    def _find(self, backend: str, device: str) -> K | _Unavailable:
+        """Looked up once: a call asks the system nothing."""
+        key = backend, device
+        if key not in self._found:
+            reason = self.unavailable(backend, device)
+            try:
+                self._found[key] = _Unavailable(reason) if reason else _backends[backend].kernels(self)
+            except RuntimeError as error:  # it did not compile
+                self._found[key] = _Unavailable(str(error))
+        return self._found[key]
+
+    def _announce_fallback(self, device: str, *tensors: Tensor) -> None:
+        others = [name for name in PREFERENCE.get(device, ()) if name != "reference"]
+        reasons = [f"{name}: {self.unavailable(name, device, *tensors)}" for name in others]
+        if reasons:
+            announce(f"repdeg_fast: {self.name} on {device} falls back to plain PyTorch: {'; '.join(reasons)}")
 
 
-_operations: dict[str, Operation] = {}
+class _Unavailable(str):
+    """Why there are no kernels."""
+
+
+def no_limit(*_: Tensor) -> None:
+    """For kernels that take whatever their operator lets through."""
+
+
+def no_float64(*tensors: Tensor) -> str | None:
+    """For kernels on GPUs, whose arithmetic is fp32."""
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "float64 is for the reference and cpu backends"
+    return None
+
+
+def aligned_rows(*matrices: Tensor) -> str | None:
+    """For kernels that move rows of fp32 or 16-bit values 16 bytes at a time."""
+    for matrix in matrices:
+        row_bytes = [size * matrix.element_size() for size in (matrix.shape[1], matrix.stride(0))]
+        if matrix.stride(1) != 1 or matrix.data_ptr() % 16 or any(size % 16 for size in row_bytes):
+            return "needs contiguous rows of a multiple of 16 bytes that start on 16-byte boundaries"
+    return no_float64(*matrices)
+
+
+class Backend(ABC):
+    """A set of kernels. ``kernels_of``: whose limits they have, where that is not its own name (an emulation)."""
+
+    def __init__(self, name: str, kernels_of: str = "") -> None:
+        self.name, self.kernels_of = name, kernels_of or name
+
+    @abstractmethod
+    def unavailable(self, device: str) -> str | None:
+        """Why it cannot run on ``device`` in this process, whatever the operation, with the remedy; else ``None``."""
+
+    @abstractmethod
+    def kernels(self, operation: Operation[K]) -> K:
+        """Its kernels of ``operation``, which must have some; ``RuntimeError`` if they do not compile."""
+
+
+class Reference(Backend):
+    def unavailable(self, device: str) -> str | None:
+        return None
+
+    def kernels(self, operation: Operation[K]) -> K:
+        return operation.reference
+
+
+class Native(Backend):
+    """``cpu`` and ``cuda``: each serves the device of its name."""
+
+    def unavailable(self, device: str) -> str | None:
+        return build.unavailable(self.name) if device == self.name else f"serves {self.name} tensors only"
+
+    def kernels(self, operation: Operation[K]) -> K:
+        build.load(self.name)
+        return operation.native(torch.ops.repdeg_fast_native)
+
+
+class Triton(Backend):
+    def unavailable(self, device: str) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install triton (Linux)"
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "runs on CPU tensors only in the interpreter; set TRITON_INTERPRET=1 before importing repdeg_fast"
+        if device not in ("cpu", "cuda"):
+            return f"has no support for {device} tensors"
+        if device == "cuda" and not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+            return "no C compiler for its launchers; install gcc or clang (CC names another)"
+        return None
+
+    def kernels(self, operation: Operation[K]) -> K:
+        _load_tuning()
+        return operation.triton()
+
+
+_operations: dict[str, Operation[Any]] = {}
+_backends: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Let ``backend`` be asked for by its name, instead of one that had it."""
+    _backends[backend.name] = backend
+    forget()
+
+
+def forget() -> None:
+    """Look anew which kernels there are, at the next call of each operation."""
+    for operation in _operations.values():
+        operation._found.clear()
+
+
+for _backend in (Reference("reference"), Native("cpu"), Triton("triton"), Native("cuda")):
+    register(_backend)
 
 
 def _checked_name(source: str, backend: str) -> str:
-    if backend not in (*BACKENDS, "auto"):
-        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)} or auto, got {backend!r}")
+    if backend not in (*_backends, "auto"):
+        raise ValueError(f"{source}: expected one of {', '.join(_backends)} or auto, got {backend!r}")
     return backend
 
 
-_requested = _checked_name("REPDEG_FAST_BACKEND", os.environ.get("REPDEG_FAST_BACKEND") or "auto")
+_default = _checked_name("REPDEG_FAST_BACKEND", os.environ.get("REPDEG_FAST_BACKEND") or "auto")
+_requested = ContextVar("repdeg_fast_backend", default=_default)
+
+
+class _Traced(threading.local):
+    """What :data:`_requested` says, for torch.compile: it cannot trace a context variable, but guards this."""
+
+    name = _default
+
+
+_traced = _Traced()
 
 
 def requested() -> str:
     """The backend asked for by :func:`use_backend` or ``REPDEG_FAST_BACKEND``, else ``"auto"``."""
-    return _requested
+    return _traced.name if torch.compiler.is_compiling() else _requested.get()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Serve every operation from one backend (``"auto"``: the usual choice) inside a ``with`` block.
 
-    A backward pass uses the backend of its forward pass, wherever it runs. The setting holds for the whole process.
+    The setting is that of a context variable: of this thread or task alone. A backward pass uses the backend of its
+    forward pass, wherever it runs.
 
     Raises:
         ValueError: for an unknown name. A backend that cannot serve raises ``RuntimeError`` at the call.
     """
-    global _requested
-    before, _requested = _requested, _checked_name("name", name)
+    token, before = _requested.set(_checked_name("name", name)), _traced.name
+    _traced.name = name
     try:
         yield
     finally:
-        _requested = before
+        _requested.reset(token)
+        _traced.name = before
 
 
 def status() -> dict[str, dict[str, dict[str, str | None]]]:
@@ -129,51 +255,9 @@ def status() -> dict[str, dict[str, dict[str, str | None]]]:
     return table
 
 
-def _environment(backend: str, device: str) -> str | None:
-    """Why ``backend`` cannot run on ``device`` in this process, whatever the operation."""
-    if backend == "triton":
-        return _triton_unavailable(device)
-    if backend != device:
-        return f"serves {backend} tensors only"
-    return build.unavailable(backend)
-
-
-def _triton_unavailable(device: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton (Linux)"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "runs on CPU tensors only in the interpreter; set TRITON_INTERPRET=1 before importing repdeg_fast"
-    if device not in ("cpu", "cuda"):
-        return f"has no support for {device} tensors"
-    if device == "cuda" and not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
-        return "no C compiler for its launchers; install gcc or clang (CC names another)"
-    return None
-
-
-def _load_failure(backend: str) -> str | None:
-    """Compile and load a native backend if that has not been done; why it failed, or ``None``."""
-    if backend in build.LIBRARIES:
-        try:
-            build.load(backend)
-        except RuntimeError as error:
-            return str(error)
-    return None
-
-
-@functools.cache
-def _implementation(operation: Operation, backend: str) -> Any:
-    if backend == "reference":
-        return importlib.import_module(f"repdeg_fast.reference.{operation.name}")
-    if backend == "triton":
-        _load_tuning()
-        return importlib.import_module(f"repdeg_fast.triton_kernels.{operation.name}")
-    build.load(backend)
-    return build.operators(operation.name, *operation.functions)
-
-
 def tuning_file() -> Path:
     """Where ``repdeg-fast tune`` keeps the launch configurations that it found."""
-    return cache_root() / "tuning.json"
+    return build.cache_root() / "tuning.json"
 
 
 @functools.cache

@@ -14,7 +14,7 @@ PLACES = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("cpu", "cpu"), id="cpu"),
     pytest.param(("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpreter),
-    pytest.param(("cuda", "cpu"), id="cuda-emulated"),
+    pytest.param(("cuda-emulated", "cpu"), id="cuda-emulated"),
     pytest.param(("reference", "cuda"), id="reference-gpu", marks=pytest.mark.gpu),
     pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
     pytest.param(("cuda", "cuda"), id="cuda-gpu", marks=pytest.mark.gpu),
@@ -25,10 +25,10 @@ def pytest_generate_tests(metafunc):
     """A test module names the ``operation`` it tests, which is tested where it has kernels; a test marked ``gpu`` on
     GPUs alone."""
     if "place" in metafunc.fixturenames:
-        backends = {"reference", *metafunc.module.operation.backends}
+        limits = metafunc.module.operation.limits
         devices = {"cuda"} if metafunc.definition.get_closest_marker("gpu") else {"cpu", "cuda"}
-        places = [p for p in PLACES for backend, device in p.values if backend in backends and device in devices]
-        metafunc.parametrize("place", places, indirect=True)
+        served = [p for p in PLACES if p.values[0][0].removesuffix("-emulated") in limits and p.values[0][1] in devices]
+        metafunc.parametrize("place", served, indirect=True)
 
 
 @pytest.fixture
@@ -37,31 +37,27 @@ def place(request):
     import repdeg_fast
 
     backend, device = request.param
-    if (backend, device) == ("cuda", "cpu"):
+    if backend == "cuda-emulated":
         request.getfixturevalue("emulated_cuda")
     with repdeg_fast.use_backend(backend):
         yield Place(backend, device)
 
 
 @pytest.fixture(scope="session")
-def _cuda_built_for_the_cpu(tmp_path_factory):
-    emulate_cuda.load(tmp_path_factory.mktemp("emulated_cuda"))
-
-
-@pytest.fixture
-def emulated_cuda(_cuda_built_for_the_cpu, monkeypatch):
-    """The ``cuda`` backend takes CPU tensors: its kernels run in emulation."""
+def emulated_cuda(tmp_path_factory):
+    """A backend ``cuda-emulated`` that takes CPU tensors: the CUDA kernels in emulation."""
     from repdeg_fast import backends
 
-    implementation, environment = backends._implementation, backends._environment
+    emulate_cuda.load(tmp_path_factory.mktemp("emulated_cuda"))
 
-    def emulated(operation, backend):
-        if backend == "cuda":
-            return emulate_cuda.operators(operation.name, *operation.functions)
-        return implementation(operation, backend)
+    class Emulated(backends.Backend):
+        def unavailable(self, device):
+            return None if device == "cpu" else "runs on CPU tensors only"
 
-    monkeypatch.setattr(backends, "_implementation", emulated)
-    monkeypatch.setattr(backends, "_environment", lambda b, d: None if b == "cuda" else environment(b, d))
+        def kernels(self, operation):
+            return operation.native(getattr(torch.ops, emulate_cuda.NAMESPACE))
+
+    backends.register(Emulated("cuda-emulated", kernels_of="cuda"))
 
 
 class Place:
@@ -73,12 +69,12 @@ class Place:
         to test here."""
         if operation.unavailable(self.backend, self.device, *tensors):
             with pytest.raises(RuntimeError, match=f"'{self.backend}' cannot serve {operation.name}"):
-                operation.choose(self.backend, *tensors)
+                operation.kernels(self.backend, *tensors)
             pytest.skip(operation.unavailable(self.backend, self.device, *tensors))
 
     def dtypes(self):
         """The dtypes that this backend takes. Triton's interpreter multiplies the raw bits of bfloat16."""
-        if self.backend == "cuda":
+        if self.backend.startswith("cuda"):
             return [torch.float32, torch.bfloat16, torch.float16]
         if self.backend in ("reference", "cpu") and self.device == "cpu":
             return [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -6,8 +6,6 @@ import functools
 import re
 from pathlib import Path
 
-import torch
-
 from repdeg_fast.native import build
 
 HERE = Path(__file__).parent
@@ -32,11 +30,6 @@ def load(folder):
     cpp_extension.load(
         "repdeg_fast_emulated", sources, extra_cflags=flags, build_directory=str(objects), is_python_module=False
     )
-
-
-def operators(name, *functions):
-    namespace = getattr(torch.ops, NAMESPACE)
-    return type("Emulated", (), {f: staticmethod(getattr(namespace, f"{name}_{f}").default) for f in functions})
 
 
 def _as_cpp(source):

@@ -130,6 +130,29 @@ def test_rows_shorter_than_eps(place):
     assert relative_error(weight.grad, true_grad) <= 1e-5
 
 
+@pytest.mark.parametrize("size", [1e-24, 1e-17, 1e-10, 1e10])
+def test_rows_whose_squares_leave_the_range_of_fp32(place, size):
+    """Directions count, not lengths: a row of 1e-24 is not a zero row."""
+    weight = embedding(40, 24, torch.float32, place.device)
+    weight[::3] *= size
+    weight.requires_grad_()
+    value = cosine_regularization(weight, eps=1e-30)
+    value.backward()
+    true_value, true_grad = expected(weight, eps=1e-30)
+    assert abs(value.item() - true_value.item()) <= 1e-5
+    for rows in (slice(0, None, 3), slice(1, None, 3)):  # one norm of both would show the larger gradients only
+        assert relative_error(weight.grad[rows] * size, true_grad[rows] * size) <= 1e-5
+
+
+@pytest.mark.parametrize("total", [5e-20, 1e-30, 1e19, 1e24, 1e37])
+def test_the_sum_of_row_weights_does_not_matter(place, total):
+    weight = embedding(12, 8, torch.float32, place.device).requires_grad_()
+    p = torch.rand(12, device=place.device) + 0.5
+    value = cosine_regularization(weight, row_weight=p * (total / p.sum()))
+    value.backward()
+    assert_matches(value, weight.grad, weight, p)
+
+
 def test_same_bits_twice(place):
     weight = embedding(500, 96, torch.float32, place.device).requires_grad_()
     first = torch.autograd.grad(cosine_regularization(weight), weight)[0]
@@ -253,9 +276,9 @@ def test_opcheck():
     weight = embedding(6, 5).requires_grad_()
     row_weight = torch.rand(6, dtype=torch.float64)
     for p in (None, row_weight):
-        torch.library.opcheck(cosreg, (weight, p, 1e-12, "auto"))
+        torch.library.opcheck(cosreg.overload, (weight, p, 1e-12, "auto"))
         grad = torch.zeros(6, 5, dtype=torch.float64)
-        torch.library.opcheck(cosreg_add_, (grad, weight.detach(), 0.5, p, 1e-12, "auto"))
+        torch.library.opcheck(cosreg_add_.overload, (grad, weight.detach(), 0.5, p, 1e-12, "auto"))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

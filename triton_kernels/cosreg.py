@@ -7,17 +7,20 @@ go through memory. Two launches forward, one backward; no float atomics, so the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import RowTile, Specialization, choose, persistent_programs, row_tile, variants
+from .tuning import RowTile, choose, persistent_programs, row_tile
 
+if TYPE_CHECKING:
+    from repdeg_fast.contracts.cosreg import Rows, Saved
+
+TINY, ENLARGE = tl.constexpr(2.0**-96), tl.constexpr(2.0**64)
 _REDUCE_COLUMNS = 32
 _REDUCE_PROGRAMS = 64
 # (values a step, programs a multiprocessor), the one that ships first. Forward: with 4 loads of 16 bytes a thread,
@@ -32,7 +35,7 @@ _BACKWARD = ((2048, 8), (1024, 16), (2048, 6))
 def _forward_kernel(
     weight, row_weight, inverse_norm, partial_sum, partial_self, partial_total, counter,
     n, d, row_stride, column_stride, eps,
-    HAS_ROW_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     columns = tl.arange(0, COLUMNS)
@@ -45,18 +48,21 @@ def _forward_kernel(
         offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
         x = tl.load(weight + offsets, mask=inside[:, None] & (columns < d)[None, :], other=0.0).to(tl.float32)
         squared = tl.sum(x * x, axis=1)
-        inverse = tl.where(squared == 0, 0.0, 1 / tl.maximum(tl.sqrt(squared), eps, tl.PropagateNan.ALL))
-        inverse = tl.where(squared == float("inf"), float("nan"), inverse)  # an overflow must not look like a zero row
-        # ‖ŵ‖² is 1 by definition, and less only where eps is what divides
-        unit = tl.where(inverse * eps < 1, 1.0, squared * inverse * inverse)
-        unit = tl.where(inverse == 0, 0.0, unit)
-        if HAS_ROW_WEIGHT:
+        norm = tl.where(squared == float("inf"), float("nan"), tl.sqrt(squared))  # must not look like a zero row
+        if tl.min(squared) < TINY:  # squares of tiny values are lost: those rows are looked at again, enlarged
+            enlarged = tl.sqrt(tl.sum((x * ENLARGE) * (x * ENLARGE), axis=1)) / ENLARGE
+            norm = tl.where(squared < TINY, enlarged, norm)
+        inverse = tl.where(norm == 0, 0.0, 1 / tl.maximum(norm, eps, tl.PropagateNan.ALL))
+        # ‖ŵ‖ is 1 by definition, and less only where eps is what divides
+        unit = tl.where(inverse * eps < 1, 1.0, norm * inverse)
+        unit = tl.where(norm == 0, 0.0, unit)
+        if row_weight is not None:
             p = tl.load(row_weight + rows, mask=inside, other=0.0)
             p = tl.where(p < 0, float("nan"), p)
         else:
             p = tl.where(inside, 1.0, 0.0)
         column_sum += x * (p * inverse)[:, None]
-        self_sum += p * p * unit
+        self_sum += p * p * unit * unit
         total += p
         tl.store(inverse_norm + rows, inverse, mask=inside)
     tl.store(partial_sum + program.to(tl.int64) * d + columns, tl.sum(column_sum, axis=0), mask=columns < d)
@@ -94,17 +100,17 @@ def _reduce_kernel(
         tl.store(total_weight, total.to(tl.float32))
 
 
-# grad = a·s − b·x a row, with a = 2 g p / (P² ‖w‖) and b = a (s·ŵ) / ‖w‖; s stays in registers for the whole program.
+# grad = a·(s − (s·ŵ) ŵ) a row, with a = 2 g p / (P² ‖w‖); s stays in registers for the whole program.
 @triton.jit
 def _backward_kernel(
     grad_weight, grad_value, weight, row_weight, column_sum, inverse_norm, total_weight,
     n, d, row_stride, column_stride, grad_row_stride, grad_column_stride, largest_inverse,
-    HAS_ROW_WEIGHT: tl.constexpr, ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, COLUMNS)
     column_offsets = columns.to(tl.int64) * column_stride
     s = tl.load(column_sum + columns, mask=columns < d, other=0.0)
-    if HAS_ROW_WEIGHT:
+    if total_weight is not None:
         total = tl.load(total_weight)
     else:
         total = n * 1.0
@@ -116,19 +122,20 @@ def _backward_kernel(
         wide_rows = rows.to(tl.int64)[:, None]
         x = tl.load(weight + wide_rows * row_stride + column_offsets[None, :], mask=mask, other=0.0).to(tl.float32)
         inverse = tl.load(inverse_norm + rows, mask=inside, other=0.0)
-        p = tl.load(row_weight + rows, mask=inside, other=0.0) if HAS_ROW_WEIGHT else 1.0
+        p = tl.load(row_weight + rows, mask=inside, other=0.0) if row_weight is not None else 1.0
+        unit = x * inverse[:, None]
         # where eps is what divides, ŵ is linear in w and nothing is projected out
-        along = tl.where(inverse >= largest_inverse, p, tl.sum(x * s[None, :], axis=1) * inverse)
-        a = scale * p * inverse
-        gradient = a[:, None] * s[None, :] - (a * along * inverse)[:, None] * x
+        along = tl.where(inverse >= largest_inverse, p, tl.sum(unit * s[None, :], axis=1))
+        gradient = (s[None, :] - along[:, None] * unit) * (scale * p * inverse)[:, None]
         out = grad_weight + wide_rows * grad_row_stride + columns.to(tl.int64)[None, :] * grad_column_stride
         if ACCUMULATE:
             gradient += tl.load(out, mask=mask, other=0.0).to(tl.float32)
         tl.store(out, gradient.to(grad_weight.dtype.element_ty), mask=mask)
 
 
-def forward(weight: Tensor, row_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """R (), column sum (d,), inverse norms (N,) and total weight (), all fp32. One read of ``weight``."""
+def forward(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One read of the weight."""
+    weight, row_weight, eps = rows
     n, d = weight.shape
     tile = choose("cosreg.forward", _tiles(_FORWARD, d), weight, n=n, d=d)
     programs = min(triton.cdiv(n, tile.rows), persistent_programs(weight, tile.programs))
@@ -141,86 +148,29 @@ def forward(weight: Tensor, row_weight: Tensor | None, eps: float) -> tuple[Tens
     _forward_kernel[(programs,)](
         weight, row_weight, inverse_norm, partial_sum, partials[0], partials[1], counter,
         n, d, weight.stride(0), weight.stride(1), eps,
-        HAS_ROW_WEIGHT=row_weight is not None, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
     )  # fmt: skip
     _reduce_kernel[(blocks,)](
         partial_sum, partials[0], partials[1], block_square, counter, column_sum, value, total_weight,
         programs, d, blocks,
-        **_reduce_constants(programs, blocks),
+        PROGRAMS=_REDUCE_PROGRAMS, COLUMNS=_REDUCE_COLUMNS,
+        ALL_PROGRAMS=triton.next_power_of_2(programs), ALL_BLOCKS=triton.next_power_of_2(blocks),
     )  # fmt: skip
     return value, column_sum, inverse_norm, total_weight
 
 
-def backward(
-    grad_weight: Tensor, grad_value: Tensor, weight: Tensor, row_weight: Tensor | None, column_sum: Tensor,
-    inverse_norm: Tensor, total_weight: Tensor | None, eps: float, accumulate: bool,
-) -> None:  # fmt: skip
-    """Write grad_value · ∂R/∂W over ``grad_weight``, or add it where ``accumulate``."""
+def backward(grad_weight: Tensor, grad_value: Tensor, rows: Rows, saved: Saved, *, accumulate: bool) -> None:
+    """One read of the weight, one write of its gradient."""
+    weight, row_weight, eps = rows
     n, d = weight.shape
     tile = choose("cosreg.backward", _tiles(_BACKWARD, d), weight, n=n, d=d)
     programs = min(triton.cdiv(n, tile.rows), persistent_programs(weight, tile.programs))
     _backward_kernel[(programs,)](
-        grad_weight, grad_value, weight, row_weight, column_sum, inverse_norm, total_weight,
+        grad_weight, grad_value, weight, row_weight, *saved,
         n, d, weight.stride(0), weight.stride(1), grad_weight.stride(0), grad_weight.stride(1), 1 / eps,
-        HAS_ROW_WEIGHT=row_weight is not None, ACCUMULATE=accumulate,
-        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
+        ACCUMULATE=accumulate, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
     )  # fmt: skip
 
 
 def _tiles(table: Sequence[tuple[int, int]], d: int) -> list[RowTile]:
     return [row_tile(d, values, programs) for values, programs in table]
-
-
-def _reduce_constants(programs: int, blocks: int) -> dict[str, int]:
-    return {
-        "PROGRAMS": _REDUCE_PROGRAMS,
-        "COLUMNS": _REDUCE_COLUMNS,
-        "ALL_PROGRAMS": triton.next_power_of_2(programs),
-        "ALL_BLOCKS": triton.next_power_of_2(blocks),
-    }
-
-
-def specializations() -> Iterator[Specialization]:
-    """What the launchers above ask the compiler for, over dtypes and row lengths."""
-    for dtype, d in [*(("bf16", d) for d in (64, 768, 2304, 8192, 16384)), ("fp32", 768), ("fp16", 768)]:
-        yield from variants(_tiles(_FORWARD, d), partial(_forward_specialization, dtype, d, d == 768))
-        yield from variants(_tiles(_BACKWARD, d), partial(_backward_specialization, dtype, d, d == 768, d != 2304))
-    for programs, d in ((3, 64), (528, 2304), (528, 16384)):
-        yield _reduce_specialization(programs, d)
-
-
-def _forward_specialization(dtype: str, d: int, weighted: bool, tile: RowTile) -> Specialization:
-    types = dict.fromkeys(("inverse_norm", "partial_sum", "partial_self", "partial_total"), "*fp32")
-    types |= {"weight": f"*{dtype}", "counter": "*i32", "n": "i32", "d": "i32", "row_stride": "i32", "eps": "fp32"}
-    constants: dict[str, Any] = {"HAS_ROW_WEIGHT": weighted, "ROWS": tile.rows, "COLUMNS": tile.columns}
-    constants["column_stride"] = 1
-    if weighted:
-        types["row_weight"] = "*fp32"
-    else:
-        constants["row_weight"] = None
-    return Specialization(
-        _forward_kernel, types, constants, tile.num_warps, divisible=("d", "row_stride"), label=f"{dtype} d={d}"
-    )
-
-
-def _backward_specialization(dtype: str, d: int, weighted: bool, accumulate: bool, tile: RowTile) -> Specialization:
-    types = dict.fromkeys(("grad_value", "column_sum", "inverse_norm"), "*fp32")
-    types |= dict.fromkeys(("weight", "grad_weight"), f"*{dtype}")
-    types |= dict.fromkeys(("n", "d", "row_stride", "grad_row_stride"), "i32") | {"largest_inverse": "fp32"}
-    constants: dict[str, Any] = {"column_stride": 1, "grad_column_stride": 1, "ACCUMULATE": accumulate}
-    constants |= {"HAS_ROW_WEIGHT": weighted, "ROWS": tile.rows, "COLUMNS": tile.columns}
-    if weighted:
-        types |= dict.fromkeys(("row_weight", "total_weight"), "*fp32")
-    else:
-        constants |= {"row_weight": None, "total_weight": None}
-    label = f"{dtype} d={d}" + (" accumulate" if accumulate else "")
-    divisible = ("d", "row_stride", "grad_row_stride")
-    return Specialization(_backward_kernel, types, constants, tile.num_warps, divisible=divisible, label=label)
-
-
-def _reduce_specialization(programs: int, d: int) -> Specialization:
-    types = dict.fromkeys(("partial_sum", "partial_self", "partial_total", "column_sum", "value"), "*fp32")
-    types |= {"total_weight": "*fp32", "block_square": "*fp64", "counter": "*i32"}
-    types |= dict.fromkeys(("programs", "d", "blocks"), "i32")
-    constants = _reduce_constants(programs, triton.cdiv(d, _REDUCE_COLUMNS))
-    return Specialization(_reduce_kernel, types, constants, divisible=("d",), label=f"programs={programs} d={d}")

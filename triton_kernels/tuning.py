@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 
 PADDING = 16  # values
+_META_MULTIPROCESSORS = 132  # an H200's, where a launcher runs on meta tensors
 
 Configuration = TypeVar("Configuration")  # a dataclass of integers
 Answer = Callable[[str, Sequence[Any]], Any]  # (question, configurations) -> one of them
@@ -75,6 +76,27 @@ def choose(kernel: str, configurations: Sequence[Configuration], like: Tensor, *
     return next((c for c in configurations if asdict(c) == tuned), configurations[0])  # type: ignore[call-overload]
 
 
+def chip(device: torch.device) -> str:
+    """Whose kernels are asked for: "sm_80" stands for all NVIDIA chips that are not named."""
+    if device.type == "meta":
+        return _compiling_for
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@contextmanager
+def compiling_for(target: str) -> Iterator[None]:
+    """What :func:`chip` says of meta tensors inside a ``with`` block."""
+    global _compiling_for
+    before, _compiling_for = _compiling_for, target
+    try:
+        yield
+    finally:
+        _compiling_for = before
+
+
 @contextmanager
 def answering(answer: Answer) -> Iterator[None]:
     """Let ``answer`` choose inside a ``with`` block: how tuning learns what is asked, and tries configurations."""
@@ -117,6 +139,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 _answer: Answer | None = None
+_compiling_for = "sm_90"
 _tuned: dict[str, dict[str, Any]] = {}
 
 
@@ -160,6 +183,8 @@ def padded_vector(vector: Tensor | None, columns: int) -> Tensor | None:
 
 def persistent_programs(tensor: torch.Tensor, per_multiprocessor: int) -> int:
     """Programs of a persistent grid on the tensor's device. On a CPU (the interpreter) a small odd number."""
+    if tensor.device.type == "meta":
+        return _META_MULTIPROCESSORS * per_multiprocessor
     if tensor.device.type != "cuda":
         return 3
     return _multiprocessors(tensor.device) * per_multiprocessor

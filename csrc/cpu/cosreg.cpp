@@ -24,12 +24,16 @@ int64_t rows_per_block(int64_t rows) {
   return std::clamp<int64_t>(even, 64, 1024);
 }
 
-// 1/max(‖w‖, eps); 0 for a zero row, NaN where the squared norm overflows (never a silent zero).
+// ‖x‖; NaN where its square overflows. Squares of tiny values would be lost: those rows are looked at again, enlarged.
 template <typename A>
-A inverse_norm(A squared, A eps) {
-  if (squared == 0) return 0;
+A norm(const A* x, int64_t d) {
+  constexpr A kEnlarge = A(0x1p64), kTiny = A(0x1p-96);
+  const A squared = dot(x, x, d);
   if (std::isinf(squared)) return std::numeric_limits<A>::quiet_NaN();
-  return 1 / std::max(std::sqrt(squared), eps);
+  if (!(squared < kTiny)) return std::sqrt(squared);
+  A enlarged = 0;
+  for (int64_t i = 0; i < d; ++i) enlarged += (x[i] * kEnlarge) * (x[i] * kEnlarge);
+  return std::sqrt(enlarged) / kEnlarge;
 }
 
 template <typename A>
@@ -60,14 +64,13 @@ double forward_block(const Rows<T>& weight, const A* p, A eps, int64_t begin, in
       x[k] = read_row(weight.row(i), weight.column_stride, d, buffer.data() + k * d);
       coefficient[k] = 0;
       if (first + k >= end) continue;
-      const A squared = dot(x[k], x[k], d);
-      const A inv = inverse_norm(squared, eps);
+      const A length = norm(x[k], d), inv = length == 0 ? 0 : 1 / std::max(length, eps);  // max(NaN, eps) is NaN
       inverse[i] = inv;
       const A weight_i = p ? p[i] : A(1);
       coefficient[k] = weight_i * inv;
       // ‖ŵ‖² is 1 by definition, and less only where eps is what divides
-      const double unit = inv == 0 ? 0 : (inv * eps < 1 ? 1 : double(squared) * inv * inv);
-      self += double(weight_i) * weight_i * unit;
+      const double unit = inv == 0 ? 0 : (inv * eps < 1 ? 1 : double(length) * inv);
+      self += double(weight_i) * weight_i * unit * unit;
     }
     add_rows(sum, x, coefficient, d);
   }
@@ -112,7 +115,7 @@ void forward(const Tensor& weight_tensor, const std::optional<Tensor>& row_weigh
   *static_cast<A*>(total_weight.data_ptr()) = A(total);
 }
 
-// grad = a·s − b·x, added to what is there or written over it.
+// grad = a·(s − b·x), added to what is there or written over it.
 template <typename T, typename A>
 void write_gradient(T* out, int64_t stride, const A* s, const A* x, A a, A b, int64_t d, bool accumulate) {
   if constexpr (std::is_same_v<T, A>) {
@@ -120,16 +123,16 @@ void write_gradient(T* out, int64_t stride, const A* s, const A* x, A a, A b, in
       constexpr int64_t L = Vector<A>::lanes;
       int64_t i = 0;
       for (; i + L <= d; i += L) {
-        auto g = a * load(s + i) - b * load(x + i);
+        auto g = a * (load(s + i) - b * load(x + i));
         store(out + i, accumulate ? load(out + i) + g : g);
       }
-      for (; i < d; ++i) out[i] = (accumulate ? out[i] : A(0)) + a * s[i] - b * x[i];
+      for (; i < d; ++i) out[i] = (accumulate ? out[i] : A(0)) + a * (s[i] - b * x[i]);
       return;
     }
   }
   for (int64_t i = 0; i < d; ++i) {
     const A before = accumulate ? static_cast<A>(out[i * stride]) : A(0);
-    out[i * stride] = static_cast<T>(before + a * s[i] - b * x[i]);
+    out[i * stride] = static_cast<T>(before + a * (s[i] - b * x[i]));
   }
 }
 
@@ -154,7 +157,7 @@ void backward(const Tensor& grad_weight, const Tensor& grad_value, const Tensor&
       const A inv = inverse[i], p_i = p ? p[i] : A(1);
       const A a = scale * p_i * inv;
       const A along = inv < largest_inverse ? dot(s, x, d) * inv : p_i;
-      write_gradient(grad.row(i), grad.column_stride, s, x, a, a * along * inv, d, accumulate);
+      write_gradient(grad.row(i), grad.column_stride, s, x, a, along * inv, d, accumulate);
     }
   });
 }

@@ -53,6 +53,30 @@ struct RowPart {
   }
 };
 
+// Σ (factor·x)² over a row.
+template <typename L, typename T>
+__device__ float row_square(RowPart<L, T>& x, float factor, int lane, int d, float* scratch) {
+  float squared = 0;
+  x.each(lane, d, [&](int, int, const Pack<T>& pack) {
+    for (int j = 0; j < Pack<T>::size; ++j) {
+      const float value = to_float(pack.value[j]) * factor;
+      squared += value * value;
+    }
+  });
+  return row_sum<L>(squared, scratch);
+}
+
+// ‖x‖; NaN where its square overflows, which must not look like a zero row. Squares of tiny values would be lost: those
+// rows are looked at again, enlarged.
+template <typename L, typename T>
+__device__ float row_norm(RowPart<L, T>& x, int lane, int d, float* scratch) {
+  constexpr float kEnlarge = 0x1p64f, kTiny = 0x1p-96f;
+  const float squared = row_square(x, 1.f, lane, d, scratch);
+  if (isinf(squared)) return NAN;
+  if (!(squared < kTiny)) return sqrtf(squared);
+  return sqrtf(row_square(x, kEnlarge, lane, d, scratch)) / kEnlarge;
+}
+
 template <typename L, typename T>
 __global__ void __launch_bounds__(L::kBlock)
     forward_kernel(const T* weight, const float* row_weight, float* inverse_norm, float* partial_sum,
@@ -69,25 +93,18 @@ __global__ void __launch_bounds__(L::kBlock)
   for (int64_t row = first_row; row < n; row += step) {
     x = next;
     if (row + step < n) next.load(weight + (row + step) * row_stride, lane, d);
-    float squared = 0;
-    x.each(lane, d, [&](int, int, const Pack<T>& pack) {
-      for (int j = 0; j < Pack<T>::size; ++j) squared += to_float(pack.value[j]) * to_float(pack.value[j]);
-    });
-    squared = row_sum<L>(squared, scratch);
-    const float norm = sqrtf(squared);
-    // fmaxf would drop a NaN; an overflow must not look like a zero row
-    float inverse = 1 / (norm < eps ? eps : norm);
-    if (squared == 0) inverse = 0;
-    if (isinf(squared)) inverse = NAN;
-    // ‖ŵ‖² is 1 by definition, and less only where eps is what divides
-    const float unit = inverse == 0 ? 0 : (inverse * eps < 1 ? 1 : squared * inverse * inverse);
+    const float norm = row_norm<L>(x, lane, d, scratch);
+    // fmaxf would drop a NaN
+    const float inverse = norm == 0 ? 0 : 1 / (norm < eps ? eps : norm);
+    // ‖ŵ‖ is 1 by definition, and less only where eps is what divides
+    const float unit = norm == 0 ? 0 : (inverse * eps < 1 ? 1 : norm * inverse);
     float p = row_weight ? row_weight[row] : 1;
     if (p < 0) p = NAN;
     const float coefficient = p * inverse;
     x.each(lane, d, [&](int, int first, const Pack<T>& pack) {
       for (int j = 0; j < Pack<T>::size; ++j) column_sum[first + j] += coefficient * to_float(pack.value[j]);
     });
-    self_sum += p * p * unit;
+    self_sum += p * p * unit * unit;
     total += p;
     if (lane == 0) inverse_norm[row] = inverse;
   }
@@ -163,7 +180,7 @@ __global__ void __launch_bounds__(kReduceColumns * kReduceLanes)
   }
 }
 
-// grad = a·s − b·x a row, with a = 2 g p / (P² ‖w‖) and b = a (s·ŵ) / ‖w‖; s stays in registers throughout.
+// grad = a·(s − b·x) a row, with a = 2 g p / (P² ‖w‖) and b = (s·ŵ) / ‖w‖; s stays in registers throughout.
 template <typename L, typename T>
 __global__ void __launch_bounds__(L::kBlock)
     backward_kernel(T* grad_weight, const float* grad_value, const T* weight, const float* row_weight,
@@ -193,12 +210,12 @@ __global__ void __launch_bounds__(L::kBlock)
     const float inverse = inverse_norm[row], p = row_weight ? row_weight[row] : 1;
     // where eps is what divides, ŵ is linear in w and nothing is projected out
     const float along = inverse >= largest_inverse ? p : product * inverse;
-    const float a = scale * p * inverse, b = a * along * inverse;
+    const float a = scale * p * inverse, b = along * inverse;
     gradient.each(lane, d, [&](int column, int first, Pack<T>& pack) {
       const Pack<T>& row_values = x.pack[first / Pack<T>::size];
       for (int j = 0; j < Pack<T>::size; ++j) {
         const float before = accumulate ? to_float(pack.value[j]) : 0;
-        pack.value[j] = from_float<T>(before + a * s[first + j] - b * to_float(row_values.value[j]));
+        pack.value[j] = from_float<T>(before + a * (s[first + j] - b * to_float(row_values.value[j])));
       }
       pack.store(out + column);
     });

@@ -8,7 +8,6 @@ from torch import Tensor
 from repdeg_fast import backends
 from repdeg_fast._checks import check_finite, check_floating, check_positive
 from repdeg_fast.ops import cosreg as _cosreg
-from repdeg_fast.reference.cosreg import arithmetic_dtype
 
 
 def cosine_regularization(
@@ -35,7 +34,7 @@ def cosine_regularization(
         TypeError, ValueError: naming the argument. A negative ``row_weight``, or one that sums to zero, raises on the
             CPU and gives NaN on a GPU, where a check would stall the stream.
     """
-    row_weight = _check_cosreg(weight, row_weight, eps)
+    _check_cosreg(weight, row_weight, eps)
     return _cosreg.cosreg(weight, row_weight, eps, backends.requested())[0]
 
 
@@ -56,7 +55,7 @@ def add_cosine_regularization_(
         TypeError, ValueError: naming the argument; also when ``weight`` is frozen or not a leaf, and when its ``.grad``
             is sparse, of another dtype, or expanded.
     """
-    row_weight = _check_cosreg(weight, row_weight, eps)
+    _check_cosreg(weight, row_weight, eps)
     check_finite("coefficient", coefficient)
     if not weight.is_leaf:
         raise ValueError(
@@ -79,8 +78,7 @@ def add_cosine_regularization_(
     return _cosreg.cosreg_add_(grad, weight, float(coefficient), row_weight, eps, backends.requested())
 
 
-def _check_cosreg(weight: Tensor, row_weight: Tensor | None, eps: float) -> Tensor | None:
-    """Check the arguments; returns ``row_weight`` as the kernels take it: contiguous, in the arithmetic dtype."""
+def _check_cosreg(weight: Tensor, row_weight: Tensor | None, eps: float) -> None:
     check_floating("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected 2 dimensions (N, d), got shape {tuple(weight.shape)}")
@@ -88,7 +86,7 @@ def _check_cosreg(weight: Tensor, row_weight: Tensor | None, eps: float) -> Tens
         raise ValueError(f"weight: expected at least one row and one column, got shape {tuple(weight.shape)}")
     check_positive("eps", eps)
     if row_weight is None:
-        return None
+        return
     check_floating("row_weight", row_weight)
     if row_weight.shape != weight.shape[:1]:
         raise ValueError(
@@ -98,4 +96,3 @@ def _check_cosreg(weight: Tensor, row_weight: Tensor | None, eps: float) -> Tens
         raise ValueError(f"row_weight: expected device {weight.device} like weight, got {row_weight.device}")
     if row_weight.requires_grad:
         raise ValueError("row_weight: gets no gradient; pass row_weight.detach()")
-    return row_weight.to(arithmetic_dtype(weight)).contiguous()

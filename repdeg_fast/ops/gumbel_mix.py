@@ -6,27 +6,27 @@ serves other ends can draw the sample too.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from repdeg_fast.backends import Operation
+from repdeg_fast.backends import Operation, no_float64, no_limit
+from repdeg_fast.native import build
 from repdeg_fast.ops._common import forbid_double_backward
+from repdeg_fast.reference import gumbel_mix as reference
 from repdeg_fast.reference.cosreg import arithmetic_dtype
 from repdeg_fast.reference.gumbel_mix import mix, mix_backward
 
-
-def _triton_limit(hidden_states: Tensor, *_: Tensor) -> str | None:
-    if hidden_states.dtype == torch.float64:
-        return "float64 is for the reference and cpu backends"
-    return None
-
-
-operation = Operation(
+operation = Operation[Any](
     "gumbel_mix",
-    functions=("sample", "sample_logits", "soft_value", "backward"),
-    backends={"cpu": lambda *_: None, "triton": _triton_limit},
+    reference=reference,
+    native=lambda namespace: build.operators(
+        "gumbel_mix", *("sample", "sample_logits", "soft_value", "backward"), namespace=namespace
+    ),
+    triton=lambda: importlib.import_module("repdeg_fast.triton_kernels.gumbel_mix"),
+    limits={"cpu": no_limit, "triton": no_float64},
 )
 
 

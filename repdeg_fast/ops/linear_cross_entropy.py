@@ -9,29 +9,29 @@ log-sum-exp of every row and makes the gradients in the backward pass.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from repdeg_fast.backends import Operation
+from repdeg_fast.backends import Operation, no_float64, no_limit
+from repdeg_fast.native import build
 from repdeg_fast.ops import _vocabulary_chunks
 from repdeg_fast.ops._common import forbid_double_backward
 from repdeg_fast.ops.gumbel_mix import Sample, empty_sample
+from repdeg_fast.reference import linear_cross_entropy as reference
 from repdeg_fast.reference.linear_cross_entropy import Gradients, arithmetic_dtype
 
-
-def _triton_limit(hidden_states: Tensor, weight: Tensor) -> str | None:
-    if torch.float64 in (hidden_states.dtype, weight.dtype):
-        return "float64 is for the reference and cpu backends"
-    return None
-
-
-operation = Operation(
+operation = Operation[Any](
     "linear_cross_entropy",
-    functions=("rows", "multiply", "add", "advise"),
-    backends={"cpu": lambda hidden_states, weight: None, "triton": _triton_limit},
+    reference=reference,
+    native=lambda namespace: build.operators(
+        "linear_cross_entropy", *("rows", "multiply", "add", "advise"), namespace=namespace
+    ),
+    triton=lambda: importlib.import_module("repdeg_fast.triton_kernels.linear_cross_entropy"),
+    limits={"cpu": no_limit, "triton": no_float64},
 )
 
 

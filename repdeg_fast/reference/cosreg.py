@@ -18,6 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from repdeg_fast._arithmetic import arithmetic_dtype
+from repdeg_fast.contracts.cosreg import Rows, Saved, Sums
+
 _CHUNK = 1024  # rows that are summed in fp32 before the sum goes on in double
 
 
@@ -38,44 +41,38 @@ def closed_form(weight: Tensor, eps: float = 1e-12) -> Tensor:
     return (unit.sum(0).square().sum() - unit.square().sum()) / len(weight) ** 2
 
 
-def forward(weight: Tensor, row_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """R (), s (d,), 1/max(‖w_i‖, eps) (N,; 0 for zero rows) and P (), in fp32 (float64 for float64)."""
-    rows = weight.to(arithmetic_dtype(weight))
-    p = rows.new_ones(len(rows)) if row_weight is None else row_weight
-    norm = rows.norm(dim=1)
+def forward(rows: Rows) -> Sums:
+    """Both in O(N·d): see the contract."""
+    weight, row_weight, eps = rows
+    x = weight.to(arithmetic_dtype(weight))
+    p = x.new_ones(len(x)) if row_weight is None else row_weight
+    norm = _norm(x)
     inverse_norm = torch.where(norm == 0, 0, 1 / norm.clamp_min(eps))
-    inverse_norm = inverse_norm.masked_fill(norm.isinf(), float("nan"))  # an overflow must not look like a zero row
     coefficients = (p * inverse_norm).split(_CHUNK)
-    parts = [c @ x for c, x in zip(coefficients, rows.split(_CHUNK), strict=True)]
-    column_sum = torch.stack(parts).double().sum(dim=0).to(rows.dtype)
+    parts = [c @ part for c, part in zip(coefficients, x.split(_CHUNK), strict=True)]
+    column_sum = torch.stack(parts).double().sum(dim=0).to(x.dtype)
     self_similarity = torch.where(norm == 0, 0, (norm / eps).clamp_max(1)) ** 2
     total_weight = p.sum()
     value = (column_sum.double().square().sum() - (p * p * self_similarity).double().sum()) / total_weight**2
-    return value.to(rows.dtype), column_sum, inverse_norm, total_weight
+    return Sums(value.to(x.dtype), column_sum, inverse_norm, total_weight)
 
 
-def backward(
-    grad_weight: Tensor,
-    grad_value: Tensor,
-    weight: Tensor,
-    row_weight: Tensor | None,
-    column_sum: Tensor,
-    inverse_norm: Tensor,
-    total_weight: Tensor | None,
-    eps: float,
-    accumulate: bool,
-) -> None:
-    """Write grad_value · ∂R/∂W over ``grad_weight``, or add it where ``accumulate``. ``total_weight=None`` means N."""
-    rows = weight.to(column_sum.dtype)
-    p = inverse_norm.new_ones(()) if row_weight is None else row_weight
-    total = len(rows) if total_weight is None else total_weight
-    direction = inverse_norm[:, None] * rows
-    along = torch.where(inverse_norm < 1 / eps, direction @ column_sum, p)
+def backward(grad_weight: Tensor, grad_value: Tensor, rows: Rows, saved: Saved, *, accumulate: bool) -> None:
+    """Write grad_value · ∂R/∂W over ``grad_weight``, or add it where ``accumulate``."""
+    column_sum, inverse_norm, total_weight = saved
+    x = rows.weight.to(column_sum.dtype)
+    p = inverse_norm.new_ones(()) if rows.row_weight is None else rows.row_weight
+    total = len(x) if total_weight is None else total_weight
+    direction = inverse_norm[:, None] * x
+    along = torch.where(inverse_norm < 1 / rows.eps, direction @ column_sum, p)
     scale = (2 * grad_value / total**2) * p * inverse_norm
     gradient = scale[:, None] * (column_sum - along[:, None] * direction)
     grad_weight.copy_(grad_weight + gradient if accumulate else gradient)
 
 
-def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
-    """fp32 for everything but float64, which stays."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _norm(x: Tensor) -> Tensor:
+    """‖x_i‖; NaN where its square overflows, which must not look like a zero row. Squares of tiny values would be lost:
+    they are taken of enlarged ones."""
+    norm = x.norm(dim=1)
+    norm = torch.where(norm < 2.0**-48, (x * 2.0**64).norm(dim=1) / 2.0**64, norm)
+    return norm.masked_fill(norm.isinf(), float("nan"))

@@ -98,7 +98,10 @@ H200 = Multiprocessor()  # as H100: the figures of compute capability 9.0
 
 
 def specializations() -> Iterator[Any]:
-    """Every specialization that a module of ``triton_kernels`` lists."""
+    """Every specialization that a launcher asks for."""
+    from repdeg_fast.bench import launches
+
+    yield from launches.specializations()
     package = importlib.import_module("repdeg_fast.triton_kernels")
     for module_info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"repdeg_fast.triton_kernels.{module_info.name}")

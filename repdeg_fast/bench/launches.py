@@ -1,0 +1,158 @@
+"""What the Triton launchers ask the compiler for, seen by running them on meta tensors.
+
+A launcher computes grids, strides and options from shapes alone, so it runs on tensors without memory; :func:`recorded`
+writes down what it would have launched. :func:`specializations` runs every launcher of every operation in this way over
+dtypes, sizes, options and chips, for the tests to compile and for the table of compiled kernels to list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from repdeg_fast.contracts import cosreg
+from repdeg_fast.ops import cosreg as cosreg_ops
+
+TUNED = "sm_90"  # the chip for which every configuration is compiled, not only the one that ships
+
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """One compile-time variant of a kernel.
+
+    ``types`` maps each run-time argument to its Triton type (``"*bf16"``, ``"i32"``, ``"fp32"``), ``constants`` each
+    compile-time one to its value; ``divisible`` names the arguments that are multiples of 16.
+    """
+
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    divisible: tuple[str, ...]
+    num_warps: int = 4
+    num_stages: int = 3
+    label: str = field(default="", compare=False)
+    targets: tuple[str, ...] = ()  # the chips it is for; none named: all
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of a launcher: ``run`` on meta tensors, for these chips."""
+
+    label: str
+    run: Callable[[], object]
+    chips: tuple[str, ...] = ("",)
+
+
+def specializations() -> Iterator[Specialization]:
+    """Every one, once."""
+    seen: list[Specialization] = []
+    for launch in launches():
+        for chip in launch.chips:
+            for specialization in _of(launch, chip):
+                if specialization not in seen:  # labels do not count
+                    seen.append(specialization)
+                    yield specialization
+
+
+def _of(launch: Launch, chip: str) -> Iterator[Specialization]:
+    """With the configurations that ship, and for the tuned chip also with the others, one after the other."""
+    from repdeg_fast.triton_kernels import tuning
+
+    index, most = 0, 1
+    asked: dict[str, Any] = {}
+
+    def answer(question: str, configurations: Sequence[Any]) -> Any:
+        nonlocal most
+        most = max(most, len(configurations))
+        asked[question] = configurations[min(index, len(configurations) - 1)]
+        return asked[question]
+
+    while index < (most if chip in ("", TUNED) else 1):
+        asked.clear()
+        with tuning.compiling_for(chip or TUNED), tuning.answering(answer), recorded() as found:
+            launch.run()
+        chosen = {str(asdict(configuration)): configuration for configuration in asked.values()}.values()
+        sizes = " ".join(f"{name}={value}" for one in chosen for name, value in asdict(one).items())
+        label = launch.label if index == 0 else f"{launch.label} {sizes}"
+        targets = (TUNED,) if index else (chip,) if chip else ()
+        yield from (replace(specialization, label=label, targets=targets) for specialization in found)
+        index += 1
+
+
+@contextmanager
+def recorded() -> Iterator[list[Specialization]]:
+    """Kernels are not launched inside a ``with`` block, but what would be is listed. Not in the interpreter."""
+    from triton.runtime.jit import JITFunction
+
+    found: list[Specialization] = []
+
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(_specialization(kernel, arguments, options))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield found
+
+
+def _specialization(kernel: Any, arguments: Sequence[Any], options: dict[str, Any]) -> Specialization:
+    """Triton's own rules: None and 1 are constants, multiples of 16 are known to be; rows of a real tensor that the
+    allocator made start on one."""
+    limits = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    divisible: list[str] = []
+    for parameter, value in zip(kernel.params, kernel.signature.bind(*arguments, **options).args, strict=True):
+        name = parameter.name
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+        elif isinstance(value, Tensor):
+            types[name] = "*" + _TYPES[value.dtype]
+            divisible.append(name)
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        else:
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(name)
+    return Specialization(kernel, types, constants, tuple(divisible), **limits)
+
+
+def launches() -> Iterator[Launch]:
+    """Calls of every launcher."""
+    yield from _cosreg()
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return _TYPES[dtype]
+
+
+def _cosreg() -> Iterator[Launch]:
+    kernels = cosreg_ops.operation.triton()
+    sizes = [(torch.bfloat16, d) for d in (64, 768, 2304, 8192, 16384)] + [(torch.float32, 768), (torch.float16, 768)]
+    for dtype, d in sizes:
+        n, weighted, accumulate = 30_522, d == 768, d != 2304
+        rows = cosreg.Rows(_empty(n, d, dtype=dtype), _empty(n) if weighted else None, 1e-12)
+        saved = cosreg.Saved(_empty(d), _empty(n), _empty() if weighted else None)
+        label = f"{_name(dtype)} d={d}"
+        yield Launch(label, partial(kernels.forward, rows))
+        backward = partial(kernels.backward, rows.weight, _empty(), rows, saved, accumulate=accumulate)
+        yield Launch(label + " accumulate" * accumulate, backward)

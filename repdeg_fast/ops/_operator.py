@@ -1,0 +1,140 @@
+"""How an operator is registered, and how it is called.
+
+Every operator is one of ``torch.library``, so that compilers, exporters, fake tensors and dispatch modes see it whole.
+Where none of them looks on, a call passes the dispatcher by: it would cost as much again as a small kernel. Either way
+the same body runs under the same autograd formula::
+
+    @operator()
+    def scale(x: Tensor, factor: float, backend: str) -> Tensor: ...      # the body: no gradients, plain tensors
+
+    @scale.register_fake
+    def _(x: Tensor, *_: Any) -> Tensor: ...                              # shapes and dtypes of the result
+
+    @scale.register_formula("scale")
+    class _Formula(Formula):
+        @staticmethod
+        def forward(ctx, run, x, factor, backend):                       # run: the body, or the operator below autograd
+            ctx.factor = factor
+            return run(x, factor, backend)
+
+        @staticmethod
+        def backward(ctx, grad):                                          # None for `run`, then one an argument
+            return None, grad * ctx.factor, None, None
+
+Arguments are positional and flat, since schemas are; the body bundles them at once (:mod:`repdeg_fast.contracts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import NoneType
+from typing import Any, ClassVar, Generic, NoReturn, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_library = torch.library.Library("repdeg_fast", "DEF")
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, NoneType, bool, int, float, str, list, torch.dtype))
+
+
+class Formula(torch.autograd.Function):
+    """An operator's derivative. ``forward(ctx, run, *arguments)`` calls ``run(*arguments)`` and saves what
+    ``backward`` needs."""
+
+    public_name: ClassVar[str]  # of the function that a message about a missing derivative names
+
+    @classmethod
+    def named(cls, public_name: str) -> type[Formula]:
+        def no_tangent(*_: Any) -> NoReturn:
+            _raise_missing(public_name, "forward-mode derivative")
+
+        return type(public_name, (cls,), {"public_name": public_name, "jvp": staticmethod(no_tangent)})
+
+
+class Operator(Generic[P, R]):
+    """One operator: its body with a schema, a fake function and, where it has one, a formula."""
+
+    def __init__(self, body: Callable[P, R], mutates: tuple[str, ...]) -> None:
+        self.name, self._body = body.__name__, body
+        self._formula: type[Formula] | None = None
+        schema = torch.library.infer_schema(body, mutates_args=mutates)
+        _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        self.overload = getattr(torch.ops.repdeg_fast, self.name).default
+
+    def __call__(self, *arguments: P.args, **_: P.kwargs) -> R:
+        if _watched() or any(type(argument) not in _PLAIN for argument in arguments):
+            return self.overload(*arguments)
+        if self._formula is None or not torch.is_grad_enabled():
+            return self._run(*arguments)
+        return cast(R, self._formula.apply(self._run, *arguments))
+
+    def register_fake(self, fake: Callable[..., R]) -> None:
+        torch.library.register_fake(f"repdeg_fast::{self.name}", fake, lib=_library)
+
+    def register_formula(self, public_name: str) -> Callable[[type[Formula]], None]:
+        """``public_name``: of the function that users call."""
+
+        def register(formula: type[Formula]) -> None:
+            self._formula = formula.named(public_name)
+            _library.impl(self.name, self._differentiable, "Autograd")
+
+        return register
+
+    def forbid_second_derivative(self, public_name: str) -> None:
+        """For the operator of a backward pass: differentiating through it is an error that says what to do."""
+
+        @self.register_formula(public_name)
+        class _NoDerivative(Formula):
+            @staticmethod
+            def forward(ctx: Any, run: Callable[..., Any], *arguments: Any) -> Any:
+                return run(*arguments)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> NoReturn:
+                _raise_missing(public_name, "second derivative")
+
+    def _run(self, *arguments: Any) -> R:
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # kernels are launched on the current device
+                return self._body(*arguments)  # type: ignore[call-arg]
+        return self._body(*arguments)  # type: ignore[call-arg]
+
+    def _differentiable(self, *arguments: Any) -> R:
+        """The Autograd key: the formula around the operator's other keys."""
+        assert self._formula is not None
+        if torch._C._are_functorch_transforms_active():
+            _raise_missing(self._formula.public_name, "torch.func transform")
+        return cast(R, self._formula.apply(self._below_autograd, *arguments))
+
+    def _below_autograd(self, *arguments: Any) -> R:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*arguments)
+
+
+def operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
+    """Make a body, whose name and annotations are the schema, an operator. ``mutates``: arguments it writes."""
+    return lambda body: Operator(body, mutates)
+
+
+def _watched() -> bool:
+    """Whether something that must see whole operators looks on."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _raise_missing(name: str, derivative: str) -> NoReturn:
+    raise RuntimeError(
+        f"{name} has no {derivative} in its fused form, only plain gradients (backward, torch.autograd.grad); where you"
+        f" need it, write the term with the formula in repdeg_fast.reference, which PyTorch differentiates in any way"
+    )

@@ -1,0 +1,167 @@
+"""What all operators have in common: how they are called, what they refuse, and that they leave each other's tensors
+alone. An operation is one line in OPERATIONS."""
+
+import threading
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import repdeg_fast
+from repdeg_fast import backends
+from repdeg_fast.ops._operator import Operator
+
+
+def _head(*names):
+    shapes = {"hidden_states": (2, 6, 8), "weight": (20, 8), "bias": (20,), "mixture_logits": (6, 2)}
+    return [torch.randn(shapes[name], dtype=torch.float64).requires_grad_() for name in names]
+
+
+TARGET = torch.tensor([3, 0, 19, 7, -100, 5])
+
+# name -> (the function of its differentiable inputs, those inputs)
+OPERATIONS = {
+    "cosine_regularization": (repdeg_fast.cosine_regularization, _head("weight")),
+}
+
+
+@pytest.fixture(params=OPERATIONS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def call(name):
+    return OPERATIONS[name][0]
+
+
+@pytest.fixture
+def inputs(name):
+    return [tensor.detach().clone().requires_grad_() for tensor in OPERATIONS[name][1]]
+
+
+def test_forward_mode_is_a_clear_error(name, call, inputs):
+    primals = tuple(tensor.detach() for tensor in inputs)
+    with pytest.raises(RuntimeError, match=f"{name} has no forward-mode derivative"), forward_ad.dual_level():
+        call(*(forward_ad.make_dual(primal, torch.ones_like(primal)) for primal in primals))
+    with pytest.raises(RuntimeError, match=f"{name} has no torch.func transform"):
+        torch.func.jvp(call, primals, tuple(map(torch.ones_like, primals)))
+
+
+def test_function_transforms_are_a_clear_error(name, call, inputs):
+    with pytest.raises(RuntimeError, match=f"{name} has no torch.func transform"):
+        torch.func.grad(lambda *tensors: _sum(call(*tensors)))(*inputs)
+
+
+def test_second_derivatives_are_a_clear_error(name, call, inputs):
+    gradients = torch.autograd.grad(_sum(call(*inputs)), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
+        sum(gradient.sum() for gradient in gradients).backward()
+
+
+def test_gradients_share_no_memory(call, inputs):
+    """Two steps that accumulate must not add to the same memory, nor write into what comes from above."""
+    result = call(*inputs)
+    above = torch.randn_like(result)
+    gradients = torch.autograd.grad(result, inputs, above)
+    storages = [tensor.untyped_storage().data_ptr() for tensor in (*gradients, *inputs, above, result)]
+    assert len(set(storages)) == len(storages)
+
+
+def test_same_through_the_dispatcher(call, inputs):
+    """What compilers and modes see is what a plain call computes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Looking(TorchDispatchMode):
+        seen = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen = (*self.seen, str(func))
+            return func(*args, **(kwargs or {}))
+
+    plain = torch.autograd.grad(_sum(call(*inputs)), inputs)
+    with Looking() as mode:
+        seen = torch.autograd.grad(_sum(call(*inputs)), inputs)
+    assert any(operator.startswith("repdeg_fast.") for operator in mode.seen)
+    assert all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True))
+
+
+def test_distributed_parameters_are_a_clear_error(call, inputs, one_process_mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    inputs[-1] = distribute_tensor(inputs[-1], one_process_mesh, [Shard(0)])
+    with pytest.raises(TypeError, match=r"\w+: expected a plain tensor, got a DTensor .* pass \w+\.full_tensor\(\)"):
+        call(*inputs)
+
+
+@pytest.fixture(scope="module")
+def one_process_mesh():
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_threads_have_backends_of_their_own(call, inputs):
+    entered, leave = threading.Event(), threading.Event()
+
+    def inside():
+        with repdeg_fast.use_backend("reference"):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    entered.wait(10)
+    with repdeg_fast.use_backend("cpu"):
+        leave.set()
+        thread.join()
+        assert backends.requested() == "cpu"
+    assert backends.requested() == backends._default
+
+
+def test_a_compiled_function_follows_the_backend(call, inputs, name):
+    asked = []
+    kernels = backends.Operation.kernels
+
+    def watching(self, backend, *tensors):
+        asked.append(backend)
+        return kernels(self, backend, *tensors)
+
+    compiled = torch.compile(lambda *tensors: _sum(call(*tensors)), backend="aot_eager", fullgraph=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends.Operation, "kernels", watching)
+        for backend in ("reference", "cpu", "reference"):
+            with repdeg_fast.use_backend(backend):
+                compiled(*inputs)
+            assert set(asked) == {backend}
+            asked.clear()
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """With tensors on cuda:1 while cuda:0 is current, a launch would go to the wrong one."""
+    entered = []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    class OnCuda(torch.Tensor):
+        device = torch.device("cuda:1")
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    body = Operator.__new__(Operator)
+    body._body = lambda nothing, x: entered.append("kernel")
+    body._run(None, torch.zeros(2).as_subclass(OnCuda))
+    assert entered == [torch.device("cuda:1"), "kernel", "left"]
+
+
+def _sum(result):
+    return result.sum()
