@@ -1,5 +1,5 @@
-"""pytest-benchmark over the cases and providers of ``repdeg_fast.bench``: one test file an operation, which names it
-as ``OP``. ``pytest benchmarks --benchmark-only`` runs one case on a CPU, the default cases on a GPU."""
+"""pytest-benchmark over the suites of ``repdeg_fast.bench``: ``pytest benchmarks --benchmark-only`` runs one case of
+each on a CPU, the default cases on a GPU; ``--ops``, ``--cases`` and ``--providers`` choose others."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ ROUNDS = 7
 
 def pytest_addoption(parser):
     group = parser.getgroup("repdeg-fast")
+    group.addoption("--ops", default="", help="operations with commas between; default: all")
     group.addoption("--cases", default="", help="cases with commas between; default: one on a CPU, several on a GPU")
     group.addoption("--providers", default="", help="providers with commas between; default: all")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -38,16 +39,14 @@ def pytest_generate_tests(metafunc):
         return
     option = lambda name: [item for item in metafunc.config.getoption(name).split(",") if item]  # noqa: E731
     device = torch.device(metafunc.config.getoption("--device"))
-    (chosen,) = select([metafunc.module.OP], option("--cases"), option("--providers"), device)
-    cases = chosen.cases if option("--cases") or device.type == "cuda" else chosen.cases[:1]
-    settings = [
-        Setting(chosen.suite, case, provider, pass_, device)
-        for case in cases
+    settings = {
+        f"{chosen.suite.op}-{case.name}-{provider.name}-{pass_}": Setting(chosen.suite, case, provider, pass_, device)
+        for chosen in select(option("--ops"), option("--cases"), option("--providers"), device)
+        for case in (chosen.cases if option("--cases") or device.type == "cuda" else chosen.cases[:1])
         for provider in chosen.providers
         for pass_ in provider.passes
-    ]
-    names = [f"{setting.case.name}-{setting.provider.name}-{setting.pass_}" for setting in settings]
-    metafunc.parametrize("setting", settings, ids=names)
+    }
+    metafunc.parametrize("setting", settings.values(), ids=settings.keys())
 
 
 @functools.lru_cache(maxsize=1)  # the tests of one case follow each other

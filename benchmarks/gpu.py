@@ -112,7 +112,7 @@ def commands(stage: str, name: str) -> list[list[str]]:
         return [[*cli, "--json", figures, *(["--plot", plots] if _can_plot() else [])]]
     if stage == "batch":
         found = str(RESULTS / f"{name}.largest_batch.json")
-        return [[*python, "repdeg_fast.bench.largest_batch", "--json", found]]
+        return [[sys.executable, str(ROOT / "benchmarks" / "largest_batch.py"), "--json", found]]
     if stage == "tune":
         trials = str(RESULTS / f"{name}.tuning.json")
         return [[*python, "repdeg_fast", "tune", "--ops", TUNED, "--json", trials, "--seconds", "0.5"]]

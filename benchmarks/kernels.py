@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import kernel_resources as resources
 import torch
+from kernel_resources import H200, Resources
 
-from repdeg_fast.bench import resources
-from repdeg_fast.bench.resources import H200, Resources
 from repdeg_fast.native import build
 
 TABLE = Path(__file__).parent / "KERNELS.md"

@@ -27,7 +27,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from repdeg_fast.bench.weights import minilm_checkpoint
+from repdeg_fast.analysis.weights import minilm_checkpoint
 from repdeg_fast.data import MaskingCollator
 from repdeg_fast.models.amos import MIXTURES, AmosConfig, AmosForPreTraining
 

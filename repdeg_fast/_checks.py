@@ -11,6 +11,10 @@ from torch.nn import Parameter
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+class InputError(ValueError):
+    """A mistake in what the user asked for: the command line shows it without a traceback."""
+
+
 def check_floating(name: str, value: Tensor) -> None:
     """``value`` is a strided tensor of one of the four floating dtypes."""
     if not isinstance(value, Tensor):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from repdeg_fast.native import Namespace, build
+from repdeg_fast.native.cache import cache_root
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -257,7 +258,7 @@ def status() -> dict[str, dict[str, dict[str, str | None]]]:
 
 def tuning_file() -> Path:
     """Where ``repdeg-fast tune`` keeps the launch configurations that it found."""
-    return build.cache_root() / "tuning.json"
+    return cache_root() / "tuning.json"
 
 
 @functools.cache

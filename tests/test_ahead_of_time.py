@@ -1,15 +1,14 @@
 """Every Triton specialization and every .cu file compiles for the chips we name, without spills, on any machine."""
 
 import functools
-import importlib.util
 import os
 import re
 import shutil
-from pathlib import Path
 
+import kernel_resources as resources
+import kernels
 import pytest
 
-from repdeg_fast.bench import resources
 from repdeg_fast.native import build
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -121,10 +120,6 @@ def test_resident_warps(registers, shared, threads, expected):
 
 @needs_nvcc
 def test_the_committed_table_lists_the_kernels_that_there_are(compiled_cuda):
-    path = Path(__file__).parent.parent / "benchmarks" / "kernels.py"
-    spec = importlib.util.spec_from_file_location("kernels", path)
-    kernels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernels)
     cuda = {
         f"{source.stem} {kernels.cuda_name(name)}"
         for source in CUDA_SOURCES

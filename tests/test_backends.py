@@ -9,7 +9,6 @@ import torch
 
 import repdeg_fast
 from repdeg_fast import backends
-from repdeg_fast.native import build
 
 WEIGHT = torch.randn(6, 4)
 
@@ -74,88 +73,3 @@ print(len(caught), caught[0].message, values[0])
     assert "falls back to plain PyTorch" in message
     assert "install a C++17 compiler" in message
     assert float(message.split()[-1]) == pytest.approx(12 * (6 / 7) / 16, rel=1e-6)
-
-
-def test_a_build_that_fails_is_explained(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "compile_flags", lambda: ["-DTORCH_TARGET_VERSION=0", "-fno-such-flag"])
-    monkeypatch.setenv("REPDEG_FAST_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(build, "_loaded", {})
-    monkeypatch.setattr(build, "_failures", {})
-    build._library_path.cache_clear()
-    with pytest.raises(RuntimeError, match=r"compiling the cpu kernels failed; install .*no-such-flag"):
-        build.load("cpu")
-    assert "no-such-flag" in build.unavailable("cpu")
-    assert backends.status()["cosreg"]["cpu"]["serves"] == "reference"
-    build._library_path.cache_clear()
-
-
-def test_a_build_that_fails_falls_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "compile_flags", lambda: ["-fno-such-flag"])
-    monkeypatch.setenv("REPDEG_FAST_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(build, "_loaded", {})
-    monkeypatch.setattr(build, "_failures", {})
-    build._library_path.cache_clear()
-    with pytest.warns(RuntimeWarning, match=r"falls back to plain PyTorch: cpu: compiling the cpu kernels failed"):
-        backends.forget()
-        assert repdeg_fast.cosine_regularization(torch.eye(2)).item() == 0
-    build._library_path.cache_clear()
-    backends.forget()
-
-
-def test_a_library_that_does_not_load_is_built_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("REPDEG_FAST_CACHE_DIR", str(tmp_path))
-    build._library_path.cache_clear()
-    path = build._library_path("cpu")
-    build._library_path.cache_clear()
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"cut short")
-    result = run(
-        "from repdeg_fast.native import build; print(build.build_info()['flags'])", REPDEG_FAST_CACHE_DIR=str(tmp_path)
-    )
-    assert "-O3" in result.stdout, result.stderr
-
-
-def test_no_home_and_no_ninja_package():
-    code = """
-import os, pwd, sys
-sys.modules["ninja"] = None
-pwd.getpwuid = lambda uid: {}[uid]
-for name in ("HOME", "XDG_CACHE_HOME", "REPDEG_FAST_CACHE_DIR"):
-    os.environ.pop(name, None)
-from repdeg_fast.native import build
-print(build.cache_root(), build.state("cpu"))
-"""
-    result = run(code)
-    assert f"repdeg_fast-{os.getuid()}" in result.stdout, result.stderr
-
-
-def test_build_info():
-    info = build.build_info()
-    assert set(info) == {"compiler", "flags", "instruction_set", "cuda_architectures"}
-    assert "-O3" in info["flags"]
-    assert "-ffast-math" not in info["flags"]
-    assert build.state("cpu") == "loaded"
-
-
-def test_processes_that_compile_at_once_share_one_build(tmp_path):
-    code = "from repdeg_fast.native import build; build.load('cpu'); print(build.build_info()['compiler'])"
-    environment = {**os.environ, "REPDEG_FAST_CACHE_DIR": str(tmp_path)}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=-1, stderr=-1, text=True)
-        for _ in range(3)
-    ]
-    results = [process.communicate(timeout=300) for process in processes]
-    assert all(process.returncode == 0 for process in processes), results
-    assert sum("compiling" in stderr for _, stderr in results) == 1
-    libraries = list(tmp_path.rglob("*.so"))
-    assert len(libraries) == 1
-    assert not list(tmp_path.rglob("*.o"))
-
-
-def test_cache_follows_flags_and_sources(monkeypatch):
-    build._library_path.cache_clear()
-    before = build._library_path("cpu")
-    monkeypatch.setattr(build, "compile_flags", lambda: ["-O2"])
-    build._library_path.cache_clear()
-    assert build._library_path("cpu") != before
-    build._library_path.cache_clear()

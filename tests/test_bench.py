@@ -8,7 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from repdeg_fast.bench import inspection, measure, memory, plots, report, runner, weights
+from repdeg_fast.analysis import inspection, weights
+from repdeg_fast.bench import measure, memory, plots, report, runner
 from repdeg_fast.bench.suite import FORWARD, FORWARD_BACKWARD, Case, InputError, Provider, select, suites
 
 CPU = torch.device("cpu")

@@ -1,9 +1,10 @@
 """The benchmark of a whole step of AMOS, on a model of a fraction of a second."""
 
+import largest_batch
 import pytest
 import torch
 
-from repdeg_fast.bench import largest_batch, runner
+from repdeg_fast.bench import runner
 from repdeg_fast.bench.suite import FORWARD, FORWARD_BACKWARD, suites
 from repdeg_fast.bench.suites import training_step
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import repdeg_fast
-from repdeg_fast.cli import app
+from repdeg_fast.cli.app import app
 
 QUICK = ["--providers", "eager,ours-cpu,ours-triton,ours-graph-free", "--seconds", "0"]
 
@@ -189,7 +189,7 @@ def test_a_failing_write_is_no_traceback(checkpoint, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("repdeg_fast.bench.inspection.plot", full)
+    monkeypatch.setattr("repdeg_fast.analysis.pictures.plot_cone", full)
     assert "error: [Errno 28] No space left" in invoke("inspect", checkpoint, "--out", tmp_path / "x.png", code=2)
 
 

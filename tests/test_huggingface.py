@@ -12,7 +12,7 @@ from helpers import relative_error
 
 import repdeg_fast
 from repdeg_fast import MultiLayerMLMHead
-from repdeg_fast.bench.weights import minilm_checkpoint
+from repdeg_fast.analysis.weights import minilm_checkpoint
 
 transformers = pytest.importorskip("transformers")
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM  # noqa: E402

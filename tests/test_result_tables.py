@@ -1,33 +1,22 @@
 """The committed documents that commands write: README's result tables and the budget."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import budget
 import pytest
+import readme_tables
 import torch
 
 from repdeg_fast.bench.suite import Work, suites
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def script(name):  # of benchmarks/
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
-    module = script("readme_tables")
     for name in ("README", "RESULTS"):
-        monkeypatch.setattr(module, name, tmp_path / name)
-    module.RESULTS.mkdir()
-    module.README.write_text(f"before\n\n{module.BEGIN}\nold\n{module.END}\n\nafter\n")
-    return module
+        monkeypatch.setattr(readme_tables, name, tmp_path / name)
+    readme_tables.RESULTS.mkdir()
+    readme_tables.README.write_text(f"before\n\n{readme_tables.BEGIN}\nold\n{readme_tables.END}\n\nafter\n")
+    return readme_tables
 
 
 def row(provider, ms, **changes):
@@ -82,8 +71,8 @@ def test_a_readme_without_markers_is_an_error(tables, capsys):
 
 
 def test_the_readme_has_the_markers():
-    module = script("readme_tables")
-    assert [module.README.read_text().count(marker) for marker in (module.BEGIN, module.END)] == [1, 1]
+    text = readme_tables.README.read_text(encoding="utf-8")
+    assert [text.count(marker) for marker in (readme_tables.BEGIN, readme_tables.END)] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -95,14 +84,13 @@ def test_the_readme_has_the_markers():
     ],
 )
 def test_floors(op, dtype, work, expected):
-    *seconds, bound = script("budget").floors(op, dtype, work)
+    *seconds, bound = budget.floors(op, dtype, work)
     assert seconds == pytest.approx(expected[:2])
     assert bound == expected[2]
 
 
 def test_the_budget_has_every_gpu_case():
-    module = script("budget")
-    text = module.TABLE.read_text()
+    text = budget.TABLE.read_text(encoding="utf-8")
     for op, suite in suites().items():
         section = text.split(f"## {op}\n")[1].split("## ")[0]
         cases = [case.name for case in suite.cases if "cuda" in case.default_on and case.group is None]

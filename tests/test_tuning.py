@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 from repdeg_fast.triton_kernels import tuning
 
-from repdeg_fast import backends, cli
+from repdeg_fast import backends
 from repdeg_fast.bench import tune
 from repdeg_fast.bench.suite import Case, Provider, Selection, suites
+from repdeg_fast.cli.app import app
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ class TestTuning:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would tune")
 def test_the_command_says_that_it_needs_a_gpu():
-    result = CliRunner().invoke(cli.app, ["tune"])
+    result = CliRunner().invoke(app, ["tune"])
     assert result.exit_code == 2
     assert "needs a GPU" in result.stderr
 
@@ -184,6 +185,6 @@ def test_the_file_lies_in_the_cache_folder(monkeypatch, tmp_path):
 @pytest.mark.gpu
 def test_tuning_on_a_gpu(file, monkeypatch):
     monkeypatch.setattr(backends, "tuning_file", lambda: file)
-    result = CliRunner().invoke(cli.app, ["tune", "--ops", "cosreg", "--cases", "literal-8192", "--seconds", "0.1"])
+    result = CliRunner().invoke(app, ["tune", "--ops", "cosreg", "--cases", "literal-8192", "--seconds", "0.1"])
     assert result.exit_code == 0, result.output
     assert "cosreg.forward" in result.output

@@ -422,10 +422,9 @@ def _means_specialization(dtype: str, everything: bool, from_output: bool) -> Sp
 def _backward_specialization(dtype: str, d: int, everything: bool, from_output: bool, tile: RowTile) -> Specialization:
     types, constants = _backward_inputs(dtype, everything, from_output)
     whole = d <= _BACKWARD_WHOLE
-    types |= {"grad_x": f"*{dtype}", "partial": "*fp32"}
-    types |= {"grad_branch": f"*{dtype}"} if everything else {}
+    types |= {"grad_x": f"*{dtype}", "grad_branch": f"*{dtype}", "partial": "*fp32"}
     types |= {} if whole else {"means": "*fp32"}
-    constants |= ({} if everything else {"grad_branch": None}) | ({"means": None} if whole else {})
+    constants |= {"means": None} if whole else {}
     constants |= {"CENTER": True, "WHOLE": whole, "ROWS": tile.rows, "COLUMNS": tile.columns}
     constants |= {"SUM_OMEGA": everything, "SUM_AFFINE": True, "SUM_BRANCH_BIAS": everything}
     label = _label(dtype, d, everything) + (" from output" if from_output else " from input")

@@ -203,6 +203,7 @@ def versions(device: torch.device) -> dict[str, str | int | None]:
     """What a figure depends on beside the code under test."""
     import repdeg_fast
     from repdeg_fast import backends
+    from repdeg_fast.bench import peers
 
     try:
         import triton
@@ -219,6 +220,7 @@ def versions(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
+        **{peer.package: peer.version for peer in peers.PACKAGES},
         # by `repdeg-fast tune`: not the configurations that ship
         "tuned": "by repdeg-fast tune" if backends.tuning_file().exists() else None,
         "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE"),  # huge pages for all of torch's CPU memory

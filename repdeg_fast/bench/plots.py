@@ -6,32 +6,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from repdeg_fast.analysis.pictures import plain, pyplot
 from repdeg_fast.bench.memory import Timeline
 from repdeg_fast.bench.report import format_bytes
 from repdeg_fast.bench.runner import Row
-from repdeg_fast.bench.suite import PASSES, Case, InputError
+from repdeg_fast.bench.suite import PASSES, Case
 
 _OURS = "#1f6fb4"
 _OTHERS = "#9a9a9a"
 _PHASES = {"forward": "#f2c14e", "backward": "#7fb77e", "both passes": "#c08fd0"}
-
-
-def pyplot() -> Any:
-    """matplotlib without a display; a clear error where it is missing."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError("plots need matplotlib, which is missing: pip install 'repdeg-fast[bench]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
-
-
-def plain(text: str) -> str:
-    """A tensor's name is no formula: matplotlib would read what is between two "$" as one."""
-    return text.replace("$", r"\$")
 
 
 def plot_run(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 
 from repdeg_fast.bench import memory
 from repdeg_fast.bench.measure import Step, clear_gradients, describe, unfit
 from repdeg_fast.bench.memory import Timeline
-from repdeg_fast.bench.outputs import file_name
-from repdeg_fast.bench.report import format_bytes
 from repdeg_fast.bench.suite import Case, Inputs, Provider, Suite
+
+_LONGEST = 100  # characters of a case's name in a file name, which has room for 255 bytes
 
 
 @dataclass(frozen=True)
@@ -67,28 +66,6 @@ def _profile(provider: Provider, inputs: Inputs, device: torch.device, snapshot:
     return Profile(provider, timeline, saved, snapshot)
 
 
-def table(suite: Suite, case: Case, profiles: Sequence[Profile], device: torch.device) -> Table:
-    title = f"{suite.op} · {case} on {device.type}: memory beyond the inputs"
-    out = Table(title=escape(title), title_justify="left")
-    out.add_column("provider", no_wrap=True)
-    for name in ("forward peak", "saved for backward", "held after forward", "backward peak", "held after"):
-        out.add_column(name, justify="right")
-    out.add_column("note", overflow="fold")
-    for profile in profiles:
-        name, timeline = profile.provider.name, profile.timeline
-        if timeline is None:
-            out.add_row(name, *["–"] * 5, f"[dim]{escape(profile.reason or '')}[/]")
-            continue
-        first = next(iter(timeline.phases))  # forward; or both passes, where one call does them
-        backward = "backward" in timeline.phases
-        out.add_row(
-            name,
-            format_bytes(timeline.peak(first)),
-            "–" if profile.provider.graph_free else format_bytes(profile.saved),
-            format_bytes(timeline.at(timeline.phases[first][1])),
-            format_bytes(timeline.peak("backward")) if backward else "–",
-            format_bytes(timeline.points[-1][1] if timeline.points else 0),
-            "adds to the gradient that is there: both passes in one call" if profile.provider.graph_free else "",
-            style="bold" if profile.provider.ours else None,
-        )
-    return out
+def file_name(text: str) -> str:
+    """``text`` (a case named after a tensor, say) as part of a file name; of a long one the end, which tells more."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text)[-_LONGEST:]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repdeg_fast._checks import InputError
 from repdeg_fast.backends import BACKENDS, Operation, use_backend
 
 FORWARD, FORWARD_BACKWARD = PASSES = ("forward", "forward+backward")
@@ -19,10 +20,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float64: 1e-10}
 
 Inputs = dict[str, Tensor]  # those with requires_grad are the leaves that get gradients
-
-
-class InputError(ValueError):
-    """A mistake in what the user asked for: the command line shows it without a traceback."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from repdeg_fast.bench import measure
@@ -127,13 +126,3 @@ def fastest(trials: Sequence[Trial]) -> Any:
 
 def median_timer(device: torch.device, seconds: float) -> Timer:
     return lambda step: statistics.median(measure.time_steps([step], device, seconds, lambda i: None)[0])
-
-
-def table(trials: Sequence[Trial]) -> Table:
-    chosen = fastest(trials)
-    out = Table("configuration", "ms", "", title=trials[0].question, title_justify="left")
-    for trial in trials:
-        values = ", ".join(f"{name} {value}" for name, value in asdict(trial.configuration).items())
-        remark = trial.reason or ("chosen" if trial.configuration == chosen else "")
-        out.add_row(values, "–" if trial.ms is None else f"{trial.ms:.4g}", remark)
-    return out

@@ -3,6 +3,7 @@
 Two libraries, so that a CPU user never waits for nvcc: ``cpu`` (schemas, C++ kernels) and ``cuda`` (CUDA kernels).
 Each is compiled on first use with ninja through :mod:`torch.utils.cpp_extension` and kept in a folder named after
 everything that decides its contents; a file lock lets one process compile while the others wait.
+:mod:`~repdeg_fast.native.cache` is that folder.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +27,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+
+from repdeg_fast.native import cache
 
 LIBRARIES = ("cpu", "cuda")
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # stable ABI of torch 2.10: one build serves all later ones
@@ -43,24 +48,28 @@ def unavailable(library: str) -> str | None:
         return _failures[library]
     if library == "cuda" and (reason := _cuda_unavailable()):
         return reason
-    if _library_path(library).exists():
+    if cache.is_whole(_library_path(library)):
         return None
     return _compiler_missing(library)
 
 
 def load(library: str) -> ModuleType:
     """The loaded library, compiled first if need be. Raises ``RuntimeError`` with the reason and the remedy."""
-    if library not in _loaded:
-        if library == "cuda":
-            load("cpu")  # holds the operator schemas that the CUDA kernels are registered for
+    if library in _loaded:
+        return _loaded[library]
+    if library == "cuda":
+        load("cpu")  # holds the operator schemas that the CUDA kernels are registered for
+    with _loading:
+        if library in _loaded:  # another thread's work
+            return _loaded[library]
         if reason := unavailable(library):
             raise RuntimeError(reason)
         try:
             _loaded[library] = _build_and_import(library)
         except Exception as error:
-            remedy = f"check {cache_root()}, or name another folder by REPDEG_FAST_CACHE_DIR"
+            remedy = f"check {cache.cache_root()}, or name another folder by REPDEG_FAST_CACHE_DIR"
             remedy = remedy if isinstance(error, OSError) else _remedy(library)
-            _failures[library] = f"compiling the {library} kernels failed; {remedy}. {error}"
+            _failures[library] = f"compiling the {library} kernels failed: {error}; {remedy}"
             raise RuntimeError(_failures[library]) from error
     return _loaded[library]
 
@@ -76,9 +85,10 @@ def state(library: str) -> str:
         return "loaded"
     if reason := unavailable(library):
         return reason
-    return "compiled" if _library_path(library).exists() else "will be compiled on first use"
+    return "compiled" if cache.is_whole(_library_path(library)) else "will be compiled on first use"
 
 
+_loading = threading.Lock()
 _loaded: dict[str, ModuleType] = {}
 _failures: dict[str, str] = {}
 
@@ -131,9 +141,13 @@ def sources(library: str) -> list[Path]:
 
 
 def compile_flags() -> list[str]:
-    """No ``-ffast-math``: NaN and Inf must pass through. ``omp simd`` is what lets sums be vectorized instead."""
-    native = "-mcpu=native" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "-march=native"
-    return ["-O3", native, "-fopenmp-simd", "-fno-math-errno", _TORCH_TARGET]
+    """No ``-ffast-math``: NaN and Inf must pass through. ``omp simd`` is what lets sums be vectorized instead.
+
+    ``REPDEG_FAST_MARCH`` names the instruction set (``x86-64-v3``, say) where it is not to be this machine's own.
+    """
+    option = "-mcpu" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "-march"
+    instruction_set = os.environ.get("REPDEG_FAST_MARCH") or "native"
+    return ["-O3", f"{option}={instruction_set}", "-fopenmp-simd", "-fno-math-errno", _TORCH_TARGET]
 
 
 def cuda_flags() -> list[str]:
@@ -167,32 +181,20 @@ def _library_path(library: str) -> Path:
     if library == "cuda":
         facts += [*cuda_flags(), str(torch.version.cuda), _cuda_architectures()]
     digest.update("\0".join(map(str, facts)).encode())
-    return cache_root() / digest.hexdigest()[:16] / f"repdeg_fast_{library}.so"
-
-
-def cache_root() -> Path:
-    """``REPDEG_FAST_CACHE_DIR``, else ``repdeg_fast`` under the user's cache folder, or one for temporary files."""
-    if chosen := os.environ.get("REPDEG_FAST_CACHE_DIR"):
-        return Path(chosen)
-    if chosen := os.environ.get("XDG_CACHE_HOME"):
-        return Path(chosen) / "repdeg_fast"
-    try:
-        return Path.home() / ".cache" / "repdeg_fast"
-    except RuntimeError:  # a container's user may have no home
-        return Path(tempfile.gettempdir()) / f"repdeg_fast-{os.getuid()}"
+    return cache.cache_root() / digest.hexdigest()[:16] / f"repdeg_fast_{library}.so"
 
 
 def _build_and_import(library: str) -> ModuleType:
     path = _library_path(library)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(path.parent / "lock"):
-            if not path.exists():  # another process may have compiled it while this one waited
+    cache.make_folder(path.parent)
+    if not cache.is_whole(path):
+        with cache.exclusive(path.parent / "lock"):
+            if not cache.is_whole(path):  # another process may have compiled it while this one waited
                 return _compile(library, path)
     try:
         return _import(path)
-    except ImportError:  # cut short by a full disk, say: once more
-        with _exclusive(path.parent / "lock"):
+    except ImportError:  # compiled on a machine that shares this folder and has other libraries
+        with cache.exclusive(path.parent / "lock"):
             return _compile(library, path)
 
 
@@ -207,42 +209,57 @@ def _import(path: Path) -> ModuleType:
 
 def _compile(library: str, path: Path) -> ModuleType:
     """Build in a folder of its own, then move the result into place: a killed build leaves nothing half-made."""
-    import pybind11
-    from torch.utils import cpp_extension
-
     print(f"repdeg_fast: compiling the {library} kernels (once)...", end=" ", file=sys.stderr, flush=True)
     start = time.perf_counter()
     build = path.parent / "build"
     shutil.rmtree(build, ignore_errors=True)
     build.mkdir()
-    architectures = _cuda_architectures() if library == "cuda" else ""
-    flags = " ".join(compile_flags() + (cuda_flags() if library == "cuda" else []))
-    (build / "build_config.h").write_text(
-        f'#define REPDEG_FAST_FLAGS "{flags}"\n#define REPDEG_FAST_CUDA_ARCHITECTURES "{architectures}"\n'
-    )
-    with _ninja_on_path():
-        module = cpp_extension.load(
-            name=path.stem,
-            sources=[str(source) for source in sources(library)],
-            extra_cflags=compile_flags(),
-            extra_cuda_cflags=cuda_flags(),
-            extra_include_paths=[str(build), pybind11.get_include()],
-            build_directory=str(build),
-        )
-    os.replace(build / path.name, path)
+    try:
+        module = _run_compiler(library, path.stem, build)
+    except RuntimeError as error:  # its text is all that the compiler printed
+        print("failed", file=sys.stderr, flush=True)
+        log = path.with_suffix(".log")
+        log.write_text(str(error))
+        raise RuntimeError(f"{_first_error(str(error))} (all of it: {log})") from None
+    cache.keep(build / path.name, path)
     shutil.rmtree(build, ignore_errors=True)
     print(f"done in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return module
 
 
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file; the system releases it when the process ends, so a killed build never blocks the next."""
-    import fcntl
+def _run_compiler(library: str, name: str, build: Path) -> ModuleType:
+    import pybind11
+    from torch.utils import cpp_extension
 
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    architectures = _cuda_architectures() if library == "cuda" else ""
+    flags = " ".join(compile_flags() + (cuda_flags() if library == "cuda" else []))
+    (build / "build_config.h").write_text(
+        f'#define REPDEG_FAST_FLAGS "{flags}"\n#define REPDEG_FAST_CUDA_ARCHITECTURES "{architectures}"\n'
+    )
+    with _ninja_on_path(), tempfile.TemporaryDirectory() as links:
+        root, build = _plain_path(source_root(), f"{links}/csrc"), _plain_path(build, f"{links}/build")
+        return cpp_extension.load(
+            name=name,
+            sources=[str(root / source.relative_to(source_root())) for source in sources(library)],
+            extra_cflags=compile_flags(),
+            extra_cuda_cflags=cuda_flags(),
+            extra_include_paths=[str(build), pybind11.get_include()],
+            build_directory=str(build),
+        )
+
+
+def _plain_path(path: Path, link: str) -> Path:
+    """``path``, or ``link``, made to lead there, if ninja or a shell would read something in it as their own."""
+    if re.fullmatch(r"[\w@%+=,./-]+", str(path), re.ASCII):
+        return path
+    os.symlink(path, link, target_is_directory=True)
+    return Path(link)
+
+
+def _first_error(output: str) -> str:
+    """The line to start at in the output of a compiler and linker."""
+    lines = output.splitlines()
+    return next((line.strip() for line in lines if re.search(r"(error|fatal) *:|undefined reference", line)), lines[-1])
 
 
 @contextmanager

@@ -70,25 +70,25 @@ def admin_norm_backward(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, ω, γ, β and branch bias. ``wanted``: which of the last four to make; one that is not,
-    and that of the branch where it equals that of x, is empty. n is made from ``y`` where given, else from the inputs.
+    """Gradients of x, branch, ω, γ, β and branch bias, each in memory of its own. ``wanted``: which of all but the
+    first to make; one that is not is empty. n is made from ``y`` where given, else from the inputs.
     """
-    gradients = _empty_gradients(grad_y, omega, seed, rstd, wanted)
+    gradients = _empty_gradients(grad_y, rstd, wanted)
     grad_y = grad_y.contiguous()
     matrices = [matrix for matrix in (grad_y, y, x, branch) if matrix is not None]
     operation.kernels(backend, *matrices).backward(
-        *(gradient if there else None for gradient, there in zip(gradients, _there(omega, seed, wanted), strict=True)),
-        grad_y, y, x, branch, *map(_aligned, (omega, weight, bias, branch_bias)), seed, mean, rstd, dropout, center,
+        *_made(gradients, wanted), grad_y, y, x, branch, *map(_aligned, (omega, weight, bias, branch_bias)), seed,
+        mean, rstd, dropout, center,
     )  # fmt: skip
     return gradients
 
 
 @admin_norm_backward.register_fake
 def _(
-    grad_y: Tensor, y: Any, x: Any, branch: Any, omega: Tensor | None, weight: Any, bias: Any, branch_bias: Any,
-    seed: Tensor | None, mean: Any, rstd: Tensor, dropout: float, center: bool, wanted: list[bool], backend: str,
+    grad_y: Tensor, y: Any, x: Any, branch: Any, omega: Any, weight: Any, bias: Any, branch_bias: Any, seed: Any,
+    mean: Any, rstd: Tensor, dropout: float, center: bool, wanted: list[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _empty_gradients(grad_y, omega, seed, rstd, wanted)
+    return _empty_gradients(grad_y, rstd, wanted)
 
 
 def _aligned(parameter: Tensor | None) -> Tensor | None:
@@ -96,28 +96,28 @@ def _aligned(parameter: Tensor | None) -> Tensor | None:
     return parameter if parameter is None or parameter.data_ptr() % 16 == 0 else parameter.clone()
 
 
-def _there(omega: Tensor | None, seed: Tensor | None, wanted: list[bool]) -> list[bool]:
-    """Which of the six gradients are made. Without ω and dropout, x and the branch share one."""
-    return [True, omega is not None or seed is not None, *wanted]
-
-
 def _empty_gradients(
-    grad_y: Tensor, omega: Tensor | None, seed: Tensor | None, rstd: Tensor, wanted: list[bool]
+    grad_y: Tensor, rstd: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    there = _there(omega, seed, wanted)
-    rows = [grad_y.new_empty(grad_y.shape if make else 0) for make in there[:2]]
-    sums = [rstd.new_empty(grad_y.shape[1] if make else 0) for make in there[2:]]
+    branch, *parameters = wanted
+    rows = [grad_y.new_empty(grad_y.shape if make else 0) for make in (True, branch)]
+    sums = [rstd.new_empty(grad_y.shape[1] if make else 0) for make in parameters]
     return rows[0], rows[1], sums[0], sums[1], sums[2], sums[3]
+
+
+def _made(gradients: tuple[Tensor, ...], wanted: list[bool]) -> list[Tensor | None]:
+    """``None`` in place of what was not wanted."""
+    return [gradient if make else None for gradient, make in zip(gradients, [True, *wanted], strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, branch, omega, weight, bias, branch_bias, seed, ctx.dropout, _, ctx.center, save_input, ctx.backend = inputs
     y, mean, rstd = output
-    ctx.wanted = list(ctx.needs_input_grad[2:6])
+    ctx.wanted = list(ctx.needs_input_grad[1:6])
     if save_input:
         ctx.save_for_backward(None, x, branch, omega, weight, None, branch_bias, seed, mean, rstd)
     else:
-        ctx.save_for_backward(y, x if ctx.wanted[0] else None, None, omega, weight, bias, None, seed, None, rstd)
+        ctx.save_for_backward(y, x if ctx.wanted[1] else None, None, omega, weight, bias, None, seed, None, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
@@ -127,11 +127,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None,
         return (None,) * 12
     saved = ctx.saved_tensors  # once: a checkpointed block is run again for it, and only once
     gradients = admin_norm_backward(grad_y, *saved, ctx.dropout, ctx.center, ctx.wanted, ctx.backend)
-    omega, seed = saved[3], saved[7]
-    grad_x, grad_branch, *sums = (
-        gradient if there else None for gradient, there in zip(gradients, _there(omega, seed, ctx.wanted), strict=True)
-    )
-    return grad_x, grad_x if grad_branch is None else grad_branch, *sums, *(None,) * 6
+    return *_made(gradients, ctx.wanted), *(None,) * 6
 
 
 admin_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -101,7 +101,7 @@ def backward(
 ) -> None:
     """Write the gradients asked for. n is made from ``y`` where given, else from ``x``, ``branch`` and ``mean``.
 
-    ``grad_branch=None``: the same as ``grad_x`` (no ω, no dropout). A column with γ = 0 takes n from ``y`` as 0.
+    A column with γ = 0 takes n from ``y`` as 0.
     """
     dtype = rstd.dtype
     keep = _keep(seed, grad_y, dropout)

@@ -5,7 +5,6 @@ The branch is so small that no dropout mask shows in y: providers draw different
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import repdeg_fast
+from repdeg_fast.bench import peers
 from repdeg_fast.bench.suite import FORWARD, Case, Inputs, Provider, Suite, Work, compiled, per_backend
 from repdeg_fast.ops.admin_norm import operation
 from repdeg_fast.reference import admin_norm as reference
@@ -116,16 +116,6 @@ def _eager_needs(case: Case) -> Work:
     return Work(12 * 4 * size, work(case, "forward+backward", False).flops)
 
 
-def _installed(module: str, package: str, only_on_gpu: bool = False) -> Callable[[Inputs], str | None]:
-
-    def unavailable(inputs: Inputs) -> str | None:
-        if importlib.util.find_spec(module) is None:
-            return f"not installed; pip install {package}"
-        return "its kernels need a GPU" if only_on_gpu and not inputs["x"].is_cuda else None
-
-    return unavailable
-
-
 def _case_of_weights(name: str, weight: Tensor) -> Case:
     return _rows(name, *weight.shape, dtype=weight.dtype, load=lambda: weight)
 
@@ -133,15 +123,8 @@ def _case_of_weights(name: str, weight: Tensor) -> Case:
 PROVIDERS = [
     Provider("eager", _prepare_eager, needs=_eager_needs),
     Provider("compile", lambda inputs: _prepare_eager(inputs, compiled(reference.eager_form))),
-    Provider(
-        "admin-torch", _prepare_admin_torch, unavailable=_installed("admin_torch", "admin-torch"), needs=_eager_needs
-    ),
-    Provider(
-        "liger",
-        _prepare_liger,
-        unavailable=_installed("liger_kernel", "liger-kernel", only_on_gpu=True),
-        needs=_eager_needs,
-    ),
+    peers.ADMIN_TORCH.provider(_prepare_admin_torch, needs=_eager_needs),
+    peers.LIGER.provider(_prepare_liger, needs=_eager_needs),
     *per_backend(operation, _ours, lambda inputs: [inputs["x"], inputs["branch"]], reference_needs=_eager_needs),
 ]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import repdeg_fast
-from repdeg_fast.bench import weights
+from repdeg_fast.analysis import weights
 from repdeg_fast.bench.suite import (
     FORWARD,
     FORWARD_BACKWARD,

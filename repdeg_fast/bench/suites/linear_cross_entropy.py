@@ -6,7 +6,6 @@ No case has a bias, since cut-cross-entropy takes none.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import repdeg_fast
-from repdeg_fast.bench import products, weights
+from repdeg_fast.analysis import weights
+from repdeg_fast.bench import peers, products
 from repdeg_fast.bench.suite import (
     FORWARD,
     FORWARD_BACKWARD,
@@ -175,22 +175,6 @@ def _prepare_gemms(inputs: Inputs) -> Callable[[], Tensor]:
     return products.prepare(leaf, [(rows, weight.t(), dz)], backward)
 
 
-def _installed(package: str, only_on_gpu: bool = False) -> Callable[[Inputs], str | None]:
-    """Why a peer cannot run. Its import name is that of the package, with underscores."""
-
-    def unavailable(inputs: Inputs) -> str | None:
-        module = package.removesuffix("-kernels").replace("-", "_")
-        if importlib.util.find_spec(module) is None:
-            return f"not installed; pip install {package}"
-        return "its kernels need a GPU" if only_on_gpu and not inputs["weight"].is_cuda else None
-
-    return unavailable
-
-
-def _torch_has_it(inputs: Inputs) -> str | None:
-    return None if hasattr(torch.nn, "LinearCrossEntropyOptions") else f"needs torch 2.13, this is {torch.__version__}"
-
-
 def _of_ours(strategy: str, passes: tuple[str, ...]) -> list[Provider]:
     named, tensors = ("cpu", "triton"), lambda inputs: [inputs["hidden_states"], inputs["weight"]]
     return per_backend(operation, _ours(strategy), tensors, name=f"ours-{strategy}", named=named, passes=passes)
@@ -200,10 +184,10 @@ PROVIDERS = [
     Provider("gemms", _prepare_gemms, needs=_gemm_needs, floor="a floor: no loss"),
     Provider("eager", _prepare_eager, needs=_logits_needs),
     Provider("compile", lambda inputs: _prepare_eager(inputs, compiled(_head_by_head)), needs=_logits_needs),
-    Provider("torch-chunked", _prepare_torch, _IN_FORWARD, unavailable=_torch_has_it),
-    Provider("liger", _prepare_liger, _IN_FORWARD, unavailable=_installed("liger-kernel", only_on_gpu=True)),
-    Provider("cut-cross-entropy", _prepare_cut_cross_entropy, unavailable=_installed("cut-cross-entropy")),
-    Provider("quack", _prepare_quack, _IN_FORWARD, unavailable=_installed("quack-kernels", only_on_gpu=True)),
+    peers.TORCH_CHUNKED.provider(_prepare_torch, passes=_IN_FORWARD),
+    peers.LIGER.provider(_prepare_liger, passes=_IN_FORWARD),
+    peers.CUT_CROSS_ENTROPY.provider(_prepare_cut_cross_entropy),
+    peers.QUACK.provider(_prepare_quack, passes=_IN_FORWARD),
     *_of_ours("chunked", _IN_FORWARD),
     *_of_ours("streaming", PASSES),
 ]

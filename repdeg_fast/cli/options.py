@@ -1,0 +1,83 @@
+"""Options that several commands have, and what their text stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+import typer
+
+from repdeg_fast._checks import InputError
+from repdeg_fast.analysis import inspection
+from repdeg_fast.analysis import weights as checkpoints
+from repdeg_fast.bench.suite import DTYPES, Selection, Suite, suites
+from repdeg_fast.native import build
+
+
+def _listing(names_of: Callable[[Suite], Iterable[str | None]]) -> str:
+    return "; ".join(
+        f"{op}: {', '.join(dict.fromkeys(filter(None, names_of(suite))))}" for op, suite in suites().items()
+    )
+
+
+CASE_HELP = _listing(lambda suite: (case.group or case.name for case in suite.cases))
+PROVIDER_HELP = _listing(lambda suite: (provider.name for provider in suite.providers))
+
+Ops = Annotated[
+    str, typer.Option(metavar="A,B", help=f"Operations ({', '.join(suites())}); default: all.", show_default=False)
+]
+Cases = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B",
+        help=f"Default: some that suit the device; on a CPU no sweep. Of {CASE_HELP}.",
+        show_default=False,
+    ),
+]
+Providers = Annotated[
+    str, typer.Option(metavar="A,B", help=f"Implementations; default: all. Of {PROVIDER_HELP}.", show_default=False)
+]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is one.", show_default=False)]
+Dtype = Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Default: each case's own.", show_default=False)]
+Weights = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE[:TENSOR]",
+        help="Real weights as a case, from a safetensors or torch checkpoint; beside the cases named by --cases, else"
+        " instead of the default ones. Without TENSOR: the word embedding, else the largest matrix.",
+        show_default=False,
+    ),
+]
+
+
+def device_of(name: str) -> torch.device:
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: cuda is not there: {build.unavailable('cuda')}")
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"device: got {name!r}; there are cpu and cuda (CUDA_VISIBLE_DEVICES chooses among several)")
+    return torch.device(name)
+
+
+def with_weights(selections: list[Selection], specification: str, cases: str) -> list[Selection]:
+    """The selections with the named tensor as one more case, or the only one where no case was named."""
+    if not specification:
+        return selections
+    name, weight = checkpoints.load(*checkpoints.parse(specification))
+    inspection.check_finite(weight, name)
+    return [replace(s, cases=[*(s.cases if cases else []), s.suite.case_of_weights(name, weight)]) for s in selections]
+
+
+def with_dtype(selection: Selection, dtype: str) -> Selection:
+    if not dtype:
+        return selection
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: got {dtype!r}; there are {', '.join(DTYPES)}")
+    return replace(selection, cases=[replace(case, dtype=DTYPES[dtype]) for case in selection.cases])
+
+
+def names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",") if name.strip()]
