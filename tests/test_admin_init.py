@@ -219,6 +219,15 @@ def test_dependency_is_the_share_of_independent_branches():
     assert [len(row) for row in table.matrix("norms")] == [2, 3, 4]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_dependency_counts_dropout_while_training_only(training):
+    """In eval mode a branch is what it is; while training, dropout with p = ½ makes its variance larger (here, where
+    its mean is 0, twice as large)."""
+    norm, x, branch = AdminNorm(64, dropout=0.5).train(training), torch.randn(2_000, 64), torch.randn(2_000, 64)
+    _, share = repdeg_fast.residual_dependency(norm, (x, branch)).output("")
+    assert share.share == pytest.approx(2 / 3 if training else 1 / 2, rel=0.02)
+
+
 def test_admin_evens_out_the_dependency():
     """What the rule is for. With branches of the variance of the stream, plain post-LN forgets the input by half at
     each; with ω from the profile each of n branches explains 1/(n+1) of the output."""
