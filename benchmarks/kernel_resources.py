@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import kernel_launches
+
 from repdeg_fast.native import build
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -99,9 +101,7 @@ H200 = Multiprocessor()  # as H100: the figures of compute capability 9.0
 
 def specializations() -> Iterator[Any]:
     """Every specialization that a launcher asks for."""
-    from repdeg_fast.bench import launches
-
-    yield from launches.specializations()
+    yield from kernel_launches.specializations()
     package = importlib.import_module("repdeg_fast.triton_kernels")
     for module_info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"repdeg_fast.triton_kernels.{module_info.name}")
