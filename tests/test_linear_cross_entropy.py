@@ -181,6 +181,65 @@ def test_nan_and_inf_are_not_masked(place, bad, strategy):
     assert weight.grad.isnan().any()
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("masked", ["first", "last"])
+def test_a_masked_vocabulary(place, small_buffers, masked, options, strategy):
+    """Logits of −∞ are legal, also where a tile or a whole part of the vocabulary has no others."""
+    vocabulary = {"chunked": 4400, "streaming": 300}[strategy]  # the row kernels take thousands of logits at once
+    for dtype in place.dtypes():
+        hidden, weight, target, bias = inputs(vocabulary, 5, 9, dtype, place.device)
+        bias.data[slice(-100) if masked == "first" else slice(100, None)] = -float("inf")
+        target[0], target[2] = 0, vocabulary - 1  # one of them has a loss of infinity
+        loss = linear_cross_entropy(hidden, weight, target, bias, strategy=strategy, reduction="sum", **options)
+        gradients = torch.autograd.grad(loss, (hidden, weight, bias))
+        true_loss, true_gradients = expected(hidden, weight, target, bias, reduction="sum", **options)
+        assert loss.item() == true_loss if true_loss.isinf() else relative_error(loss, true_loss) <= TOLERANCE[dtype]
+        for gradient, true in zip(gradients, true_gradients, strict=True):
+            assert relative_error(gradient, true) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_row_of_nothing_but_minus_infinity(place, ignored, strategy):
+    """Its log-sum-exp is −∞, and it has no softmax; where it is ignored, no other row notices."""
+    hidden, weight, target, bias = inputs(127, 10, 33, device=place.device)
+    weight.data[:, 0] = weight.data[:, 0].abs() + 0.1
+    hidden.data[2, 0] = -float("inf")
+    target[2] = -100 if ignored else 5
+    others = torch.arange(10) != 2
+    loss, lse = linear_cross_entropy(hidden, weight, target, bias, strategy=strategy, reduction="none", return_lse=True)
+    assert lse.isneginf().tolist() == (~others).tolist()
+    assert loss.isnan().tolist() == [not ignored and not other for other in others]
+    total = linear_cross_entropy(hidden, weight, target, bias, strategy=strategy, reduction="sum")
+    grad_hidden, grad_weight, grad_bias = torch.autograd.grad(total, (hidden, weight, bias))
+    true_loss, true = expected(hidden[others], weight, target[others], bias, reduction="sum")
+    assert relative_error(grad_hidden[others], true[0]) <= 1e-5
+    if ignored:
+        assert relative_error(total, true_loss) <= 1e-5
+        assert relative_error(grad_weight[:, 1:], true[1][:, 1:]) <= 1e-5  # 0·∞ in the first column
+        assert relative_error(grad_bias, true[2]) <= 1e-5
+    else:
+        assert all(t.isnan().all() for t in (total, grad_hidden[2], grad_weight, grad_bias))
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+def test_logits_far_from_zero(place, offset, options):
+    """Operands whose logits are exact in fp32 show what the softmax alone adds: no more than PyTorch's own."""
+    hidden, weight, target, _ = (t.detach() for t in inputs(500, 20, 9, device=place.device))
+    hidden, weight = (hidden * 4).round() / 4, (weight * 12).round() / 4
+    bias = torch.full((500,), offset, device=place.device)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    true_loss, true_gradients = expected(hidden, weight, target, bias, **options)
+    theirs = F.cross_entropy(F.linear(*leaves), target, **options)
+    ours = linear_cross_entropy(hidden, weight, target, bias, strategy="chunked", **options)
+    assert relative_error(ours, true_loss) <= 2 * relative_error(theirs, true_loss) + 1e-7
+    gradients = (torch.autograd.grad(loss, leaves) for loss in (ours, theirs))
+    for our, their, true in zip(*gradients, true_gradients, strict=True):
+        assert relative_error(our, true) <= 2 * relative_error(their, true) + 1e-7
+
+
 def test_large_logits_do_not_overflow(place):
     hidden, weight, target, bias = inputs(30, 10, 8, device=place.device)
     hidden.data *= 1e4

@@ -19,11 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear_cross_entropy_rows import optional, rows, softcapped
+from .tile import add_exponentials, origin
 from .tuning import Specialization, choose, persistent_programs, variants
 
 __all__ = ["backward", "forward", "rescale_", "rows"]
 
 _SCALE_BLOCK = 4096
+_COMBINE_ROWS = 32
 # A multiprocessor. One is resident; of many, the last round is a small part. Backward, parts take memory.
 _FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 8, 2
 
@@ -59,12 +61,13 @@ def _product(
     return total
 
 
-# Log-sum-exp of OWN rows over a part of the vocabulary. Operations: 2·N·V·d for all programs, of which each multiplies
-# one tile of logits after the other and keeps two numbers a row. Programs of one part run side by side and share its
-# rows of the weight in L2.
+# What OWN rows meet in a part of the vocabulary: the largest logit, the sums of exponentials and, for label smoothing, of
+# logits relative to it, and the label's logit. Operations: 2·N·V·d for all programs, of which each multiplies one tile
+# of logits after the other and keeps these numbers. Programs of one part run side by side and share its rows of the
+# weight in L2.
 @triton.jit
 def _forward_kernel(
-    hidden_states, weight, target, bias, part_lse, part_label, part_sum, enabled,
+    part_most, part_sum_exp, part_sum_z, part_label, hidden_states, weight, target, bias, enabled,
     n, vocabulary, positions, d, part_columns, hidden_row, hidden_column, weight_row, weight_column, softcap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, PREDICATED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, K: tl.constexpr,
@@ -79,7 +82,8 @@ def _forward_kernel(
     sum_exp = tl.zeros((OWN,), tl.float32)
     sum_z = tl.zeros((OWN,), tl.float32)
     z_label = tl.zeros((OWN,), tl.float32)
-    for begin in range(part * part_columns, tl.minimum((part + 1) * part_columns, vocabulary), LOOP):
+    first = part * part_columns
+    for begin in range(first, tl.minimum(first + part_columns, vocabulary), LOOP):
         columns = begin + tl.arange(0, LOOP)
         z = _product(
             hidden_states, weight, rows, columns, n, vocabulary, d,
@@ -91,17 +95,44 @@ def _forward_kernel(
         if SOFTCAP:
             z = softcapped(z, softcap)
         z_label += tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), axis=1)
+        before = origin(most)
+        z, most, sum_exp = add_exponentials(tl.where(inside, z, -float("inf")), most, sum_exp)
         if SMOOTHING:
-            sum_z += tl.sum(tl.where(inside, z, 0.0), axis=1)
-        z = tl.where(inside, z, -float("inf"))
-        larger = tl.maximum(most, tl.max(z, axis=1))
-        sum_exp = sum_exp * tl.exp(most - larger) + tl.sum(tl.exp(z - larger[:, None]), axis=1)
-        most = larger
+            sum_z += (before - origin(most)) * (begin - first) + tl.sum(tl.where(inside, z, 0.0), axis=1)
     at = part.to(tl.int64) * n + rows
-    tl.store(part_lse + at, most + tl.log(sum_exp), mask=rows < n)
+    tl.store(part_most + at, most, mask=rows < n)
+    tl.store(part_sum_exp + at, sum_exp, mask=rows < n)
     tl.store(part_label + at, z_label, mask=rows < n)
     if SMOOTHING:
-        tl.store(part_sum + at, sum_z, mask=rows < n)
+        tl.store(part_sum_z + at, sum_z, mask=rows < n)
+
+
+# Loss and log-sum-exp from the parts, put together in their order. lse is zero + rest, of which zero may be large: it is
+# left out of differences.
+@triton.jit
+def _combine_kernel(
+    loss, lse, part_most, part_sum_exp, part_sum_z, part_label, target,
+    n, parts, part_columns, vocabulary, positions, ignore_index, label_smoothing,
+    SMOOTHING: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, PARTS)[:, None]
+    at = part.to(tl.int64) * n + rows[None, :]
+    inside = (part < parts) & (rows < n)[None, :]
+    each_most = tl.load(part_most + at, mask=inside, other=-float("inf"))
+    sum_exp = tl.load(part_sum_exp + at, mask=inside, other=0.0)
+    z_label = tl.sum(tl.load(part_label + at, mask=inside, other=0.0), axis=0)
+    zero = origin(tl.max(each_most, axis=0))
+    rest = tl.log(tl.sum(sum_exp * tl.exp(each_most - zero[None, :]), axis=0))
+    value = rest + (1 - label_smoothing) * (zero - z_label)
+    if SMOOTHING:
+        columns = tl.minimum(vocabulary - part * part_columns, part_columns)
+        sum_z = tl.load(part_sum_z + at, mask=inside, other=0.0) + (origin(each_most) - zero[None, :]) * columns
+        value -= label_smoothing / vocabulary * tl.sum(tl.where(inside, sum_z, 0.0), axis=0)
+    label = tl.load(target + rows % positions, mask=rows < n, other=0).to(tl.int64)
+    value = tl.where((label >= 0) & (label < vocabulary), value, float("nan"))
+    tl.store(lse + rows, zero + rest, mask=rows < n)
+    tl.store(loss + rows, tl.where(label == ignore_index, 0.0, value), mask=rows < n)
 
 
 # One gradient from logits made again, tile by tile: of hidden_states (x; the loop runs over the vocabulary) or, with
@@ -201,22 +232,21 @@ def forward(
     tile = _choose("forward", 0, hidden_states, weight)
     blocks = triton.cdiv(n, tile.own)
     part_columns, parts = _parts(vocabulary, tile.loop, blocks, hidden_states, _FORWARD_PROGRAMS)
-    part_lse, part_label, part_sum = (hidden_states.new_empty((parts, n), dtype=torch.float32) for _ in range(3))
+    lse, loss = hidden_states.new_empty((2, n), dtype=torch.float32)
+    found = hidden_states.new_empty((4, parts, n), dtype=torch.float32)  # most, sum of exponentials, sum, label's logit
     if n:
         _forward_kernel[(blocks, parts)](
-            hidden_states, weight, target, bias, part_lse, part_label, part_sum, enabled,
+            *found, hidden_states, weight, target, bias, enabled,
             n, vocabulary, len(target), hidden_states.shape[1], part_columns,
             *hidden_states.stride(), *weight.stride(), softcap,
             HAS_BIAS=bias is not None, SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0,
             PREDICATED=enabled is not None, **_matmul_constants(hidden_states, tile),
         )  # fmt: skip
-    lse = part_lse.logsumexp(dim=0)
-    loss = lse - (1 - label_smoothing) * part_label.sum(dim=0)
-    if label_smoothing:
-        loss -= (label_smoothing / vocabulary) * part_sum.sum(dim=0)
-    invalid = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
-    heads = (-1, len(target)) if len(target) else (1, 0)
-    loss.view(heads).masked_fill_(invalid, float("nan")).masked_fill_(target == ignore_index, 0)
+        _combine_kernel[(triton.cdiv(n, _COMBINE_ROWS),)](
+            loss, lse, *found, target,
+            n, parts, part_columns, vocabulary, len(target), ignore_index, label_smoothing,
+            SMOOTHING=label_smoothing != 0, PARTS=triton.next_power_of_2(parts), ROWS=_COMBINE_ROWS,
+        )  # fmt: skip
     return loss, lse
 
 
@@ -372,6 +402,8 @@ def specializations() -> Iterator[Specialization]:
     for dtype in ("bf16", "fp32"):
         types = {"x": f"*{dtype}", "scale": "*fp32", "n": "i32"}
         yield Specialization(_scale_kernel, types, {"BLOCK": _SCALE_BLOCK}, divisible=("n",), label=dtype)
+    for full in (False, True):
+        yield _combine_specialization(full)
     for (chip, operands), (forward, backward) in TILES.items():
         weight = "fp32" if operands.endswith("x32") else ""
         dtypes = ("fp32",) if operands == "32x32" else ("bf16", "fp16") if chip == "sm_90" else ("bf16",)
@@ -385,9 +417,21 @@ def specializations() -> Iterator[Specialization]:
                     yield from variants(backward[all_or_first], make)
 
 
+_PARTS = dict.fromkeys(("part_most", "part_sum_exp", "part_sum_z", "part_label"), "*fp32")
+
+
+def _combine_specialization(full: bool) -> Specialization:
+    integers = ("n", "parts", "part_columns", "vocabulary", "positions", "ignore_index")
+    types = {"loss": "*fp32", "lse": "*fp32", "target": "*i64", "label_smoothing": "fp32"} | _PARTS
+    constants = {"SMOOTHING": full, "PARTS": 16, "ROWS": _COMBINE_ROWS}
+    return Specialization(
+        _combine_kernel, types | dict.fromkeys(integers, "i32"), constants, label="smoothing" if full else ""
+    )
+
+
 def _forward_specialization(dtype: str, weight: str, chip: str, full: bool, tile: MatmulTile) -> Specialization:
     integers = ("n", "vocabulary", "positions", "d", "part_columns", "hidden_row", "weight_row")
-    types = dict.fromkeys(("part_lse", "part_label", "part_sum"), "*fp32") | dict.fromkeys(integers, "i32")
+    types = _PARTS | dict.fromkeys(integers, "i32")
     types |= {"hidden_states": f"*{dtype}", "weight": f"*{weight}", "target": "*i64", "softcap": "fp32"}
     constants: dict[str, Any] = {"hidden_column": 1, "weight_column": 1}
     constants |= dict.fromkeys(("HAS_BIAS", "SOFTCAP", "SMOOTHING", "PREDICATED"), full)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tile import add_exponentials, origin
 from .tuning import Specialization, choose, padded_columns, padded_vector, variants
 
 _SUM_ROWS, _SUM_COLUMNS = 64, 64
@@ -64,19 +65,19 @@ def _rows_kernel(
             z += tl.load(bias + columns, mask=columns < width, other=0.0)
         if SOFTCAP:
             z = softcapped(z, softcap)
-        z = tl.where(columns < vocabulary, z, -float("inf"))
-        larger = tl.maximum(most, tl.max(z, axis=0))
-        sum_exp = sum_exp * tl.exp(most - larger) + tl.sum(tl.exp(z - larger), axis=0)
-        most = larger
-        if SMOOTHING:
-            sum_z += tl.sum(tl.where(columns < vocabulary, z, 0.0), axis=0)
-    total = most + tl.log(sum_exp)
-    value = total - (1 - label_smoothing) * z_label - label_smoothing * (sum_z / vocabulary)
+        before = origin(most)
+        z, most, sum_exp = add_exponentials(tl.where(columns < vocabulary, z, -float("inf")), most, sum_exp)
+        if SMOOTHING:  # relative to the origin, like the exponentials
+            sum_z += (before - origin(most)) * first + tl.sum(tl.where(columns < vocabulary, z, 0.0), axis=0)
+    zero = origin(most)
+    rest = tl.log(sum_exp)  # lse is zero + rest, of which zero may be large: it is left out of differences
+    value = rest + (1 - label_smoothing) * (zero - z_label) - label_smoothing * (sum_z / vocabulary)
     value = tl.where(valid, value, float("nan"))
-    tl.store(lse + row, total)
+    tl.store(lse + row, zero + rest)
     tl.store(loss + row, tl.where(counted, value, 0.0))
     g = tl.load(scale + row * scale_stride)
     g = tl.where(valid, g, float("nan"))
+    inverse = 1 / sum_exp
     for first in range(0, vocabulary, BLOCK):
         columns = first + block
         z = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
@@ -84,7 +85,7 @@ def _rows_kernel(
             z += tl.load(bias + columns, mask=columns < width, other=0.0)
         if SOFTCAP:
             z = softcapped(z, softcap)
-        gradient = tl.exp(z - total) - label_smoothing / vocabulary
+        gradient = tl.exp(z - zero) * inverse - label_smoothing / vocabulary
         gradient = g * (gradient - tl.where(columns == label, 1 - label_smoothing, 0.0))
         if SOFTCAP:
             gradient *= 1 - (z / softcap) * (z / softcap)

@@ -72,18 +72,26 @@ A sum_of(const A* z, int64_t n, A neutral, F&& f) {
   return total;
 }
 
+// The softmax of a row is exp(z − origin)/sum. With the maximum as origin it is as exact for logits far from zero as for
+// others, which their log-sum-exp, rounded to fp32, would not be; a row of −∞ alone keeps 0 as origin.
 template <typename A>
-A log_sum_exp(const A* z, int64_t n) {
-  const A most = maximum(z, n);
-  return most + std::log(sum_of(z, n, A(-INFINITY), [&](auto v) { return exp(v - most); }));
-}
+struct Softmax {
+  A origin, sum;
+
+  static Softmax of(const A* z, int64_t n) {
+    A most = maximum(z, n);
+    if (most == A(-INFINITY)) most = 0;
+    return {most, sum_of(z, n, A(-INFINITY), [&](auto v) { return exp(v - most); })};
+  }
+};
 
 // dz = (softmax·total − smooth)·(1 − (z/softcap)²); the target's own −1 is added by the caller.
 template <typename T, typename A>
-void write_gradient(const A* z, A lse, A total, A smooth, A inverse_softcap, int64_t n, T* out) {
+void write_gradient(const A* z, Softmax<A> softmax, A total, A smooth, A inverse_softcap, int64_t n, T* out) {
   constexpr int64_t L = Vector<A>::lanes;
+  const A scale = total / softmax.sum;
   const auto gradient = [&](auto v) {
-    auto g = total * exp(v - lse) - smooth;
+    auto g = scale * exp(v - softmax.origin) - smooth;
     if (inverse_softcap) g *= 1 - (v * inverse_softcap) * (v * inverse_softcap);
     return g;
   };
@@ -127,20 +135,22 @@ struct RowPass {
     if (!std::is_same_v<T, A> || bias || settings.softcap)
       read_logits(logits.row(r), bias, A(settings.softcap), n, z);
     const A smoothing = A(settings.label_smoothing);
+    const auto softmax = loss ? Softmax<A>::of(z, n) : Softmax<A>{lse[r], 1};
     if (loss) {
-      lse[r] = log_sum_exp(z, n);
-      loss[r] = counted ? lse[r] - (1 - smoothing) * z[at] : A(0);
+      const A origin = softmax.origin, rest = std::log(softmax.sum);
+      lse[r] = origin + rest;
+      loss[r] = counted ? rest + (1 - smoothing) * (origin - z[at]) : A(0);
       if (counted && smoothing)
-        loss[r] -= smoothing / A(settings.vocabulary) * sum_of(z, n, A(0), [](auto v) { return v; });
+        loss[r] += smoothing / A(settings.vocabulary) * sum_of(z, n, origin, [&](auto v) { return origin - v; });
     }
     if (!scale) return;
     if (g == 0 && u == 0) return std::fill(logits.row(r), logits.row(r) + n, T(0));
     const A inverse = settings.softcap ? 1 / A(settings.softcap) : A(0);
     const A smooth = g * smoothing / A(settings.vocabulary), z_target = here ? z[at] : A(0);
-    write_gradient(z, lse[r], g + u, smooth, inverse, n, logits.row(r));
+    write_gradient(z, softmax, g + u, smooth, inverse, n, logits.row(r));
     if (here) {
-      A gradient = (g + u) * exp_scalar(z_target - lse[r]) - smooth - g * (1 - smoothing);
-      gradient *= 1 - (z_target * inverse) * (z_target * inverse);
+      A gradient = (g + u) / softmax.sum * exp_scalar(z_target - softmax.origin) - smooth - g * (1 - smoothing);
+      if (inverse) gradient *= 1 - (z_target * inverse) * (z_target * inverse);  // without, z may be −∞
       logits.row(r)[at] = static_cast<T>(gradient);
     }
   }

@@ -153,13 +153,17 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The needed gradients of Σ grad_loss·loss + Σ grad_lse·lse (else empty)."""
     inputs, options = (hidden_states, weight, target, bias), (ignore_index, label_smoothing, softcap)
+    grad_rows = _row_gradients(grad_loss, target, heads, ignore_index, reduction, hidden_states)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        if lse is None:
-            _, lse = _function("forward", backend, hidden_states, weight)(*inputs, *options)
-        grad_rows = _row_gradients(grad_loss, target, heads, ignore_index, reduction, lse)
-        backward = _function("backward", backend, hidden_states, weight)
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        gradients = backward(grad_rows, grad_lse, *inputs, lse, *options, needs, accumulate_dtype)
+        if lse is None and grad_lse is None:
+            forward_backward = _function("forward_backward", backend, hidden_states, weight)
+            *_, gradients = forward_backward(grad_rows, *inputs, *options, needs, accumulate_dtype)
+        else:
+            if lse is None:
+                _, lse = _function("forward", backend, hidden_states, weight)(*inputs, *options)
+            backward = _function("backward", backend, hidden_states, weight)
+            grad_lse = None if grad_lse is None else grad_lse.contiguous()
+            gradients = backward(grad_rows, grad_lse, *inputs, lse, *options, needs, accumulate_dtype)
     return _filled(gradients, hidden_states, padding_idx)
 
 
@@ -210,7 +214,7 @@ def linear_cross_entropy_rescale_(
     """Turn the gradients of Σ loss, made in the forward pass, into those of Σ grad_loss·loss, in place."""
     inputs, options = (hidden_states, weight, target, bias), (ignore_index, label_smoothing, softcap)
     made = [g if need else None for g, need in zip((grad_hidden, grad_weight, grad_bias), needs, strict=True)]
-    grad_rows = _row_gradients(grad_loss, target, heads, ignore_index, reduction, grad_loss)
+    grad_rows = _row_gradients(grad_loss, target, heads, ignore_index, reduction, hidden_states)
     with torch.autocast(hidden_states.device.type, enabled=False):
         rescale_ = _function("rescale_", backend, hidden_states, weight)
         rescale_(made, grad_loss, grad_rows, *inputs, *options, needs, accumulate_dtype)
@@ -286,12 +290,12 @@ def _row_factor(target: Tensor, ignore_index: int, reduction: str, dtype: torch.
 
 
 def _row_gradients(
-    grad_loss: Tensor | None, target: Tensor, heads: int, ignore_index: int, reduction: str, like: Tensor
+    grad_loss: Tensor | None, target: Tensor, heads: int, ignore_index: int, reduction: str, hidden_states: Tensor
 ) -> Tensor:
     """(N,), from (K, M) or (K,); one value expanded where it serves every row."""
     rows = (heads, len(target))
     if grad_loss is None:
-        return like.new_zeros(()).expand(rows[0] * rows[1])
+        return hidden_states.new_zeros((), dtype=arithmetic_dtype(hidden_states)).expand(rows[0] * rows[1])
     if reduction == "none":
         return grad_loss.reshape(-1)
     per_head = grad_loss * _row_factor(target, ignore_index, reduction, grad_loss.dtype)

@@ -39,12 +39,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """ℓ and lse of every row, (N,) each. A target outside the vocabulary makes its rows NaN."""
     z = _logits(hidden_states, weight, bias, softcap)
-    lse = z.logsumexp(dim=1)
     target, ignored, invalid = _rows_of_target(target, len(z), len(weight), ignore_index)
-    loss = lse - (1 - label_smoothing) * z.gather(1, target[:, None])[:, 0]
+    log_p = z.log_softmax(dim=1)  # z − lse, as exact where z is far from zero as elsewhere
+    loss = -(1 - label_smoothing) * log_p.gather(1, target[:, None])[:, 0]
     if label_smoothing:
-        loss = loss - label_smoothing * z.mean(dim=1)
-    return loss.masked_fill(invalid, float("nan")).masked_fill(ignored, 0), lse
+        loss = loss - label_smoothing * log_p.mean(dim=1)
+    return loss.masked_fill(invalid, float("nan")).masked_fill(ignored, 0), z.logsumexp(dim=1)
 
 
 def backward(
@@ -65,11 +65,12 @@ def backward(
     z = _logits(hidden_states, weight, bias, softcap)
     target, ignored, invalid = _rows_of_target(target, len(z), len(weight), ignore_index)
     g = grad_loss.masked_fill(invalid, float("nan")).masked_fill(ignored, 0)[:, None]
-    u = 0 if grad_lse is None else grad_lse[:, None]
-    dz = (g + u) * (z - lse[:, None]).exp() - g * label_smoothing / len(weight)
+    u = torch.zeros_like(g) if grad_lse is None else grad_lse[:, None]
+    dz = (g + u) * z.softmax(dim=1) - g * label_smoothing / len(weight)
     dz.scatter_add_(1, target[:, None], -(1 - label_smoothing) * g)
     if softcap:
         dz = dz * (1 - (z / softcap) ** 2)
+    dz.masked_fill_((g == 0) & (u == 0), 0)  # a row that does not count gives nothing, even where z is not a number
     return (
         (dz @ weight.to(z.dtype)).to(hidden_states.dtype) if needs[0] else None,
         (dz.T @ hidden_states.to(z.dtype)).to(weight.dtype) if needs[1] else None,
