@@ -61,10 +61,10 @@ def _product(
     return total
 
 
-# What OWN rows meet in a part of the vocabulary: the largest logit, the sums of exponentials and, for label smoothing, of
-# logits relative to it, and the label's logit. Operations: 2·N·V·d for all programs, of which each multiplies one tile
-# of logits after the other and keeps these numbers. Programs of one part run side by side and share its rows of the
-# weight in L2.
+# What OWN rows meet in a part of the vocabulary: the largest logit, the sums of exponentials and, for label smoothing,
+# of logits relative to it, and the label's logit. Operations: 2·N·V·d for all programs, of which each multiplies one
+# tile of logits after the other and keeps these numbers. Programs of one part run side by side and share its rows of
+# the weight in L2.
 @triton.jit
 def _forward_kernel(
     part_most, part_sum_exp, part_sum_z, part_label, hidden_states, weight, target, bias, enabled,
@@ -107,8 +107,8 @@ def _forward_kernel(
         tl.store(part_sum_z + at, sum_z, mask=rows < n)
 
 
-# Loss and log-sum-exp from the parts, put together in their order. lse is zero + rest, of which zero may be large: it is
-# left out of differences.
+# Loss and log-sum-exp from the parts, put together in their order. lse is zero + rest, of which zero may be large: it
+# is left out of differences.
 @triton.jit
 def _combine_kernel(
     loss, lse, part_most, part_sum_exp, part_sum_z, part_label, target,
