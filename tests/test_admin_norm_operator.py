@@ -1,4 +1,6 @@
-"""ADMIN's residual block as a PyTorch operator: autograd, compilation, checkpointing, autocast."""
+"""ADMIN's residual block as a PyTorch operator: autograd, compilation, checkpointing, autocast, cost of a fallback."""
+
+import time
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import repdeg_fast
 from repdeg_fast import AdminNorm, admin_norm
 from repdeg_fast.ops.admin_norm import admin_norm as operator
+from repdeg_fast.reference.admin_norm import eager_form
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -112,3 +115,21 @@ def test_follows_the_backend_of_its_forward_pass():
     with repdeg_fast.use_backend("triton"):  # cannot take float64, and must not be asked
         y.sum().backward()
     assert tensors["x"].grad is not None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_reference_costs_little_more_than_eager_pytorch(one_thread, dropout):
+    """It is what serves where nothing else does. At most twice, measured with nothing else running."""
+    tensors = inputs(4096, 768, absent=("branch_bias",))
+    upstream = torch.randn(4096, 768)
+
+    def seconds(function):
+        start = time.thread_time()
+        torch.autograd.grad(function(**tensors, dropout=dropout), list(tensors.values()), upstream)
+        return time.thread_time() - start
+
+    with repdeg_fast.use_backend("reference"):
+        eager, ours = (
+            min(times) for times in zip(*((seconds(eager_form), seconds(admin_norm)) for _ in range(7)), strict=True)
+        )
+    assert ours <= 3 * eager

@@ -74,6 +74,14 @@ def test_a_block_does_not_depend_on_how_it_is_cut():
     assert torch.equal(philox.words(SEED, rows, columns, stream=0), whole[rows.start :, columns.start :])
 
 
+@pytest.mark.parametrize("size", [1, 5, 48])
+def test_nor_on_how_many_words_are_made_at_a_time(monkeypatch, size):
+    make = lambda: philox.words(SEED, *BLOCK, stream=0)  # noqa: E731
+    whole = make()
+    monkeypatch.setattr(philox, "block_size", lambda device: size)
+    assert torch.equal(make(), whole)
+
+
 def test_streams_seeds_and_rows_differ():
     blocks = [
         philox.words(SEED, range(64), range(64), stream=0),
@@ -110,6 +118,15 @@ def test_statistics():
 def test_dropout_extremes():
     assert philox.dropout_mask(SEED, range(64), range(64), 0.0).all()
     assert not philox.dropout_mask(SEED, range(64), range(64), 1.0).any()
+
+
+def test_dropout_keeps_where_u_is_p_or_more():
+    rows, columns = range(40), range(50)
+    u = philox.uniform(SEED, rows, columns, philox.DROPOUT_STREAM)
+    values = u.flatten()[:3].tolist()  # what is equal to p is kept, and nothing below, even by half a step
+    for p in (0.1, 1 / 3, 0.999, *values, *(u - 2.0**-24 for u in values), *(u + 2.0**-24 for u in values)):
+        rounded = torch.tensor(p, dtype=torch.float64).float()
+        assert torch.equal(philox.dropout_mask(SEED, rows, columns, p), u >= rounded)
 
 
 @pytest.mark.interpreter

@@ -14,9 +14,12 @@ n comes from the output, as (y − β)/γ, or from the inputs; k is drawn again 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
+from repdeg_fast.reference._blocks import block_size, cut
 from repdeg_fast.reference.cosreg import arithmetic_dtype
 from repdeg_fast.reference.philox import dropout_mask
 
@@ -70,12 +73,19 @@ def forward(
     center: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, d) in the dtype of ``x``, μ (N,) and r (N,) in fp32 (float64 for float64)."""
+    n, d = x.shape
     dtype = arithmetic_dtype(x)
-    z = _residual_sum(x.to(dtype), branch.to(dtype), omega, branch_bias, _keep(seed, x, dropout))
-    mean = z.mean(1) if center else z.new_zeros(len(z))
-    centered = z - mean[:, None]
-    rstd = (centered.square().mean(1) + eps).rsqrt()
-    return _affine(centered * rstd[:, None], weight, bias).to(x.dtype), mean, rstd
+    y = x.new_empty(n, d)
+    mean, rstd = x.new_zeros(n, dtype=dtype), x.new_empty(n, dtype=dtype)
+    keep = _keep(seed, x, dropout)
+    for rows in _blocks(x):
+        z = _residual_sum(x[rows].to(dtype), branch[rows].to(dtype), omega, branch_bias, keep(rows))
+        if center:
+            y[rows], mean[rows, None], rstd[rows, None] = torch.native_layer_norm(z, [d], weight, bias, eps)
+        else:
+            rstd[rows] = (z.square().mean(1) + eps).rsqrt()
+            y[rows] = _affine(z.mul_(rstd[rows, None]), weight, bias)
+    return y, mean, rstd
 
 
 def backward(
@@ -104,30 +114,44 @@ def backward(
     A column with γ = 0 takes n from ``y`` as 0.
     """
     dtype = rstd.dtype
+    inverse_weight = None if weight is None else weight.reciprocal().masked_fill_(weight == 0, 0)
     keep = _keep(seed, grad_y, dropout)
-    if y is None:
-        assert x is not None
-        assert branch is not None
-        assert mean is not None
-        z = _residual_sum(x.to(dtype), branch.to(dtype), omega, branch_bias, keep)
-        n = (z - mean[:, None]) * rstd[:, None]
-    else:
-        n = y.to(dtype) if bias is None else y.to(dtype) - bias
-        n = n if weight is None else torch.where(weight == 0, 0, n / weight)
-    dy = grad_y.to(dtype)
-    g = dy if weight is None else dy * weight
-    c1 = g.mean(1, keepdim=True) if center else 0
-    dz = rstd[:, None] * (g - c1 - (g * n).mean(1, keepdim=True) * n)
-    df = dz if keep is None else dz * keep
-    grad_x.copy_(dz if omega is None else dz * omega)
-    if grad_branch is not None:
-        grad_branch.copy_(df)
-    if grad_omega is not None:
-        assert x is not None
-        torch.sum(dz * x.to(dtype), 0, out=grad_omega)
-    for gradient, terms in ((grad_weight, dy * n), (grad_bias, dy), (grad_branch_bias, df)):
+    blocks = list(_blocks(grad_y))
+    parameters = (grad_omega, grad_weight, grad_bias, grad_branch_bias)
+    partial = rstd.new_zeros(len(parameters), len(blocks), grad_y.shape[1])
+    for block, rows in enumerate(blocks):
+        k, r = keep(rows), rstd[rows, None]
+        x_rows = None if x is None else x[rows].to(dtype)
+        if y is None:
+            assert x_rows is not None
+            assert branch is not None
+            assert mean is not None
+            n = (_residual_sum(x_rows, branch[rows].to(dtype), omega, branch_bias, k) - mean[rows, None]) * r
+        else:
+            n = y[rows].to(dtype) if bias is None else y[rows].to(dtype) - bias
+            n = n if inverse_weight is None else n * inverse_weight
+        dy = grad_y[rows].to(dtype)
+        g = dy if weight is None else dy * weight
+        c2 = (g * n).mean(1, keepdim=True)
+        g = g - g.mean(1, keepdim=True) if center else g
+        dz = r * (g - c2 * n)
+        df = dz if k is None else dz * k
+        grad_x[rows] = dz if omega is None else dz * omega
+        if grad_branch is not None:
+            grad_branch[rows] = df
+        for gradient, sums, (a, b) in zip(
+            parameters, partial[:, block], ((dz, x_rows), (dy, n), (dy, None), (df, None)), strict=True
+        ):
+            if gradient is not None:
+                torch.sum(a if b is None else a * b, 0, out=sums)
+    for gradient, sums in zip(parameters, partial, strict=True):
         if gradient is not None:
-            torch.sum(terms, 0, out=gradient)
+            torch.sum(sums, 0, out=gradient)
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    rows, d = matrix.shape
+    return (slice(block.start, block.stop) for block in cut(range(rows), block_size(matrix.device) // d))
 
 
 def _residual_sum(
@@ -143,9 +167,9 @@ def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> T
     return normalized if bias is None else normalized + bias
 
 
-def _keep(seed: Tensor | None, like: Tensor, dropout: float) -> Tensor | None:
-    """1/(1−p) where dropout keeps a value, else 0: (N, d) in the arithmetic dtype; ``None`` without dropout."""
+def _keep(seed: Tensor | None, like: Tensor, dropout: float) -> Callable[[slice], Tensor | None]:
+    """Of some rows: 1/(1−p) where dropout keeps a value, else 0, in the arithmetic dtype; ``None`` without dropout."""
     if seed is None:
-        return None
+        return lambda rows: None
     mask = dropout_mask(seed, range(like.shape[0]), range(like.shape[1]), dropout)
-    return mask.to(arithmetic_dtype(like)) / (1 - dropout)
+    return lambda rows: mask[rows].to(arithmetic_dtype(like)).mul_(1 / (1 - dropout))

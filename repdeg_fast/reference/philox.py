@@ -11,8 +11,14 @@ of it can be made without the rest. From a word x:
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from repdeg_fast.reference._blocks import block_size, cut
 
 # A seed may serve two operations at once: each draws from a stream of its own.
 GUMBEL_STREAM = 0
@@ -29,38 +35,64 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, ...]) -> 
     c0, c1, c2, c3 = (torch.as_tensor(word) for word in counter)
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # int64 products wrap modulo 2⁶⁴, so the masks recover both halves of the unsigned product
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (second >> 32 & _LOW) ^ c1 ^ k0, second & _LOW
-        c2, c3 = (first >> 32 & _LOW) ^ c3 ^ k1, first & _LOW
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # int64 products wrap modulo 2⁶⁴
+        c0, c1 = _high_half(second, c1, k0), second
+        c2, c3 = _high_half(first, c3, k1), first
         k0, k1 = k0 + _KEY_STEPS[0] & _LOW, k1 + _KEY_STEPS[1] & _LOW
-    return c0, c1, c2, c3
+    return c0, c1 & _LOW, c2, c3 & _LOW
+
+
+def _high_half(product: Tensor, word: Tensor, key: Tensor | int) -> Tensor:
+    """The upper 32 bits of an unsigned product ^ word ^ key. Of ``word`` only the lower 32 bits count."""
+    mixed = product >> 32 ^ word
+    mixed ^= key
+    mixed &= _LOW
+    return mixed
 
 
 def words(seed: Tensor, rows: range, columns: range, stream: int) -> Tensor:
     """(len(rows), len(columns)) words, int64 in [0, 2³²), on the device of ``seed``, a one-element int64 tensor."""
-    if not rows or not columns:
-        return seed.new_empty(len(rows), len(columns))
-    key = (seed.reshape(()) & _LOW, seed.reshape(()) >> 32 & _LOW)
-    first = columns.start // 4
-    quads = torch.arange(first, (columns.stop + 3) // 4, device=seed.device)
-    row = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
-    lanes = torch.stack(philox((quads, row, torch.full_like(row, stream), torch.zeros_like(row)), key), dim=-1)
-    return lanes.flatten(1)[:, columns.start - 4 * first : columns.stop - 4 * first]
+    return _in_blocks(seed, rows, columns, stream, torch.int64, lambda words: words)
 
 
 def uniform(seed: Tensor, rows: range, columns: range, stream: int) -> Tensor:
     """(len(rows), len(columns)) numbers in (0, 1), fp32."""
-    return ((words(seed, rows, columns, stream) >> 9).float() + 0.5) * 2.0**-23
+    return _in_blocks(seed, rows, columns, stream, torch.float32, _uniform)
 
 
 def gumbel(
     seed: Tensor, rows: range, columns: range, stream: int = GUMBEL_STREAM, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(len(rows), len(columns)) standard Gumbel noise; the logarithms are taken in ``dtype``."""
-    return -(-uniform(seed, rows, columns, stream).to(dtype).log()).log()
+    noise = lambda words: _uniform(words).to(dtype).log_().neg_().log_().neg_()  # noqa: E731
+    return _in_blocks(seed, rows, columns, stream, dtype, noise)
 
 
 def dropout_mask(seed: Tensor, rows: range, columns: range, p: float, stream: int = DROPOUT_STREAM) -> Tensor:
     """(len(rows), len(columns)) bool, true with probability 1 − p: what dropout keeps."""
-    return uniform(seed, rows, columns, stream) >= p
+    (rounded,) = struct.unpack("f", struct.pack("f", p))
+    smallest = math.ceil(rounded * 2**23 - 0.5) << 9  # the first word whose u is p or more: both are exact
+    return _in_blocks(seed, rows, columns, stream, torch.bool, lambda words: words >= smallest)
+
+
+def _uniform(words: Tensor) -> Tensor:
+    return ((words >> 9).float() + 0.5) * 2.0**-23
+
+
+def _in_blocks(
+    seed: Tensor, rows: range, columns: range, stream: int, dtype: torch.dtype, of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What ``of`` makes of each word, (len(rows), len(columns)), a block of rows and columns at a time."""
+    quads = range(columns.start // 4, (columns.stop + 3) // 4)
+    out = seed.new_empty(len(rows), len(quads), 4, dtype=dtype)
+    key = (seed.reshape(()) & _LOW, seed.reshape(()) >> 32 & _LOW)
+    block = block_size(seed.device)
+    for some in cut(quads, block):
+        quad = torch.arange(some.start, some.stop, device=seed.device)
+        for part in cut(rows, block // len(some)):
+            row = torch.arange(part.start, part.stop, device=seed.device)[:, None]
+            at = out[part.start - rows.start :, some.start - quads.start :][: len(part), : len(some)]
+            counter = (quad, row, torch.full_like(row, stream), torch.zeros_like(row))
+            for lane, words in enumerate(philox(counter, key)):
+                at[..., lane] = of(words)
+    return out.flatten(1)[:, columns.start - 4 * quads.start :][:, : len(columns)]
