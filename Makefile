@@ -31,6 +31,9 @@ bench: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest tests $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m interpreter $(ARGS)
+ifeq ($(shell uname -m),x86_64)  # the C++ kernels once more, as machines with AVX2 alone have them
+	REPDEG_FAST_MARCH=x86-64-v3 $(BIN)/python -m pytest tests -m cpp $(ARGS)
+endif
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

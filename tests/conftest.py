@@ -1,5 +1,6 @@
-"""Which backend is tested where. ``make test`` runs this suite twice: once plainly, and once with TRITON_INTERPRET=1
-and ``-m interpreter``, because Triton decides at import whether its kernels run on the CPU. What cannot run here is not
+"""Which backend is tested where. ``make test`` runs this suite plainly; with TRITON_INTERPRET=1 and ``-m interpreter``,
+because Triton decides at import whether its kernels run on the CPU; and with REPDEG_FAST_MARCH=x86-64-v3 and
+``-m cpp``, because numerics that hold for one instruction set may not for another. What cannot run here is not
 collected; one line at the end says how much that is, and why."""
 
 import os
@@ -12,7 +13,7 @@ import torch
 # (backend, device) pairs that a kernel test runs on
 PLACES = [
     pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu"),
+    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpp),
     pytest.param(("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpreter),
     pytest.param(("cuda-emulated", "cpu"), id="cuda-emulated"),
     pytest.param(("reference", "cuda"), id="reference-gpu", marks=pytest.mark.gpu),

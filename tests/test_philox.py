@@ -46,6 +46,7 @@ def test_words_are_laid_out_as_counter_and_lane():
             assert block[i, j] == lanes[column % 4]
 
 
+@pytest.mark.cpp
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x299F31D0A4093822])
 def test_native_words_have_the_reference_bits(native_philox, seed):
     rows, columns = BLOCK
@@ -54,12 +55,14 @@ def test_native_words_have_the_reference_bits(native_philox, seed):
     assert torch.equal(block, philox.words(seed, rows, columns, stream=1))
 
 
+@pytest.mark.cpp
 def test_counters_beyond_31_bits(native_philox):
     rows, columns = range(2**32 - 2, 2**32), range(2**32 - 8, 2**32)
     block = native_philox.words(SEED, rows.start, 2, columns.start // 4, 8, 0)
     assert torch.equal(block, philox.words(SEED, rows, columns, stream=0))
 
 
+@pytest.mark.cpp
 def test_native_gumbel_is_accurate_in_both_tails(native_philox):
     rows, columns = range(64), range(1 << 16)
     exact = philox.gumbel(SEED, rows, columns, dtype=torch.float64)
