@@ -10,6 +10,7 @@ import torch
 import typer
 
 from repdeg_fast._checks import InputError
+from repdeg_fast.bench import overhead as host_time
 from repdeg_fast.bench import plots, report, runner
 from repdeg_fast.bench.suite import Selection, select
 from repdeg_fast.cli import options, outputs
@@ -27,11 +28,17 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file, after each case.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Write plots (PNG) into this folder.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Time for each provider and pass of a case, about.")] = 0.5,
+    overhead: Annotated[
+        bool, typer.Option("--overhead", help="What a call costs the host beside its kernels, for every operation.")
+    ] = False,
 ) -> None:
     """Measure operations against their peers, side by side: time, share of the roof, memory, and the value."""
     target = options.device_of(device)
     if not math.isfinite(seconds):
         raise InputError(f"seconds: got {seconds}; expected a finite number")
+    if overhead:
+        stdout().print(host_time.table(list(host_time.measure(target, seconds)), target))
+        return
     if json:
         outputs.check_file("json", json)
     if plot:
