@@ -7,6 +7,8 @@ numbers. :data:`SMALLEST_RATIO` is where the error of n reaches the tolerances o
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,41 +29,50 @@ _GPU_INTERVAL = 16  # updates of the parameters between two looks: each is sever
 def smallest_ratio(weight: Tensor | None, bias: Tensor | None) -> float:
     """The smallest |γ| / max(|β|, 2⁻⁸) over the columns; γ = 1 and β = 0 where absent.
 
-    On a GPU as last seen: the first look waits for the stream; later ones, every few updates of the parameters (as
-    their version counters tell them, which writes through ``.data`` do not move), are copied to the host on the side
-    and used once they are there. The answer changes with an update only, so that a checkpointed forward pass that runs
-    again saves the same tensors.
+    As last seen. Another look is taken when the parameters have changed, as their version counters tell, which writes
+    through ``.data`` do not move; on a GPU every few changes, copied to the host on the side and used once it is there
+    (the first look of all waits for the stream). The answer changes with a parameter only, so that a checkpointed
+    forward pass that runs again saves the same tensors.
     """
-    watched = weight if weight is not None else bias
-    if watched is None or watched.is_meta or isinstance(watched, FakeTensor):  # no values to look at: the usual case
+    given = [parameter for parameter in (weight, bias) if parameter is not None]
+    if not given or given[0].is_meta or isinstance(given[0], FakeTensor):  # no values to look at: the usual case
         return 1 / _FLOOR
-    if watched.device.type != "cuda":
-        return _ratio(weight, bias).item()
-    version = sum(p._version for p in (weight, bias) if p is not None)
-    look = _looks.get(watched)
-    if look is None:
-        look = _looks[watched] = _Look(version, version, _ratio(weight, bias).item())
-    elif version != look.version and not torch.cuda.is_current_stream_capturing():
+    places, version = [parameter.data_ptr() for parameter in given], sum(parameter._version for parameter in given)
+    look = _looks.get(given[0])
+    if look is None or look.last() is not given[-1] or look.places != places:
+        ratio = _ratio(weight, bias).item()
+        look = _looks[given[0]] = _Look(weakref.ref(given[-1]), places, version, version, ratio)
+    elif version != look.version:
         look.update(version, weight, bias)
     return look.ratio
 
 
 @dataclass
 class _Look:
+    last: Callable[[], Tensor | None]  # the bias, if there is one: a weight may meet several
+    places: list[int]  # in memory, which an assignment to `.data` changes
     version: int  # of the parameters when `ratio` was last asked for
     begun: int  # their version when it was last measured
     ratio: float
     arriving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def update(self, version: int, weight: Tensor | None, bias: Tensor | None) -> None:
-        self.version = version
+        measured = weight if weight is not None else bias
+        assert measured is not None
+        if measured.device.type != "cuda":
+            self.version, self.ratio = version, _ratio(weight, bias).item()
+        elif not torch.cuda.is_current_stream_capturing():
+            self.version = version
+            self._update_on_the_side(weight, bias)
+
+    def _update_on_the_side(self, weight: Tensor | None, bias: Tensor | None) -> None:
         if self.arriving is not None and self.arriving[1].query():
             self.ratio, self.arriving = self.arriving[0].item(), None
-        if self.arriving is None and version - self.begun >= _GPU_INTERVAL:
+        if self.arriving is None and self.version - self.begun >= _GPU_INTERVAL:
             on_host = torch.empty((), pin_memory=True).copy_(_ratio(weight, bias), non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-            self.begun, self.arriving = version, (on_host, arrived)
+            self.begun, self.arriving = self.version, (on_host, arrived)
 
 
 _looks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

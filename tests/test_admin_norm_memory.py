@@ -6,9 +6,22 @@ import pytest
 import torch
 from admin_norm_cases import PARAMETERS, assert_matches, expected, inputs
 from helpers import TOLERANCE, relative_error, saved_bytes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repdeg_fast import _recoverable, admin_norm, backends
 from repdeg_fast.ops.admin_norm import admin_norm as operator
+
+
+class Record(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name().split(".")[0])
+        return function(*args, **(kwargs or {}))
 
 
 class TestWhatIsKept:
@@ -46,33 +59,53 @@ class TestWhatIsKept:
             tensors["weight"].copy_(ratio * tensors["bias"].abs().clamp_min(2.0**-8))
         assert _recoverable.smallest_ratio(tensors["weight"], tensors["bias"]) == pytest.approx(ratio)
         assert_matches(tensors, save="output")
-        tensors["weight"].data[7] *= 0.99
+        with torch.no_grad():
+            tensors["weight"][7] *= 0.99
         with pytest.raises(ValueError, match=r"save: weight has an entry near zero: .*save=\"input\""):
             admin_norm(**tensors, save="output")
 
     def test_auto_switches_and_says_so_once(self):
         tensors = inputs(50, 96)
         backends.announce.cache_clear()
+        column = tensors["weight"].detach()[5]  # shares the version counter
         for entry in (0.0, 1e-9, float("nan")):
-            tensors["weight"].data[5] = 1.0
+            column.fill_(1)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 admin_norm(**tensors)
-            tensors["weight"].data[5] = entry
+            column.fill_(entry)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 total = saved_bytes(lambda: admin_norm(**tensors), *tensors.values())
             assert [str(w.message).split(":")[0] for w in caught] == ["repdeg_fast"] * (entry == 0)
             assert total == 8 * 50  # x and the branch are the caller's
-        tensors["weight"].data[5] = 0
+        column.fill_(0)
         assert_matches(tensors)
+
+    def test_looks_at_the_weight_when_it_has_changed_and_only_then(self):
+        tensors = inputs(5, 8)
+        weight = tensors["weight"]
+        admin_norm(**tensors)
+        with Record() as record:
+            admin_norm(**tensors)
+        assert record.names <= {"repdeg_fast::admin_norm", "aten::view", "aten::detach"}
+        for change in (
+            lambda: weight.detach().zero_(),
+            lambda: setattr(weight, "data", torch.ones(8)),
+            lambda: tensors.update(bias=torch.full((8,), 1e4)),
+        ):
+            before = _recoverable.smallest_ratio(weight, tensors["bias"])
+            change()
+            assert _recoverable.smallest_ratio(weight, tensors["bias"]) != before
 
     def test_no_look_without_gradients(self):
         tensors = inputs(5, 8)
-        tensors["weight"].data[0] = 0
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error")
+            tensors["weight"][0] = 0
             admin_norm(**tensors, save="output")
+            with torch.enable_grad():
+                admin_norm(**{name: tensor.detach() for name, tensor in tensors.items()}, save="output")
 
     def test_a_zero_weight_met_by_a_traced_graph_is_survived(self):
         """A compiled graph keeps save="output"; a weight that becomes 0 then spoils its own gradient alone."""

@@ -59,3 +59,13 @@ print(triton_kernels.__file__)
     assert float(value) == pytest.approx(5 / 9, rel=1e-6)
     assert names == "None None"
     assert kernels.startswith(str(site))
+
+
+def test_import_costs_little():
+    """The compiler alone takes a second; whoever compiles imports it then."""
+    code = "import sys, torch; before = set(sys.modules); import repdeg_fast; print(*sorted(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    packages = {name.split(".")[0] for name in result.stdout.split()}
+    heavy = {"triton", "sympy", "transformers", "rich", "typer", "matplotlib", "setuptools"}
+    assert not packages & heavy
+    assert "torch._dynamo" not in result.stdout.split()

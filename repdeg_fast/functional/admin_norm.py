@@ -54,8 +54,8 @@ def admin_norm(
             keeps anyway, so that this block itself keeps 4 bytes a row. ``"input"``: from ``x`` and ``branch``, which
             it then keeps, and 8 bytes a row; exact also where a weight is near zero, that is
             |weight| < r·max(|bias|, 2⁻⁸) with r = 2⁻² for bfloat16, 2⁻⁵ for float16, else 2⁻⁸. ``"auto"``: the output
-            unless a weight is near zero, announced once. It looks again when the parameters change; on a GPU every 16
-            updates and without waiting. A compiled graph keeps what it was traced with.
+            unless a weight is near zero, announced once. It looks again when the parameters change (not through
+            ``.data``); on a GPU every 16 updates and without waiting. A compiled graph keeps what it was traced with.
 
     Returns:
         y, (..., d) in the dtype of ``x``. Under autocast ``x`` and ``branch`` are cast to autocast's dtype first, and y
@@ -75,12 +75,12 @@ def admin_norm(
     )
     dropout = float(dropout) if training else 0.0
     seed = seed_tensor(seed, x.device) if dropout > 0 else None
-    save_input = torch.is_grad_enabled() and _save_input(save, weight, bias, x.dtype)
+    save_input = _differentiated(x, branch, *parameters) and _save_input(save, weight, bias, x.dtype)
     y, _, _ = _admin_norm(
         _rows(x), _rows(branch), *parameters, seed, dropout, float(eps), norm == "layer", save_input,
         backends.requested(),
     )  # fmt: skip
-    return y.view(x.shape)
+    return y if x.dim() == 2 else y.view(x.shape)
 
 
 def check_options(dropout: float, eps: float, norm: str, save: str) -> None:
@@ -115,7 +115,7 @@ def _check_activations(x: Tensor, branch: Tensor) -> None:
 
 def _rows(value: Tensor) -> Tensor:
     """(N, d) with the values of a row side by side, without a copy where memory allows."""
-    rows = value.reshape(-1, value.shape[-1])
+    rows = value if value.dim() == 2 else value.reshape(-1, value.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
@@ -141,7 +141,8 @@ def _omega(omega: Tensor | float | None, x: Tensor) -> Tensor | None:
     d = x.shape[-1]
     if omega.dim() > 1 or (omega.numel() != 1 and omega.numel() != d):
         raise ValueError(f"omega: expected shape ({d},), one value a column, or one value, got {tuple(omega.shape)}")
-    return omega.to(arithmetic_dtype(x)).expand(d).contiguous()
+    omega = omega if omega.shape == (d,) else omega.expand(d)
+    return omega.to(arithmetic_dtype(x)).contiguous()
 
 
 def _check_parameter(name: str, value: Tensor, x: Tensor) -> None:
@@ -153,7 +154,10 @@ def _check_parameter(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: expected device {x.device} like x, got {value.device}")
 
 
-@torch.compiler.assume_constant_result
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _save_input(save: str, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the backward pass starts from the inputs. Looked up while a graph is traced, then fixed in it."""
     if save == "input":
@@ -168,3 +172,7 @@ def _save_input(save: str, weight: Tensor | None, bias: Tensor | None, dtype: to
         f"repdeg_fast: admin_norm: {problem}; the backward pass keeps x and branch there instead of the output alone"
     )
     return True
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler (a second).
+_save_input._dynamo_marked_constant = True  # type: ignore[attr-defined]
