@@ -21,6 +21,11 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}")
+    check_dense(name, value)
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """The tensor ``value`` is a strided one, whole on this device."""
     if type(value) not in (Tensor, Parameter) and type(value).__module__.startswith("torch.distributed.tensor"):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor (FSDP2 or tensor parallelism); pass {name}.full_tensor(), "

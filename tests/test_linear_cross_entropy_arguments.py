@@ -18,6 +18,10 @@ def heads(hidden, target=None):
     return lambda: multi_layer_mlm_loss(hidden, torch.randn(5, 3), target)
 
 
+def nested():
+    return torch.nested.nested_tensor([torch.tensor([0, 1]), torch.tensor([2, 3])], layout=torch.jagged)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -37,16 +41,24 @@ def heads(hidden, target=None):
         (call(label_smoothing=1.0), ValueError, r"label_smoothing: expected a number in \[0, 1\), got 1.0"),
         (call(label_smoothing=float("nan")), ValueError, "label_smoothing"),
         (call(label_smoothing="a"), TypeError, "label_smoothing: expected a number, got str"),
+        (call(target=torch.tensor([0, 1, 2, 3]).to_sparse()), ValueError, "target: expected a dense tensor.*to_dense"),
+        (call(target=nested()), ValueError, "target: expected a dense tensor, got a nested one"),
+        (call(softcap=1e39), ValueError, "softcap: expected a number that float32 holds, got 1e.39"),
+        (call(softcap=1e-320), ValueError, "softcap: expected a number that float32 holds"),
+        (call(ignore_index="-100"), TypeError, "ignore_index: expected an integer, got str"),
+        (call(ignore_index=2**63), ValueError, "ignore_index: expected an integer that torch.int64 like target holds"),
+        (call(target=torch.tensor([0, 1, 2, 3]).int(), ignore_index=2**32), ValueError, "ignore_index: .*torch.int32"),
         (call(ignore_index=None), TypeError, "ignore_index: expected an integer, got NoneType"),
         (call(padding_idx=1.5), TypeError, "padding_idx: expected an integer, got float"),
         (call(softcap=0.0), ValueError, "softcap: expected a finite number above 0"),
         (call(reduction="max"), ValueError, "reduction: expected one of none, sum, mean"),
         (call(strategy="fast"), ValueError, "strategy: expected one of auto, chunked, streaming"),
-        (call(accumulate_dtype=torch.bfloat16), ValueError, "accumulate_dtype: expected float32"),
+        (call(accumulate_dtype=torch.bfloat16), ValueError, "accumulate_dtype: expected torch.float32, got"),
         (call(padding_idx=5), ValueError, "padding_idx: expected a row of weight"),
         (heads([]), ValueError, "hidden_states: expected at least one tensor"),
         (heads([torch.randn(2, 3), torch.randn(3, 3)]), ValueError, r"hidden_states\[1\]: expected shape \(2, 3\)"),
         (heads([torch.randn(2, 3), torch.randn(2, 3).half()]), TypeError, r"hidden_states\[1\]: expected"),
+        (heads([torch.randn(2, 3), torch.randn(2, 3).to("meta")]), ValueError, r"states\[1\]: expected device cpu"),
         (heads(torch.randn(2, 3)), ValueError, "hidden_states: expected 3 dimensions"),
         (heads(torch.randn(0, 2, 3)), ValueError, r"hidden_states: .*K at least 1, got shape \(0, 2, 3\)"),
         (heads(None), TypeError, "hidden_states: expected a tensor .* or a sequence .*got NoneType"),

@@ -1,5 +1,8 @@
 """What the linear cross entropy holds in memory, and how it chooses by that."""
 
+import builtins
+import os
+
 import pytest
 import torch
 from helpers import saved_bytes
@@ -88,11 +91,31 @@ def test_chunk_positions(threads):
 
 
 def test_choose_strategy():
-    choose = lambda dtype=torch.float32, known=True, free=None: ops.choose_strategy(  # noqa: E731
-        1536, 30522, 768, dtype, upstream_known=known, buffer_bytes=64 << 20, free_bytes=free
+    choose = lambda dtype=torch.float32, known=True, memory=None: ops.choose_strategy(  # noqa: E731
+        1536, 30522, 768, dtype, upstream_known=known, buffer_bytes=64 << 20, memory=memory
     )
     assert choose() == "chunked"
-    assert choose(free=8 << 30) == "chunked"
-    assert choose(free=300 << 20) == "streaming"  # 166 MB of buffer and gradients
+    assert choose(memory=8 << 30) == "chunked"
+    assert choose(memory=600 << 20) == "streaming"  # 166 MB of buffer and gradients
     assert choose(known=False) == "streaming"
     assert choose(dtype=torch.float16) == "streaming"
+
+
+def test_a_call_asks_the_system_for_nothing(monkeypatch):
+    """The size of the device is looked up once; what is free on it, never."""
+
+    def step():
+        hidden, weight, target, bias = inputs(30, 10, 8)
+        linear_cross_entropy(hidden, weight, target, bias).backward()
+
+    def fail(*_, **__):
+        raise AssertionError("asked")
+
+    step()
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", fail)
+        for name in ("open", "stat", "sysconf"):
+            patch.setattr(os, name, fail)
+        for name in ("get_device_properties", "mem_get_info", "memory_stats"):
+            patch.setattr(torch.cuda, name, fail)
+        step()

@@ -6,7 +6,7 @@ from helpers import relative_error
 from linear_cross_entropy_cases import STRATEGIES, expected, inputs
 
 import repdeg_fast
-from repdeg_fast import linear_cross_entropy
+from repdeg_fast import linear_cross_entropy, mlm_losses_and_sample, multi_layer_mlm_loss
 from repdeg_fast.ops import _vocabulary_chunks
 from repdeg_fast.ops import linear_cross_entropy as ops
 
@@ -40,6 +40,32 @@ def test_compiles_as_one_graph(strategy):
     loss = 2 * linear_cross_entropy(hidden.tanh(), weight, target, bias)
     for ours, true in zip(compiled, torch.autograd.grad(loss, (hidden, weight, bias)), strict=True):
         assert relative_error(ours, true) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "return_lse": True}], ids=["plain", "rows"])
+@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
+def test_meta_tensors(strategy, options, dtype):
+    """Shapes and dtypes without memory, as sizing a model needs them."""
+    results = []
+    for device in ("cpu", "meta"):
+        hidden, weight, target, bias = inputs(9, 6, 5, dtype, device)
+        outputs = linear_cross_entropy(hidden, weight, target, bias, strategy=strategy, **options)
+        loss = outputs[0] if isinstance(outputs, tuple) else outputs
+        gradients = torch.autograd.grad(loss.sum(), (hidden, weight, bias))
+        results.append([*(outputs if isinstance(outputs, tuple) else [loss]), *gradients])
+    assert all(t.is_meta for t in results[1])
+    assert [(t.shape, t.dtype) for t in results[0]] == [(t.shape, t.dtype) for t in results[1]]
+
+
+def test_meta_tensors_of_several_heads():
+    hidden, weight, target, bias = inputs(9, 6, 5, device="meta", heads=3)
+    losses = multi_layer_mlm_loss(hidden, weight, target, bias)
+    assert (losses.shape, losses.device.type) == ((3,), "meta")
+    losses, tokens, embeddings = mlm_losses_and_sample(hidden, torch.empty(6, 3, device="meta"), weight, target, bias)
+    assert (losses.shape, tokens.shape, embeddings.shape) == ((3,), (6,), (6, 5))
+    (losses.sum() + embeddings.sum()).backward()
+    assert (hidden.grad.shape, weight.grad.shape, bias.grad.shape) == (hidden.shape, weight.shape, bias.shape)
 
 
 def test_second_derivative_is_a_clear_error():

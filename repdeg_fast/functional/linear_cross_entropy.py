@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor
 
 from repdeg_fast import backends
-from repdeg_fast._checks import check_finite, check_floating, check_integer, check_positive
+from repdeg_fast._arithmetic import autocast_dtype
+from repdeg_fast._checks import check_dense, check_finite, check_floating, check_integer, check_positive
 from repdeg_fast.ops import linear_cross_entropy as _ops
 from repdeg_fast.ops._vocabulary_chunks import LIMIT
 
 REDUCTIONS = ("none", "sum", "mean")
+FP32 = torch.finfo(torch.float32)
 STRATEGIES = ("auto", "chunked", "streaming")
 
 
@@ -40,7 +44,7 @@ def linear_cross_entropy(
             the autocast dtype, which is then what is multiplied; the weight may stay in float32.
         weight: (V, d), of the same dtype outside autocast, any strides; usually the tied word embedding.
         target: (...), int64 or int32, in [0, V) or ``ignore_index``.
-        bias: (V,).
+        bias: (V,). −∞ takes a class out of the softmax.
         label_smoothing: in [0, 1).
         softcap: c of c·tanh(logits/c).
         reduction: ``"mean"`` over the targets that count, ``"sum"``, or ``"none"``. A mean over no target is 0 with
@@ -49,8 +53,9 @@ def linear_cross_entropy(
             most 64 MiB on the CPU, where it is kept for the next call, and 512 MiB on a GPU (or 16 rows of logits). A
             16-bit weight, whose gradient is summed in ``accumulate_dtype``, takes all rows of logits at once or a wide
             copy of the gradient besides, whichever is less. ``"streaming"`` keeps one value a row and makes them in
-            the backward pass. ``"auto"``: see :func:`choose_strategy
-            <repdeg_fast.ops.linear_cross_entropy.choose_strategy>`. Where no gradient is needed, none is made.
+            the backward pass. ``"auto"`` goes by shapes, dtype and the size of the device, not by what is free on it:
+            the same call always does the same (see :func:`choose_strategy
+            <repdeg_fast.ops.linear_cross_entropy.choose_strategy>`). Where no gradient is needed, none is made.
         accumulate_dtype: in which the weight's gradient is summed over chunks: float32, or the dtype of the weight.
         return_lse: return (loss, log-sum-exp of every row (...)); differentiable, for z-losses.
         padding_idx: a row of ``weight`` that gets no gradient, as in ``nn.Embedding``.
@@ -131,7 +136,7 @@ def call(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator, on checked arguments: loss, log-sum-exp and, where ``sampling`` (mixture logits, seed, temperature)
     asks for them, the tokens of a sample and their log-sum-exp."""
-    check_integer("ignore_index", ignore_index)
+    check_ignore_index(ignore_index, target)
     heads, positions, width = hidden_states.shape
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden_states, weight, bias)]
     if strategy == "auto":
@@ -139,7 +144,7 @@ def call(
             heads * positions, weight.shape[0], width, hidden_states.dtype,
             upstream_known=reduction != "none" and not return_lse,
             buffer_bytes=LIMIT["cpu" if weight.device.type == "cpu" else "cuda"],
-            free_bytes=_free_bytes(weight.device),
+            memory=_memory(weight.device),
         )  # fmt: skip
     # a sample is drawn in the same way whether or not gradients are needed: activation checkpointing draws it twice
     one_sweep = any(needs) or sampling[1] is not None
@@ -160,11 +165,21 @@ def check_options(
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     if softcap is not None:
         check_positive("softcap", softcap)
+        if not FP32.tiny <= softcap <= FP32.max:
+            raise ValueError(f"softcap: expected a number that float32 holds, got {softcap}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     return float(label_smoothing), float(softcap or 0), reduction, strategy
+
+
+def check_ignore_index(ignore_index: int, target: Tensor) -> None:
+    """An integer that can be compared with the values of ``target``."""
+    check_integer("ignore_index", ignore_index)
+    limits = torch.iinfo(target.dtype)
+    if not limits.min <= ignore_index <= limits.max:
+        raise ValueError(f"ignore_index: expected an integer that {target.dtype} like target holds, got {ignore_index}")
 
 
 def check_heads(
@@ -213,6 +228,7 @@ def check_tensors(
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
         given = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"target: expected a tensor of class indices, int64 or int32, got {given}")
+    check_dense("target", target)
     if bias is not None:
         check_floating("bias", bias)
         if bias.shape != (vocabulary,):
@@ -225,7 +241,8 @@ def check_tensors(
             raise ValueError(f"{name}: expected device {hidden_states.device} like hidden_states, got {tensor.device}")
     hidden_states = _operand(hidden_states, weight, bias)
     if accumulate_dtype not in (torch.float32, weight.dtype):
-        raise ValueError(f"accumulate_dtype: expected float32, or {weight.dtype} like weight, got {accumulate_dtype}")
+        expected = " or ".join(str(dtype) for dtype in dict.fromkeys((torch.float32, weight.dtype)))
+        raise ValueError(f"accumulate_dtype: expected {expected}, got {accumulate_dtype!r}")
     if padding_idx is not None:
         check_integer("padding_idx", padding_idx)
         if not -vocabulary <= padding_idx < vocabulary:
@@ -236,9 +253,9 @@ def check_tensors(
 
 def _operand(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The hidden states in the dtype that is multiplied: autocast's where it is on, as for ``F.linear``."""
-    device = hidden_states.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden_states.dtype, weight.dtype):
-        return hidden_states.to(torch.get_autocast_dtype(device))
+    autocast = autocast_dtype(hidden_states.device)
+    if autocast is not None and torch.float64 not in (hidden_states.dtype, weight.dtype):
+        return hidden_states.to(autocast)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden_states.dtype:
             raise TypeError(
@@ -264,21 +281,24 @@ def _stack(hidden_states: Sequence[Tensor]) -> Tensor:
             )
         if layer.dtype != layers[0].dtype:
             raise TypeError(f"hidden_states[{i}]: expected {layers[0].dtype} like hidden_states[0], got {layer.dtype}")
+        if layer.device != layers[0].device:
+            expected = f"device {layers[0].device} like hidden_states[0]"
+            raise ValueError(f"hidden_states[{i}]: expected {expected}, got {layer.device}")
     return torch.stack(layers)
 
 
-def _free_bytes(device: torch.device) -> int | None:
-    """Free memory, or ``None`` where it is not known or not to be asked for: a compiled graph outlives the answer."""
-    if torch.compiler.is_compiling():
-        return None
+def _memory(device: torch.device) -> int | None:
+    """Bytes of the device that ``strategy="auto"`` reckons with; ``None`` where that is not known, or not asked for: a
+    graph that is compiled here may run elsewhere."""
+    return None if torch.compiler.is_compiling() else _total_memory(device)
+
+
+@functools.cache
+def _total_memory(device: torch.device) -> int | None:
+    """Asked for once: a call asks neither the system nor the device."""
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.get_device_properties(device).total_memory
     try:
-        with open("/proc/meminfo") as file:
-            available = next(line for line in file if line.startswith("MemAvailable"))
-        return int(available.split()[1]) << 10
-    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not POSIX
         return None

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repdeg_fast._arithmetic import autocast_dtype
 from repdeg_fast._checks import check_finite, check_positive
 from repdeg_fast.data import IGNORE_INDEX
 from repdeg_fast.functional import mlm_losses_and_sample
@@ -271,8 +272,8 @@ class AmosForPreTraining(BertPreTrainedModel):
         tokens (M,) and their embeddings (M, d)."""
         head = self.mlm_head
         hidden_states = head.transform(features)
-        if torch.is_autocast_enabled(features.device.type):  # LayerNorm leaves it in float32
-            hidden_states = hidden_states.to(torch.get_autocast_dtype(features.device.type))
+        if dtype := autocast_dtype(features.device):  # LayerNorm leaves it in float32
+            hidden_states = hidden_states.to(dtype)
         mixture_logits = self._mixture_logits(features)
         losses, tokens, embeddings = mlm_losses_and_sample(
             hidden_states, mixture_logits, head.weight, target, head.bias, padding_idx=head.padding_idx,

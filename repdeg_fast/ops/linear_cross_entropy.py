@@ -43,17 +43,19 @@ def choose_strategy(
     *,
     upstream_known: bool,
     buffer_bytes: int,
-    free_bytes: int | None,
+    memory: int | None,
 ) -> str:
     """``strategy="auto"``: chunked, which is three GEMMs instead of four or more, wherever it can be used.
 
     It cannot where the upstream gradients differ from row to row (``reduction="none"``, a differentiable
     log-sum-exp). It should not in fp16, where gradients that are rounded before the loss scale is known underflow, and
-    where its buffer and the gradients that it holds from the forward pass on would take more than half of the memory
-    that is free (``None``: unknown, taken as plenty).
+    where its buffer and the gradients that it holds from the forward pass on would take more than a quarter of the
+    device's ``memory`` (``None``: unknown, taken as plenty). A quarter leaves room for the parameters, their gradients
+    and the optimizer's state, each of which is as large as the weight's gradient. What is free at the moment
+    is not asked: it would cost as much as a small call, and make equal calls differ.
     """
     needed = buffer_bytes + (vocabulary + rows) * width * dtype.itemsize
-    short = free_bytes is not None and 2 * needed > free_bytes
+    short = memory is not None and 4 * needed > memory
     if not upstream_known or dtype == torch.float16 or short:
         return "streaming"
     return "chunked"
