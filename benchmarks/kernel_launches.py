@@ -17,7 +17,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from repdeg_fast.contracts import cosreg
+from repdeg_fast.contracts import admin_norm, cosreg
+from repdeg_fast.ops import admin_norm as admin_norm_ops
 from repdeg_fast.ops import cosreg as cosreg_ops
 
 TUNED = "sm_90"  # the chip for which every configuration is compiled, not only the one that ships
@@ -134,6 +135,7 @@ def _specialization(kernel: Any, arguments: Sequence[Any], options: dict[str, An
 
 def launches() -> Iterator[Launch]:
     """Calls of every launcher."""
+    yield from _admin_norm()
     yield from _cosreg()
 
 
@@ -156,3 +158,27 @@ def _cosreg() -> Iterator[Launch]:
         yield Launch(label, partial(kernels.forward, rows))
         backward = partial(kernels.backward, rows.weight, _empty(), rows, saved, accumulate=accumulate)
         yield Launch(label + " accumulate" * accumulate, backward)
+
+
+def _admin_norm() -> Iterator[Launch]:
+    """All options, or LayerNorm's own two parameters alone; rows held whole, and longer ones."""
+    kernels = admin_norm_ops.operation.triton()
+    sizes = [(torch.bfloat16, d) for d in (768, 4096, 8192, 65536)] + [(torch.float32, 4096), (torch.float16, 64)]
+    for dtype, d in sizes:
+        for everything in (False, True):
+            x, parameter, n = _empty(4099, d, dtype=dtype), _empty(d), 4099
+            option = parameter if everything else None
+            seed = _empty(1, dtype=torch.int64) if everything else None
+            dropout = admin_norm.Dropout(seed, 0.1 if everything else 0.0)
+            label = f"{_name(dtype)} d={d}" + " everything" * everything
+            residual, affine = admin_norm.Residual(x, x, option, option), admin_norm.Affine(parameter, parameter)
+            yield Launch(label, partial(kernels.forward, residual, affine, dropout, admin_norm.Norm(1e-5, True)))
+            gradients = admin_norm.Gradients(x, x, option, parameter, parameter, option)
+            rstd = _empty(n)
+            output = admin_norm.Saved(
+                x, x if everything else None, None, option, parameter, parameter, None, None, rstd
+            )
+            inputs = admin_norm.Saved(None, x, x, option, parameter, None, option, rstd, rstd)
+            for origin, saved in (("output", output), ("input", inputs)):
+                backward = partial(kernels.backward, gradients, x, saved, dropout, center=True)
+                yield Launch(f"{label} from {origin}", backward)

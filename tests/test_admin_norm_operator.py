@@ -32,9 +32,11 @@ def test_gradcheck(backend, mode):
 def test_opcheck(save_input):
     tensors = inputs(4, 6)
     seed = torch.tensor([3])
-    torch.library.opcheck(operator, (*tensors.values(), seed, 0.2, 1e-5, True, save_input, "auto"))
+    torch.library.opcheck(operator.overload, (*tensors.values(), seed, 0.2, 1e-5, True, save_input, "auto"))
     none = (None,) * 5
-    torch.library.opcheck(operator, (tensors["x"], tensors["branch"], *none, 0.0, 1e-5, False, save_input, "auto"))
+    torch.library.opcheck(
+        operator.overload, (tensors["x"], tensors["branch"], *none, 0.0, 1e-5, False, save_input, "auto")
+    )
 
 
 @pytest.mark.parametrize("save", ["auto", "input"])

@@ -21,6 +21,10 @@ TARGET = torch.tensor([3, 0, 19, 7, -100, 5])
 
 # name -> (the function of its differentiable inputs, those inputs)
 OPERATIONS = {
+    "admin_norm": (
+        repdeg_fast.admin_norm,
+        [torch.randn(shape, dtype=torch.float64) + 2 for shape in ((4, 8), (4, 8), (8,), (8,), (8,))],
+    ),
     "cosine_regularization": (repdeg_fast.cosine_regularization, _head("weight")),
 }
 
@@ -146,6 +150,7 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
 
     class OnCuda(torch.Tensor):
         device = torch.device("cuda:1")
+        is_cuda = True
 
     monkeypatch.setattr(torch.cuda, "device", Guard)
     body = Operator.__new__(Operator)

@@ -11,8 +11,8 @@ mostly hits the cache); backward takes the row means of its gradient in a launch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -20,7 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import dropout_mask
-from .tuning import RowTile, Specialization, choose, persistent_programs, variants
+from .tuning import RowTile, choose, persistent_programs
+
+if TYPE_CHECKING:
+    from repdeg_fast.contracts.admin_norm import Affine, Dropout, Gradients, Norm, Residual, Saved
 
 _FORWARD_WHOLE = 8192  # columns; longer rows spill
 _BACKWARD_WHOLE = 4096
@@ -274,35 +277,33 @@ def _reduce_kernel(
         _store_sum(grad_branch_bias, columns, total, d)
 
 
-def forward(
-    x: Tensor, branch: Tensor, omega: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    branch_bias: Tensor | None, seed: Tensor | None, dropout: float, eps: float, center: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y (N, d), μ (N,) and 1/σ (N,). ``x`` and ``branch``: rows of unit stride."""
+def forward(residual: Residual, affine: Affine, dropout: Dropout, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, d), μ (N,) and 1/σ (N,)."""
+    x, branch, omega, branch_bias = residual
+    seed, p = dropout
     n, d = x.shape
     y, mean, rstd = x.new_empty(n, d), *(x.new_empty(n, dtype=torch.float32) for _ in range(2))
     arguments = (
-        y, mean, rstd, x, branch, omega, weight, bias, branch_bias, seed,
-        n, d, x.stride(0), branch.stride(0), dropout, 1 / (1 - dropout), eps,
+        y, mean, rstd, x, branch, omega, *affine, branch_bias, seed,
+        n, d, x.stride(0), branch.stride(0), p, 1 / (1 - p), norm.eps,
     )  # fmt: skip
     if d > _FORWARD_WHOLE:
         if n > 0:
-            _long_forward_kernel[(n,)](*arguments, CENTER=center, COLUMNS=_CHUNK, num_warps=_CHUNK // 256)
+            _long_forward_kernel[(n,)](*arguments, CENTER=norm.center, COLUMNS=_CHUNK, num_warps=_CHUNK // 256)
         return y, mean, rstd
     tile = choose("admin_norm.forward", _tiles(_FORWARD, d), x, n=n, d=d)
     _forward_kernel[(_programs(x, tile, n),)](
-        *arguments, CENTER=center, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps
+        *arguments, CENTER=norm.center, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps
     )
     return y, mean, rstd
 
 
-def backward(
-    grad_x: Tensor, grad_branch: Tensor | None, grad_omega: Tensor | None, grad_weight: Tensor | None,
-    grad_bias: Tensor | None, grad_branch_bias: Tensor | None, grad_y: Tensor, y: Tensor | None, x: Tensor | None,
-    branch: Tensor | None, omega: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    branch_bias: Tensor | None, seed: Tensor | None, mean: Tensor | None, rstd: Tensor, dropout: float, center: bool,
-) -> None:  # fmt: skip
-    """Write the gradients asked for; n is made from ``y`` where given, else from ``x``, ``branch`` and ``mean``."""
+def backward(gradients: Gradients, grad_y: Tensor, saved: Saved, dropout: Dropout, *, center: bool) -> None:
+    """One kernel over rows (two for long ones) and a small reduction."""
+    *inputs, mean, rstd = saved
+    x, branch, p = saved.x, saved.branch, dropout.p
+    grad_x, grad_branch, *parameters = gradients
+    grad_omega, grad_weight, grad_bias, grad_branch_bias = parameters
     n, d = grad_y.shape
     whole = d <= _BACKWARD_WHOLE
     tiles = _tiles(_BACKWARD, d if whole else _SPLIT_COLUMNS)
@@ -311,17 +312,16 @@ def backward(
     programs = triton.cdiv(_programs(grad_y, tile, n * column_blocks), column_blocks)
     partial = rstd.new_empty(programs, 4, d)
     means = None if whole else rstd.new_empty(n, 2)
-    inputs = (grad_y, y, x, branch, omega, weight, bias, branch_bias, seed, mean, rstd)
-    sizes = (n, d, _stride(x), _stride(branch), dropout, 1 / (1 - dropout))
+    arguments = (grad_y, *inputs, dropout.seed, mean, rstd, n, d, _stride(x), _stride(branch), p, 1 / (1 - p))
     if means is not None and n > 0:
-        _means_kernel[(n,)](means, *inputs, *sizes, COLUMNS=_CHUNK, num_warps=_CHUNK // 256)
+        _means_kernel[(n,)](means, *arguments, COLUMNS=_CHUNK, num_warps=_CHUNK // 256)
     _backward_kernel[(programs, column_blocks)](
-        grad_x, grad_branch, partial, means, *inputs, *sizes, CENTER=center, WHOLE=whole,
+        grad_x, grad_branch, partial, means, *arguments, CENTER=center, WHOLE=whole,
         SUM_OMEGA=grad_omega is not None, SUM_AFFINE=grad_weight is not None or grad_bias is not None,
         SUM_BRANCH_BIAS=grad_branch_bias is not None, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
     )  # fmt: skip
     _reduce_kernel[(triton.cdiv(d, _REDUCE_COLUMNS), 4)](
-        grad_omega, grad_weight, grad_bias, grad_branch_bias, partial, programs, d,
+        *parameters, partial, programs, d,
         PROGRAMS=_REDUCE_PROGRAMS, COLUMNS=_REDUCE_COLUMNS,
     )  # fmt: skip
 
@@ -342,90 +342,3 @@ def _programs(like: Tensor, tile: RowTile, rows: int) -> int:
 
 def _stride(tensor: Tensor | None) -> int:
     return 1 if tensor is None else tensor.stride(0)
-
-
-_PARAMETERS = ("omega", "weight", "bias", "branch_bias")
-_SIZES = ("n", "d", "x_stride", "branch_stride")
-
-
-def specializations() -> Iterator[Specialization]:
-    """What the launchers above ask the compiler for, over dtypes, row lengths and what there is to do."""
-    for dtype, d in (("bf16", 768), ("bf16", 4096), ("bf16", 8192), ("fp32", 4096), ("fp16", 64)):
-        for everything in (False, True):
-            yield from variants(_tiles(_FORWARD, d), partial(_forward_specialization, dtype, d, everything))
-            if d <= _BACKWARD_WHOLE:
-                make = partial(_backward_specialization, dtype, d, everything, dtype == "bf16")
-                yield from variants(_tiles(_BACKWARD, d), make)
-    for everything in (False, True):
-        yield _long_forward_specialization("bf16", 65536, everything)
-        make = partial(_backward_specialization, "bf16", 65536, everything, not everything)
-        yield from variants(_tiles(_BACKWARD, _SPLIT_COLUMNS), make)
-        yield _means_specialization("bf16", everything, from_output=not everything)
-    types = dict.fromkeys((*(f"grad_{name}" for name in _PARAMETERS), "partial"), "*fp32")
-    constants = {"PROGRAMS": _REDUCE_PROGRAMS, "COLUMNS": _REDUCE_COLUMNS}
-    yield Specialization(_reduce_kernel, types | {"programs": "i32", "d": "i32"}, constants, divisible=("d",))
-
-
-def _inputs(dtype: str, everything: bool) -> tuple[dict[str, str], dict[str, object]]:
-    """Types and constants of what all kernels take: ``everything``, or LayerNorm's own two parameters alone."""
-    types = dict.fromkeys(_SIZES, "i32") | dict.fromkeys(("dropout", "scale"), "fp32")
-    types |= dict.fromkeys(("x", "branch"), f"*{dtype}") | dict.fromkeys(("mean", "rstd", "weight", "bias"), "*fp32")
-    constants: dict[str, object] = {}
-    if everything:
-        types |= {"omega": "*fp32", "branch_bias": "*fp32", "seed": "*i64"}
-    else:
-        constants |= {"omega": None, "branch_bias": None, "seed": None}
-    return types, constants
-
-
-def _label(dtype: str, d: int | str, everything: bool) -> str:
-    return f"{dtype} d={d}" + (" everything" if everything else "")
-
-
-def _forward_inputs(dtype: str, everything: bool) -> tuple[dict[str, str], dict[str, object]]:
-    types, constants = _inputs(dtype, everything)
-    return types | {"y": f"*{dtype}", "eps": "fp32"}, constants | {"CENTER": True}
-
-
-def _forward_specialization(dtype: str, d: int, everything: bool, tile: RowTile) -> Specialization:
-    types, constants = _forward_inputs(dtype, everything)
-    constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns}
-    label = _label(dtype, d, everything)
-    return Specialization(_forward_kernel, types, constants, tile.num_warps, divisible=_SIZES[1:], label=label)
-
-
-def _long_forward_specialization(dtype: str, d: int, everything: bool) -> Specialization:
-    types, constants = _forward_inputs(dtype, everything)
-    constants["COLUMNS"] = _CHUNK
-    label = _label(dtype, d, everything)
-    return Specialization(_long_forward_kernel, types, constants, _CHUNK // 256, divisible=_SIZES[1:], label=label)
-
-
-def _backward_inputs(dtype: str, everything: bool, from_output: bool) -> tuple[dict[str, str], dict[str, object]]:
-    types, constants = _inputs(dtype, everything)
-    types["grad_y"] = f"*{dtype}"
-    if from_output:
-        types["y"] = f"*{dtype}"
-    absent = {"branch", "mean", "branch_bias"} if from_output else {"y"}
-    if from_output and not everything:
-        absent.add("x")
-    return {k: v for k, v in types.items() if k not in absent}, constants | dict.fromkeys(absent)
-
-
-def _means_specialization(dtype: str, everything: bool, from_output: bool) -> Specialization:
-    types, constants = _backward_inputs(dtype, everything, from_output)
-    types["means"], constants["COLUMNS"] = "*fp32", _CHUNK
-    label = _label(dtype, "65536", everything)
-    return Specialization(_means_kernel, types, constants, _CHUNK // 256, divisible=_SIZES[1:], label=label)
-
-
-def _backward_specialization(dtype: str, d: int, everything: bool, from_output: bool, tile: RowTile) -> Specialization:
-    types, constants = _backward_inputs(dtype, everything, from_output)
-    whole = d <= _BACKWARD_WHOLE
-    types |= {"grad_x": f"*{dtype}", "grad_branch": f"*{dtype}", "partial": "*fp32"}
-    types |= {} if whole else {"means": "*fp32"}
-    constants |= {"means": None} if whole else {}
-    constants |= {"CENTER": True, "WHOLE": whole, "ROWS": tile.rows, "COLUMNS": tile.columns}
-    constants |= {"SUM_OMEGA": everything, "SUM_AFFINE": True, "SUM_BRANCH_BIAS": everything}
-    label = _label(dtype, d, everything) + (" from output" if from_output else " from input")
-    return Specialization(_backward_kernel, types, constants, tile.num_warps, divisible=_SIZES[1:], label=label)

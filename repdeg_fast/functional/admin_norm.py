@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from repdeg_fast import backends
+from repdeg_fast._arithmetic import arithmetic_dtype
 from repdeg_fast._checks import check_dropout, check_floating, check_positive
 from repdeg_fast._recoverable import SMALLEST_RATIO, smallest_ratio
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.ops.admin_norm import admin_norm as _admin_norm
-from repdeg_fast.reference.cosreg import arithmetic_dtype
 
 NORMS = ("layer", "rms")
 SAVES = ("auto", "output", "input")

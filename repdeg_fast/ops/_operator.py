@@ -68,11 +68,12 @@ class Operator(Generic[P, R]):
         self.overload = getattr(torch.ops.repdeg_fast, self.name).default
 
     def __call__(self, *arguments: P.args, **_: P.kwargs) -> R:
-        if _watched() or any(type(argument) not in _PLAIN for argument in arguments):
+        if _watched() or not _PLAIN.issuperset(map(type, arguments)):
             return self.overload(*arguments)
         if self._formula is None or not torch.is_grad_enabled():
             return self._run(*arguments)
-        return cast(R, self._formula.apply(self._run, *arguments))
+        # Function.apply looks at signatures first, for the function transforms that are not at work here
+        return cast(R, super(torch.autograd.Function, self._formula).apply(self._run, *arguments))  # type: ignore[misc]
 
     def register_fake(self, fake: Callable[..., R]) -> None:
         torch.library.register_fake(f"repdeg_fast::{self.name}", fake, lib=_library)
@@ -100,9 +101,9 @@ class Operator(Generic[P, R]):
                 _raise_missing(public_name, "second derivative")
 
     def _run(self, *arguments: Any) -> R:
-        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        if device.type == "cuda":
-            with torch.cuda.device(device):  # kernels are launched on the current device
+        first = arguments[0] if arguments[0] is not None else next(a for a in arguments if isinstance(a, Tensor))
+        if first.is_cuda:
+            with torch.cuda.device(first.device):  # kernels are launched on the current device
                 return self._body(*arguments)  # type: ignore[call-arg]
         return self._body(*arguments)  # type: ignore[call-arg]
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from repdeg_fast._arithmetic import arithmetic_dtype
 from repdeg_fast.backends import Operation, aligned_rows, no_float64, no_limit
-from repdeg_fast.native import build
-from repdeg_fast.ops._common import forbid_double_backward
+from repdeg_fast.contracts.admin_norm import Affine, Dropout, Gradients, Kernels, Norm, Residual, Saved
+from repdeg_fast.native import admin_norm as native
+from repdeg_fast.ops._operator import Formula, operator
 from repdeg_fast.reference import admin_norm as reference
-from repdeg_fast.reference.cosreg import arithmetic_dtype
 
-operation = Operation[Any](
+
+def _triton() -> Kernels:
+    if TYPE_CHECKING:
+        from triton_kernels import admin_norm
+    else:
+        from repdeg_fast.triton_kernels import admin_norm
+    return admin_norm
+
+
+operation = Operation[Kernels](
     "admin_norm",
     reference=reference,
-    native=lambda namespace: build.operators("admin_norm", *("forward", "backward"), namespace=namespace),
-    triton=lambda: importlib.import_module("repdeg_fast.triton_kernels.admin_norm"),
+    native=native.Kernels,
+    triton=_triton,
     limits={"cpu": no_limit, "triton": no_float64, "cuda": aligned_rows},
 )
 
 
-@torch.library.custom_op("repdeg_fast::admin_norm", mutates_args=())
+@operator()
 def admin_norm(
     x: Tensor,
     branch: Tensor,
@@ -38,12 +47,10 @@ def admin_norm(
     save_input: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, d), μ (N,) and 1/σ (N,). ``x`` and ``branch``: (N, d), rows of unit stride; parameters: (d,),
-    contiguous, in the arithmetic dtype; ``seed`` where ``dropout`` > 0. ``save_input``: what the backward pass keeps.
-    """
-    kernels = operation.kernels(backend, x, branch)
-    parameters = map(_aligned, (omega, weight, bias, branch_bias))
-    return kernels.forward(x, branch, *parameters, seed, dropout, eps, center)
+    """y (N, d), μ (N,) and 1/σ (N,); ``seed`` where ``dropout`` > 0. ``save_input``: what the backward pass keeps."""
+    residual = Residual(x, branch, _aligned(omega), _aligned(branch_bias))
+    affine = Affine(_aligned(weight), _aligned(bias))
+    return operation.kernels(backend, x, branch).forward(residual, affine, Dropout(seed, dropout), Norm(eps, center))
 
 
 @admin_norm.register_fake
@@ -52,7 +59,7 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), statistics(), statistics()
 
 
-@torch.library.custom_op("repdeg_fast::admin_norm_backward", mutates_args=())
+@operator()
 def admin_norm_backward(
     grad_y: Tensor,
     y: Tensor | None,
@@ -62,33 +69,31 @@ def admin_norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     branch_bias: Tensor | None,
-    seed: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
+    seed: Tensor | None,
     dropout: float,
     center: bool,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, ω, γ, β and branch bias, each in memory of its own. ``wanted``: which of all but the
-    first to make; one that is not is empty. n is made from ``y`` where given, else from the inputs.
-    """
-    gradients = _empty_gradients(grad_y, rstd, wanted)
+    """The fields of Gradients. ``wanted``: which of all but the first to make; one that is not is empty."""
+    made = _empty_gradients(grad_y, rstd, wanted)
     grad_y = grad_y.contiguous()
-    matrices = [matrix for matrix in (grad_y, y, x, branch) if matrix is not None]
-    operation.kernels(backend, *matrices).backward(
-        *_made(gradients, wanted), grad_y, y, x, branch, *map(_aligned, (omega, weight, bias, branch_bias)), seed,
-        mean, rstd, dropout, center,
-    )  # fmt: skip
-    return gradients
+    parameters = (_aligned(omega), _aligned(weight), _aligned(bias), _aligned(branch_bias))
+    kernels = operation.kernels(backend, *(matrix for matrix in (grad_y, y, x, branch) if matrix is not None))
+    saved = Saved(y, x, branch, *parameters, mean, rstd)
+    kernels.backward(_wanted(made, wanted), grad_y, saved, Dropout(seed, dropout), center=center)
+    return made
 
 
 @admin_norm_backward.register_fake
-def _(
-    grad_y: Tensor, y: Any, x: Any, branch: Any, omega: Any, weight: Any, bias: Any, branch_bias: Any, seed: Any,
-    mean: Any, rstd: Tensor, dropout: float, center: bool, wanted: list[bool], backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, rstd, _seed, _dropout, _center, wanted, _backend = arguments
     return _empty_gradients(grad_y, rstd, wanted)
+
+
+admin_norm_backward.forbid_second_derivative("admin_norm")
 
 
 def _aligned(parameter: Tensor | None) -> Tensor | None:
@@ -101,34 +106,63 @@ def _empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     branch, *parameters = wanted
     rows = [grad_y.new_empty(grad_y.shape if make else 0) for make in (True, branch)]
-    sums = [rstd.new_empty(grad_y.shape[1] if make else 0) for make in parameters]
-    return rows[0], rows[1], sums[0], sums[1], sums[2], sums[3]
+    omega, weight, bias, branch_bias = (rstd.new_empty(grad_y.shape[1] if make else 0) for make in parameters)
+    return rows[0], rows[1], omega, weight, bias, branch_bias
 
 
-def _made(gradients: tuple[Tensor, ...], wanted: list[bool]) -> list[Tensor | None]:
-    """``None`` in place of what was not wanted."""
-    return [gradient if make else None for gradient, make in zip(gradients, [True, *wanted], strict=True)]
+def _wanted(made: tuple[Tensor, ...], wanted: list[bool]) -> Gradients:
+    return Gradients(made[0], *(gradient if make else None for gradient, make in zip(made[1:], wanted, strict=True)))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, branch, omega, weight, bias, branch_bias, seed, ctx.dropout, _, ctx.center, save_input, ctx.backend = inputs
-    y, mean, rstd = output
-    ctx.wanted = list(ctx.needs_input_grad[1:6])
-    if save_input:
-        ctx.save_for_backward(None, x, branch, omega, weight, None, branch_bias, seed, mean, rstd)
-    else:
-        ctx.save_for_backward(y, x if ctx.wanted[1] else None, None, omega, weight, bias, None, seed, None, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
+class _Options(NamedTuple):
+    dropout: float
+    center: bool
+    wanted: list[bool]
+    backend: str
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 12
-    saved = ctx.saved_tensors  # once: a checkpointed block is run again for it, and only once
-    gradients = admin_norm_backward(grad_y, *saved, ctx.dropout, ctx.center, ctx.wanted, ctx.backend)
-    return *_made(gradients, ctx.wanted), *(None,) * 6
+@admin_norm.register_formula("admin_norm")
+class _Formula(Formula):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        x: Tensor,
+        branch: Tensor,
+        omega: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        branch_bias: Tensor | None,
+        seed: Tensor | None,
+        dropout: float,
+        eps: float,
+        center: bool,
+        save_input: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parameters = (omega, weight, bias, branch_bias)
+        y, mean, rstd = run(x, branch, *parameters, seed, dropout, eps, center, save_input, backend)
+        _, _, *wanted, _, _, _, _, _, _ = ctx.needs_input_grad  # not of run and x
+        ctx.options = _Options(dropout, center, wanted, backend)
+        if save_input:
+            saved = Saved(None, x, branch, omega, weight, None, branch_bias, mean, rstd)
+        else:
+            x_of_omega = x if ctx.needs_input_grad[3] else None
+            saved = Saved(y, x_of_omega, None, omega, weight, bias, None, None, rstd)
+        ctx.save_for_backward(*saved, seed)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        return y, mean, rstd
 
-
-admin_norm.register_autograd(_backward, setup_context=_setup_context)
-forbid_double_backward(admin_norm_backward, "admin_norm")
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        no_gradient = (None,) * 6  # of seed, dropout, eps, center, save_input, backend
+        if grad_y is None:
+            return (None,) * 7 + no_gradient
+        # unpacked once: a checkpointed block is run again for it, and only once
+        y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed = ctx.saved_tensors
+        dropout, center, wanted, backend = ctx.options
+        made = admin_norm_backward(
+            grad_y, y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed, dropout, center, wanted, backend
+        )
+        return None, *_wanted(made, wanted), *no_gradient

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from repdeg_fast._arithmetic import arithmetic_dtype
+from repdeg_fast.contracts.admin_norm import Affine, Dropout, Gradients, Norm, Residual, Saved
 from repdeg_fast.reference._blocks import block_size, cut
-from repdeg_fast.reference.cosreg import arithmetic_dtype
 from repdeg_fast.reference.philox import dropout_mask
 
 
@@ -60,64 +61,32 @@ def eager_form(
     return torch.nn.functional.layer_norm(z.to(dtype), z.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def forward(
-    x: Tensor,
-    branch: Tensor,
-    omega: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    seed: Tensor | None,
-    dropout: float,
-    eps: float,
-    center: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, d) in the dtype of ``x``, μ (N,) and r (N,) in fp32 (float64 for float64)."""
+def forward(residual: Residual, affine: Affine, dropout: Dropout, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """See the contract."""
+    x, branch, omega, branch_bias = residual
     n, d = x.shape
     dtype = arithmetic_dtype(x)
     y = x.new_empty(n, d)
     mean, rstd = x.new_zeros(n, dtype=dtype), x.new_empty(n, dtype=dtype)
-    keep = _keep(seed, x, dropout)
+    keep = _keep(dropout, x)
     for rows in _blocks(x):
         z = _residual_sum(x[rows].to(dtype), branch[rows].to(dtype), omega, branch_bias, keep(rows))
-        if center:
-            y[rows], mean[rows, None], rstd[rows, None] = torch.native_layer_norm(z, [d], weight, bias, eps)
+        if norm.center:
+            y[rows], mean[rows, None], rstd[rows, None] = torch.native_layer_norm(z, [d], *affine, norm.eps)
         else:
-            rstd[rows] = (z.square().mean(1) + eps).rsqrt()
-            y[rows] = _affine(z.mul_(rstd[rows, None]), weight, bias)
+            rstd[rows] = (z.square().mean(1) + norm.eps).rsqrt()
+            y[rows] = _affine(z.mul_(rstd[rows, None]), *affine)
     return y, mean, rstd
 
 
-def backward(
-    grad_x: Tensor,
-    grad_branch: Tensor | None,
-    grad_omega: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_branch_bias: Tensor | None,
-    grad_y: Tensor,
-    y: Tensor | None,
-    x: Tensor | None,
-    branch: Tensor | None,
-    omega: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    branch_bias: Tensor | None,
-    seed: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    dropout: float,
-    center: bool,
-) -> None:
-    """Write the gradients asked for. n is made from ``y`` where given, else from ``x``, ``branch`` and ``mean``.
-
-    A column with γ = 0 takes n from ``y`` as 0.
-    """
+def backward(gradients: Gradients, grad_y: Tensor, saved: Saved, dropout: Dropout, *, center: bool) -> None:
+    """A column with γ = 0 takes n from ``y`` as 0."""
+    y, x, branch, omega, weight, bias, branch_bias, mean, rstd = saved
     dtype = rstd.dtype
     inverse_weight = None if weight is None else weight.reciprocal().masked_fill_(weight == 0, 0)
-    keep = _keep(seed, grad_y, dropout)
+    keep = _keep(dropout, grad_y)
     blocks = list(_blocks(grad_y))
-    parameters = (grad_omega, grad_weight, grad_bias, grad_branch_bias)
+    parameters = gradients[2:]
     partial = rstd.new_zeros(len(parameters), len(blocks), grad_y.shape[1])
     for block, rows in enumerate(blocks):
         k, r = keep(rows), rstd[rows, None]
@@ -136,9 +105,9 @@ def backward(
         g = g - g.mean(1, keepdim=True) if center else g
         dz = r * (g - c2 * n)
         df = dz if k is None else dz * k
-        grad_x[rows] = dz if omega is None else dz * omega
-        if grad_branch is not None:
-            grad_branch[rows] = df
+        gradients.x[rows] = dz if omega is None else dz * omega
+        if gradients.branch is not None:
+            gradients.branch[rows] = df
         for gradient, sums, (a, b) in zip(
             parameters, partial[:, block], ((dz, x_rows), (dy, n), (dy, None), (df, None)), strict=True
         ):
@@ -167,9 +136,10 @@ def _affine(normalized: Tensor, weight: Tensor | None, bias: Tensor | None) -> T
     return normalized if bias is None else normalized + bias
 
 
-def _keep(seed: Tensor | None, like: Tensor, dropout: float) -> Callable[[slice], Tensor | None]:
+def _keep(dropout: Dropout, like: Tensor) -> Callable[[slice], Tensor | None]:
     """Of some rows: 1/(1−p) where dropout keeps a value, else 0, in the arithmetic dtype; ``None`` without dropout."""
+    seed, p = dropout
     if seed is None:
         return lambda rows: None
-    mask = dropout_mask(seed, range(like.shape[0]), range(like.shape[1]), dropout)
-    return lambda rows: mask[rows].to(arithmetic_dtype(like)).mul_(1 / (1 - dropout))
+    mask = dropout_mask(seed, range(like.shape[0]), range(like.shape[1]), p)
+    return lambda rows: mask[rows].to(arithmetic_dtype(like)).mul_(1 / (1 - p))
