@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -53,8 +54,54 @@ def check_finite(name: str, value: float) -> None:
 
 def check_integer(name: str, value: int) -> None:
     """``value`` is an integer."""
-    if not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+
+
+def check_size(name: str, value: int) -> None:
+    """``value`` is a length or a number of things: an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer of at least 1, got {value!r:.60}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r:.60}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """``value`` is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r:.60}")
+
+
+def check_module(name: str, value: nn.Module) -> None:
+    """``value`` is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {type(value).__name__}")
+
+
+def check_input(name: str, value: Tensor, weight: Tensor) -> None:
+    """``value`` (..., d) is what a linear layer with ``weight`` (rows, d) takes."""
+    check_floating(name, value)
+    if value.dim() == 0 or value.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{name}: expected a last dimension of {weight.shape[1]}, got shape {tuple(value.shape)}")
+    if value.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        raise TypeError(
+            f"{name}: expected {weight.dtype} like the module's weight, got {value.dtype}; convert one of them or use "
+            f"torch.autocast"
+        )
+    if value.device != weight.device:
+        raise ValueError(f"{name}: expected device {weight.device} like the module's weight, got {value.device}")
+
+
+def check_dtype(name: str, value: torch.dtype | None) -> None:
+    """``value`` is a dtype that parameters here may have, or ``None`` for torch's default."""
+    if value is not None and value not in FLOATING:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value!r:.60}")
 
 
 def check_dropout(name: str, value: float) -> None:
@@ -65,5 +112,5 @@ def check_dropout(name: str, value: float) -> None:
 
 
 def _check_number(name: str, value: float) -> None:
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

@@ -161,7 +161,7 @@ def test_forms_of_input(kind, form):
         ({"key_padding_mask": (B * S,)}, rf"key_padding_mask: expected shape \({B}, {S}\)"),
         ({"mask": (1, S)}, rf"mask: expected shape \({T}, {S}\), or \({B * HEADS}, {T}, {S}\).* got \(1, {S}\)"),
         ({"mask": (B, T, S)}, "mask: expected shape"),
-        ({"memory": (1, S, D)}, rf"memory: expected the batch of a query \({B}, {T}, {D}\), got \(1, {S}, {D}\)"),
+        ({"memory": (1, S, D)}, rf"memory: expected the batch of query \({B}, {T}, {D}\), got \(1, {S}, {D}\)"),
         ({"memory": (S, D)}, "memory: expected the batch"),
         ({"memory": (B, S, D + 1)}, rf"memory: expected shape \(B, L, {D}\) or \(L, {D}\)"),
         ({"query": (1, B, T, D)}, "query: expected shape"),
@@ -183,7 +183,7 @@ def test_shapes_that_do_not_agree(options, message):
 
 def test_nested_tensors_are_refused():
     nested = torch.nested.nested_tensor([torch.randn(2, D), torch.randn(3, D)])
-    with pytest.raises(ValueError, match=r"query: expected a dense tensor, got a nested one; .*to_padded_tensor"):
+    with pytest.raises(ValueError, match=r"src: expected a dense tensor, got a nested one; .*to_padded_tensor"):
         AdminEncoderLayer(**LAYER, batch_first=True)(nested)
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from repdeg_fast.reference import philox
 
 transformers = pytest.importorskip("transformers")
-from transformers import BertForSequenceClassification, BertModel  # noqa: E402
+from transformers import BertConfig, BertForSequenceClassification, BertModel  # noqa: E402
 
 from repdeg_fast.models import AmosConfig, AmosForPreTraining  # noqa: E402
 
@@ -406,7 +406,15 @@ def test_one_wait_on_a_gpu():
         ({"rtd_weight": -1.0}, "rtd_weight: expected a number of at least 0"),
         ({"rtd_weight": float("inf")}, "rtd_weight: expected a finite number"),
         ({"mlm_layers": 3}, "mlm_layers: expected a tuple .*got 3"),
-        ({"mixture": "best"}, "mixture: expected one of learned, equal, random, switch, got 'best'"),
+        ({"mlm_layers": "12"}, "mlm_layers: expected a tuple .*got '12'"),
+        ({"mlm_layers": ("1", "2")}, r"mlm_layers\[0\]: expected an integer, got str"),
+        ({"mlm_layers": (1, 2.0)}, r"mlm_layers\[1\]: expected an integer, got float"),
+        ({"rtd_weight": True}, "rtd_weight: expected a number, got bool"),
+        ({"mixture": None}, "mixture"),
+        ({"detach_mixture": 1}, "detach_mixture: expected True or False, got 1"),
+        ({"stop_gradient": None}, "stop_gradient: expected True or False, got None"),
+        ({"generator_dropout": "yes"}, "generator_dropout: expected True or False, got 'yes'"),
+        ({"mixture": "best"}, "mixture: expected one of 'learned', 'equal', 'random', 'switch', got 'best'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
     ],
 )
@@ -424,8 +432,28 @@ def test_bad_configurations(options, message):
         ({"input_ids": torch.zeros(T, dtype=torch.int64)}, r"input_ids: expected .* \(B, T\), got \(11,\)"),
         ({"labels": torch.full((B, T), V)}, f"target: expected values from 0 to {V - 1}"),
         ({"seed": 1.5}, "seed: expected an int"),
+        ({"input_ids": None}, "input_ids: expected a tensor .* got NoneType"),
+        ({"input_ids": torch.zeros(B, T)}, r"input_ids: expected int64 or int32, got torch.float32"),
+        ({"labels": [[1]]}, "labels: expected a tensor or None, got list"),
+        ({"attention_mask": "x"}, "attention_mask: expected a tensor or None, got str"),
+        ({"token_type_ids": 3}, "token_type_ids: expected a tensor or None, got int"),
+        ({"token_type_ids": torch.zeros(B, T)}, "token_type_ids: expected int64 or int32, got torch.float32"),
+        ({"position_ids": torch.zeros(B, 2, dtype=torch.int64)}, r"position_ids: expected shape \(3, 11\)"),
     ],
 )
 def test_bad_input(changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         amos()(**batch() | changes)
+
+
+def test_another_models_configuration():
+    for config in (None, BertConfig()):
+        with pytest.raises(TypeError, match=f"config: expected an AmosConfig, got {type(config).__name__}"):
+            AmosForPreTraining(config)
+
+
+def test_positions_of_one_row_serve_all():
+    model, inputs = amos(), batch()
+    positions = torch.arange(T)[None]
+    expected = model(**inputs, position_ids=positions.expand(B, T), seed=1)
+    assert torch.equal(model(**inputs, position_ids=positions, seed=1).loss, expected.loss)

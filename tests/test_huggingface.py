@@ -84,9 +84,39 @@ def test_other_outputs_are_those_of_the_model(model):
     assert list(out) == list(expected) == ["loss", "logits", "hidden_states"]
     assert torch.equal(out.logits, expected.logits)
     assert all(map(torch.equal, out.hidden_states, expected.hidden_states))
-    out = model.train()(**inputs, return_dict=False)
-    assert isinstance(out, tuple)
-    assert [type(part) for part in out] == [torch.Tensor, tuple]
+
+
+def test_a_tuple_has_logits_in_their_place(model):
+    """Where the output is asked for as a tuple, training or not: who takes the second place must not get another."""
+    inputs = {**batch(), "output_hidden_states": True}
+    plain, fused = copy.deepcopy(model), huggingface.apply(model)
+    for training in (True, False):
+        expected = plain.train(training)(**inputs, return_dict=False)
+        out = fused.train(training)(**inputs, return_dict=False)
+        assert isinstance(out, tuple)
+        assert [type(part) for part in out] == [type(part) for part in expected] == [torch.Tensor, torch.Tensor, tuple]
+        assert out[1].shape == expected[1].shape
+    fused.config.return_dict = False
+    assert len(fused.train()(**inputs)) == 3
+    assert len(fused(**inputs, skip_logits=True)) == 2
+    assert fused(**inputs, return_dict=True).logits is None
+
+
+def test_labels_that_do_not_fit(model):
+    inputs, fused = batch(), huggingface.apply(model)
+    flat = {**inputs, "labels": inputs["labels"].flatten()}  # transformers' loss takes any shape
+    assert fused.eval()(**flat).loss == fused(**inputs).loss
+    for labels, error, message in (
+        (inputs["labels"][:, 1:], ValueError, r"labels: expected shape \(3, 11\), a token a position, got \(3, 10\)"),
+        (
+            inputs["labels"].float(),
+            TypeError,
+            "labels: expected a tensor of token ids, .* got torch.float32",
+        ),
+        (inputs["labels"].tolist(), TypeError, "labels: expected a tensor of token ids, int64 or int32, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            fused(**inputs | {"labels": labels})
 
 
 def test_when_logits_are_computed(model):
@@ -314,7 +344,7 @@ def test_models_that_are_not_supported(model):
     for other in (torch.nn.Linear(2, 2), Mine(model.config), model.base_model):
         with pytest.raises(TypeError, match="expected a BertForMaskedLM or RobertaForMaskedLM of transformers, got "):
             huggingface.apply(other)
-    with pytest.raises(ValueError, match="logits: expected one of auto, always, never, got 'sometimes'"):
+    with pytest.raises(ValueError, match="logits: expected one of 'auto', 'always', 'never', got 'sometimes'"):
         huggingface.apply(model, logits="sometimes")
 
 

@@ -234,7 +234,7 @@ def test_under_torch_compile():
         (lambda head, h, t: head([h[0], h[1][:2]], t), ValueError, r"hidden_states\[1\]: expected shape \(4, 9, 24\)"),
         (lambda head, h, t: head([], t), ValueError, "hidden_states: expected at least one"),
         (lambda head, h, t: head([None], t), TypeError, r"hidden_states\[0\]: expected a tensor, got NoneType"),
-        (lambda head, h, t: head(h.double(), t), TypeError, "hidden_states: expected torch.float32 like the head"),
+        (lambda head, h, t: head(h.double(), t), TypeError, "hidden_states: expected torch.float32 like the module"),
         (lambda head, h, t: head(h.to("meta"), t), ValueError, r"hidden_states\[0\]: expected device cpu like target"),
         (lambda head, h, t: head(h, t.float()), TypeError, "target: .*int64 or int32"),
         (lambda head, h, t: head(h, t.tolist()), TypeError, "target: expected a tensor"),

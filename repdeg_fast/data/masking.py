@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from repdeg_fast._checks import check_finite
+from repdeg_fast._checks import check_finite, check_flag
 
 IGNORE_INDEX = -100
 
@@ -50,10 +51,15 @@ class MaskingCollator:
         check_finite("probability", probability)
         if not 0 <= probability <= 1:
             raise ValueError(f"probability: expected a number from 0 to 1, got {probability}")
-        self.mask_token_id = mask_token_id
-        self.padding = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}
-        self.special_token_ids = torch.tensor(sorted({*special_token_ids, mask_token_id, pad_token_id}))
-        self.continuation_token_ids = torch.tensor(sorted(continuation_token_ids or ()), dtype=torch.int64)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+        self.mask_token_id, pad = _token_id("mask_token_id", mask_token_id), _token_id("pad_token_id", pad_token_id)
+        self.padding = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0}
+        special = _token_ids("special_token_ids", special_token_ids)
+        self.special_token_ids = torch.tensor(sorted({*special, self.mask_token_id, pad}))
+        continuations = () if continuation_token_ids is None else continuation_token_ids
+        continuations = sorted(_token_ids("continuation_token_ids", continuations))
+        self.continuation_token_ids = torch.tensor(continuations, dtype=torch.int64)
         self.probability = probability
         self.generator = generator
 
@@ -64,8 +70,9 @@ class MaskingCollator:
         Raises:
             ValueError: it has no mask or padding token, or, for ``whole_words``, none that starts with "##".
         """
+        check_flag("whole_words", whole_words)
         for name in ("mask_token_id", "pad_token_id"):
-            if getattr(tokenizer, name) is None:
+            if getattr(tokenizer, name, None) is None:
                 raise ValueError(f"tokenizer: expected one with a {name}, got {type(tokenizer).__name__} without")
         continuations = [index for token, index in tokenizer.get_vocab().items() if token.startswith("##")]
         if whole_words and not continuations:
@@ -93,6 +100,10 @@ class MaskingCollator:
         """
         if isinstance(examples, Mapping):
             raise TypeError("examples: expected a sequence of examples, got one mapping; pass its rows one by one")
+        if not isinstance(examples, Collection):
+            raise TypeError(f"examples: expected a sequence of examples, got {type(examples).__name__}")
+        if isinstance(examples, Tensor) and examples.dim() != 2:
+            raise ValueError(f"examples: expected a tensor of shape (B, T), got {tuple(examples.shape)}")
         if not len(examples):
             raise ValueError("examples: expected at least one, got none")
         rows = [{**example} if isinstance(example, Mapping) else {"input_ids": example} for example in examples]
@@ -118,6 +129,25 @@ class MaskingCollator:
         first = (torch.arange(tokens.shape[1]) * starts).cummax(dim=1).values
         numbers = torch.rand(tokens.shape, generator=self.generator).gather(1, first)
         return (numbers < self.probability) & ~special & attention_mask.bool()
+
+
+def _token_ids(name: str, values: Iterable[int]) -> list[int]:
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected token ids, got {type(values).__name__}")
+    return [_token_id(f"{name}[{place}]", value) for place, value in enumerate(values)]
+
+
+def _token_id(name: str, value: int) -> int:
+    """Of Python, of NumPy or of a tensor."""
+    try:
+        index = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        index = None
+    if index is None:
+        raise TypeError(f"{name}: expected a token id, an integer of at least 0, got {value!r:.60}")
+    if not 0 <= index < 2**63:
+        raise ValueError(f"{name}: expected a token id, an integer of at least 0, got {index}")
+    return index
 
 
 def _tensors(row: dict[str, Any], names: Sequence[str], what: str) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repdeg_fast._checks import check_choice, check_flag
 from repdeg_fast.nn import MultiLayerMLMHead, admin_norm_like
 from repdeg_fast.nn.mlm_head import Activation, masked_lm_losses
 
@@ -25,7 +26,6 @@ try:
     from transformers.modeling_outputs import MaskedLMOutput
     from transformers.models.bert.modeling_bert import BertOutput, BertSelfOutput
     from transformers.models.roberta.modeling_roberta import RobertaOutput, RobertaSelfOutput
-    from transformers.utils import can_return_tuple
 except ImportError as error:
     raise ImportError(
         f"repdeg_fast.integrations.huggingface needs transformers 5 ({error}): pip install 'repdeg-fast[hf]'"
@@ -49,10 +49,11 @@ def apply(model: Model, *, logits: str = "auto", admin_norm: bool = False) -> Mo
 
     Args:
         logits: whether logits are computed beside a loss. ``"auto"``: in eval mode only, so that ``Trainer.evaluate``
-            with ``compute_metrics`` and ``Trainer.predict`` have them; ``"always"``; ``"never"``. Without ``labels``
-            they always are. ``model(..., skip_logits=True)``, or ``False``, decides for one call: the argument that
-            ``Trainer`` passes with ``use_liger_kernel`` where it needs the loss only. A ``logits`` that was not
-            computed is ``None``.
+            with ``compute_metrics`` and ``Trainer.predict`` have them, and with ``return_dict=False``, in whose tuple
+            they have a place; ``"always"``; ``"never"``. Without ``labels`` they always are.
+            ``model(..., skip_logits=True)``, or ``False``, decides for one call: the argument that ``Trainer`` passes
+            with ``use_liger_kernel`` where it needs the loss only. A ``logits`` that was not computed is ``None``, and
+            left out of a tuple.
         admin_norm: also replace dropout, residual sum and LayerNorm of each layer by one
             :class:`~repdeg_fast.AdminNorm`, with the same weight and bias and a new parameter ω of ones
             (``...LayerNorm.omega``; make the optimizer afterwards). Outputs stay the same until ω changes, but for the
@@ -63,8 +64,8 @@ def apply(model: Model, *, logits: str = "auto", admin_norm: bool = False) -> Mo
         TypeError: for any other model, subclasses of these included (their ``forward`` might do something else).
         ValueError: for an unknown ``logits``.
     """
-    if logits not in LOGITS:
-        raise ValueError(f"logits: expected one of {', '.join(LOGITS)}, got {logits!r}")
+    check_choice("logits", logits, LOGITS)
+    check_flag("admin_norm", admin_norm)
     if not isinstance(model, _FusedMaskedLM):
         if type(model) not in _FUSED:
             supported = " or ".join(cls.__name__ for cls in _FUSED)
@@ -190,7 +191,6 @@ class _FusedMaskedLM(PreTrainedModel):
 
     logits_beside_loss: str = "auto"
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -203,7 +203,8 @@ class _FusedMaskedLM(PreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, ...] | MaskedLMOutput:
-        skip_logits = kwargs.pop("skip_logits", None)
+        skip_logits, return_dict = kwargs.pop("skip_logits", None), kwargs.pop("return_dict", None)
+        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         outputs = self.base_model(
             input_ids,
             attention_mask=attention_mask,
@@ -217,22 +218,31 @@ class _FusedMaskedLM(PreTrainedModel):
         )
         hidden_states = outputs[0]
         head = HuggingFaceHead.of(self)
-        return MaskedLMOutput(
+        skips = labels is not None and self._skips_logits(skip_logits, as_tuple)
+        output = MaskedLMOutput(
             loss=None if labels is None else _loss(head, hidden_states, labels),
-            logits=None if labels is not None and self._skips_logits(skip_logits) else head.logits(hidden_states),
+            logits=None if skips else head.logits(hidden_states),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return output.to_tuple() if as_tuple else output
 
-    def _skips_logits(self, asked: bool | None) -> bool:
+    def _skips_logits(self, asked: bool | None, as_tuple: bool) -> bool:
         if asked is not None:
             return asked
-        return self.logits_beside_loss == "never" or (self.logits_beside_loss == "auto" and self.training)
+        only_loss = self.training and not as_tuple
+        return self.logits_beside_loss == "never" or (self.logits_beside_loss == "auto" and only_loss)
 
 
 def _loss(head: HuggingFaceHead, hidden_states: Tensor, labels: Tensor) -> Tensor:
     """No ``padding_idx``: the row of the padding word is a word like others to a decoder of Hugging Face."""
-    labels = labels.to(hidden_states.device).view(hidden_states.shape[:-1])
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+        given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: expected a tensor of token ids, int64 or int32, got {given}")
+    positions = hidden_states.shape[:-1]
+    if labels.numel() != positions.numel():
+        raise ValueError(f"labels: expected shape {tuple(positions)}, a token a position, got {tuple(labels.shape)}")
+    labels = labels.to(hidden_states.device).reshape(positions)
     return masked_lm_losses([hidden_states], labels, head.transform, head.decoder.weight, head.decoder.bias)[0]
 
 

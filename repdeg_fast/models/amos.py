@@ -13,7 +13,6 @@ Discriminator: sees the sampled tokens where masks were, and says of each positi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repdeg_fast._arithmetic import autocast_dtype
-from repdeg_fast._checks import check_finite, check_positive
+from repdeg_fast._checks import check_choice, check_finite, check_flag, check_integer, check_positive
 from repdeg_fast.data import IGNORE_INDEX
 from repdeg_fast.functional import mlm_losses_and_sample
 from repdeg_fast.nn import GumbelMixture, MultiLayerMLMHead
@@ -70,9 +69,11 @@ class AmosConfig(BertConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if not isinstance(self.mlm_layers, Iterable):
-            raise TypeError(f"mlm_layers: expected a tuple of numbers of layers, got {self.mlm_layers!r}")
+        if not isinstance(self.mlm_layers, (tuple, list)):
+            raise TypeError(f"mlm_layers: expected a tuple of numbers of layers, got {self.mlm_layers!r:.60}")
         self.mlm_layers = tuple(self.mlm_layers)  # JSON has lists
+        for place, layer in enumerate(self.mlm_layers):
+            check_integer(f"mlm_layers[{place}]", layer)
         self._check()
 
     def _check(self) -> None:
@@ -91,8 +92,9 @@ class AmosConfig(BertConfig):
         check_finite("rtd_weight", self.rtd_weight)
         if self.rtd_weight < 0:
             raise ValueError(f"rtd_weight: expected a number of at least 0, got {self.rtd_weight}")
-        if self.mixture not in MIXTURES:
-            raise ValueError(f"mixture: expected one of {', '.join(MIXTURES)}, got {self.mixture!r}")
+        check_choice("mixture", self.mixture, MIXTURES)
+        for name in ("detach_mixture", "stop_gradient", "generator_dropout"):
+            check_flag(name, getattr(self, name))
         if self.is_decoder or not self.tie_word_embeddings:
             raise ValueError("is_decoder and tie_word_embeddings: expected False and True, AMOS has no other form")
 
@@ -183,6 +185,8 @@ class AmosForPreTraining(BertPreTrainedModel):
     }
 
     def __init__(self, config: AmosConfig) -> None:
+        if not isinstance(config, AmosConfig):
+            raise TypeError(f"config: expected an AmosConfig, got {type(config).__name__}")
         super().__init__(config)
         self.discriminator = BertModel(config.discriminator_config(), add_pooling_layer=False)
         self.generator = AmosGenerator(config.generator_config(), config.mlm_layers, config.stop_gradient)
@@ -230,7 +234,7 @@ class AmosForPreTraining(BertPreTrainedModel):
             seed: of the sample, as in :func:`repdeg_fast.gumbel_mix`.
         """
         inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids}
-        _check_inputs(input_ids, attention_mask, labels)
+        _check_inputs(input_ids, attention_mask, token_type_ids, position_ids, labels)
         embeddings = self.get_input_embeddings()(input_ids)
         mask = self._attention_mask(embeddings, attention_mask)
         if labels is None:
@@ -323,17 +327,29 @@ def _judge(rtd_logits: Tensor, replaced: Tensor, attention_mask: Tensor | None) 
     return loss / number, (right * counted).sum() / number, (replaced * counted).sum() / number
 
 
-def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:
+def _check_inputs(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    labels: Tensor | None,
+) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         given = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids: expected a tensor of shape (B, T), got {given}")
-    if labels is not None and labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels: expected int64 or int32, got {labels.dtype}")
-    for name, value in (("attention_mask", attention_mask), ("labels", labels)):
-        if value is not None and value.shape != input_ids.shape:
+    others = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+    for name, value in {**others, "labels": labels}.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
+        # positions may be those of one row
+        if value is not None and value.shape != input_ids.shape and (name, len(value)) != ("position_ids", 1):
             raise ValueError(
                 f"{name}: expected shape {tuple(input_ids.shape)} like input_ids, got {tuple(value.shape)}"
             )
+    indices = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids, "labels": labels}
+    for name, value in indices.items():
+        if value is not None and value.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: expected int64 or int32, got {value.dtype}")
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from repdeg_fast import functional
-from repdeg_fast._checks import check_finite
+from repdeg_fast._checks import check_finite, check_positive
 
 
 class CosineRegularization(nn.Module):
@@ -24,6 +24,7 @@ class CosineRegularization(nn.Module):
     def __init__(self, coefficient: float = 1.0, eps: float = 1e-12) -> None:
         super().__init__()
         check_finite("coefficient", coefficient)
+        check_positive("eps", eps)
         self.coefficient = coefficient
         self.eps = eps
 

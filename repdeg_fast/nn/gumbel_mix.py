@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from repdeg_fast import functional
+from repdeg_fast._checks import check_finite, check_flag, check_floating, check_input, check_positive, check_size
 
 
 class GumbelMixture(nn.Module):
@@ -36,6 +37,11 @@ class GumbelMixture(nn.Module):
         detach_features: bool = False,
     ) -> None:
         super().__init__()
+        check_size("hidden_size", hidden_size)
+        check_positive("temperature", temperature)
+        check_finite("gradient_scale", gradient_scale)
+        check_flag("hard", hard)
+        check_flag("detach_features", detach_features)
         self.score = nn.Linear(hidden_size, 1, bias=False)
         self.temperature = temperature
         self.hard = hard
@@ -45,9 +51,11 @@ class GumbelMixture(nn.Module):
 
     def mixture_logits(self, features: Tensor) -> Tensor:
         """(M, K): v·f^(k) of features (K, M, hidden_size)."""
+        check_floating("features", features)
         if features.dim() != 3 or features.shape[2] != self.score.in_features:
             expected = f"(K, M, {self.score.in_features})"
             raise ValueError(f"features: expected shape {expected}, got {tuple(features.shape)}")
+        check_input("features", features, self.score.weight)
         return self.score(features.detach() if self.detach_features else features).squeeze(2).t()
 
     def forward(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repdeg_fast._checks import check_floating
+from repdeg_fast._checks import check_flag, check_floating, check_input, check_integer, check_positive, check_size
 from repdeg_fast.functional import multi_layer_mlm_loss
 
 Activation = Callable[[Tensor], Tensor]
@@ -53,6 +53,9 @@ class MultiLayerMLMHead(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        check_size("hidden_size", hidden_size)
+        check_positive("layer_norm_eps", layer_norm_eps)
+        check_flag("bias", bias)
         self._tied = (_check_embedding(embedding),)  # in a tuple, which nn.Module does not look into
         vocabulary, width = self.weight.shape
         like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
@@ -98,7 +101,7 @@ class MultiLayerMLMHead(nn.Module):
 
     def transform(self, hidden_states: Tensor) -> Tensor:
         """What is multiplied with the embedding: (..., hidden_size) → (..., width)."""
-        _check_input(hidden_states, self.dense.weight)
+        check_input("hidden_states", hidden_states, self.dense.weight)
         return self.layer_norm(self.activation(self.dense(hidden_states)))
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -122,6 +125,7 @@ def masked_lm_losses(
     """:func:`repdeg_fast.multi_layer_mlm_loss` of the M positions that are not ignored, selected before the transform.
     ``nonzero`` is the one operation whose result the host waits for."""
     layers = _check_layers(hidden_states, target)
+    check_integer("ignore_index", ignore_index)
     positions = (target.reshape(-1) != ignore_index).nonzero().squeeze(1)
     masked = torch.stack([layer.flatten(0, -2).index_select(0, positions) for layer in layers])
     target = target.reshape(-1).index_select(0, positions)
@@ -144,14 +148,23 @@ def _check_embedding(embedding: Any) -> nn.Embedding | nn.Linear | nn.Parameter:
 def _check_activation(activation: str | Activation) -> Activation:
     if callable(activation):
         return activation
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected a function or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        names = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation: expected a function or one of {names}, got {activation!r:.60}")
     return ACTIVATIONS[activation]
 
 
 def _check_layers(hidden_states: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor of class indices, int64 or int32, got {type(target).__name__}")
+    if not isinstance(hidden_states, Iterable):
+        raise TypeError(
+            "hidden_states: expected a sequence of tensors (B, T, hidden_size), one a layer, or all in one tensor, got "
+            f"{type(hidden_states).__name__}"
+        )
+    if isinstance(hidden_states, Tensor) and hidden_states.dim() < 2:
+        shape = tuple(hidden_states.shape)
+        raise ValueError(f"hidden_states: expected shape (K, ..., hidden_size), got {shape}")
     layers = list(hidden_states)
     if not layers:
         raise ValueError("hidden_states: expected at least one tensor, got none")
@@ -165,16 +178,3 @@ def _check_layers(hidden_states: Tensor | Sequence[Tensor], target: Tensor) -> l
         if layer.device != target.device:
             raise ValueError(f"hidden_states[{i}]: expected device {target.device} like target, got {layer.device}")
     return layers
-
-
-def _check_input(hidden_states: Tensor, weight: Tensor) -> None:
-    if hidden_states.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden_states: expected a last dimension of {weight.shape[1]}, the hidden_size of the head, "
-            f"got shape {tuple(hidden_states.shape)}"
-        )
-    if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
-        raise TypeError(
-            f"hidden_states: expected {weight.dtype} like the head, got {hidden_states.dtype}; convert one of them or "
-            f"use torch.autocast"
-        )

@@ -7,11 +7,29 @@ kernel can take as it lies. Here nothing moves: heads are strided views.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repdeg_fast._checks import check_floating
+from repdeg_fast._checks import check_flag, check_floating, check_input
+
+
+class ArgumentNames(NamedTuple):
+    """What the arguments of :func:`attend` are called where a user passes them: errors say it so."""
+
+    query: str = "query"
+    memory: str = "memory"
+    mask: str = "mask"
+    key_padding_mask: str = "key_padding_mask"
+    is_causal: str = "is_causal"
+
+
+SOURCE = ArgumentNames("src", "src", "src_mask", "src_key_padding_mask")
+TARGET = ArgumentNames("tgt", "tgt", "tgt_mask", "tgt_key_padding_mask", "tgt_is_causal")
+MEMORY = ArgumentNames("tgt", "memory", "memory_mask", "memory_key_padding_mask", "memory_is_causal")
 
 
 def attend(
@@ -21,6 +39,7 @@ def attend(
     mask: Tensor | None,  # (L, S) or (B·heads, L, S)
     key_padding_mask: Tensor | None,  # (B, S) or (S,)
     is_causal: bool,
+    names: ArgumentNames = ArgumentNames(),  # noqa: B008 - a tuple
 ) -> Tensor:
     """``attention(query, memory, memory, …)[0]``, like ``query``, with torch's masks: in a bool one True stands for "do
     not look there", a float one is added to the scores. ``is_causal`` says that ``mask`` is the causal one.
@@ -29,16 +48,15 @@ def attend(
         ValueError: shapes that do not agree, or ``is_causal`` without a mask.
         TypeError: a mask of integers.
     """
-    _check_shapes(attention, query, memory, key_padding_mask)
-    if is_causal and mask is None:
-        raise ValueError("is_causal: expected a mask with it, which it describes; got none")
+    _check_rows(attention, query, memory, names)
+    _check_masks(attention, query, memory, mask, key_padding_mask, is_causal, names)
     queries, keys, values = (_heads(part, attention) for part in _project(attention, query, memory))
     plainly_causal = is_causal and key_padding_mask is None
     attended = F.scaled_dot_product_attention(
         queries,
         keys,
         values,
-        attn_mask=None if plainly_causal else _merged(mask, key_padding_mask, queries, keys),
+        attn_mask=None if plainly_causal else _merged(mask, key_padding_mask, queries),
         dropout_p=attention.dropout if attention.training else 0.0,
         is_causal=plainly_causal,
     )
@@ -55,25 +73,56 @@ def check_plain(where: str, attention: nn.Module) -> None:
         )
 
 
-def _check_shapes(
-    attention: nn.MultiheadAttention, query: Tensor, memory: Tensor, key_padding_mask: Tensor | None
-) -> None:
+def _check_rows(attention: nn.MultiheadAttention, query: Tensor, memory: Tensor, names: ArgumentNames) -> None:
     """What broadcasting and views would let pass, or scramble, comes to a clear end here."""
     d, layout = attention.embed_dim, "B, L" if attention.batch_first else "L, B"
-    for name, rows in (("query", query), ("memory", memory)):
+    for name, rows in ((names.query, query), (names.memory, memory)):
         check_floating(name, rows)
         if rows.dim() not in (2, 3) or rows.shape[-1] != d:
             raise ValueError(f"{name}: expected shape ({layout}, {d}) or (L, {d}), got {tuple(rows.shape)}")
+        check_input(name, rows, attention.in_proj_weight)
     batch_dim = 0 if attention.batch_first else 1
     if memory.dim() != query.dim() or (query.dim() == 3 and memory.shape[batch_dim] != query.shape[batch_dim]):
-        raise ValueError(f"memory: expected the batch of a query {tuple(query.shape)}, got {tuple(memory.shape)}")
+        raise ValueError(
+            f"{names.memory}: expected the batch of {names.query} {tuple(query.shape)}, got {tuple(memory.shape)}"
+        )
+
+
+def _check_masks(
+    attention: nn.MultiheadAttention,
+    query: Tensor,
+    memory: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    names: ArgumentNames,
+) -> None:
+    check_flag(names.is_causal, is_causal)
+    if is_causal and mask is None:
+        raise ValueError(f"{names.is_causal}: expected a {names.mask} with it, which it describes; got none")
+    position_dim = 1 if attention.batch_first and query.dim() == 3 else 0
+    batch = (memory.shape[1 - position_dim],) if memory.dim() == 3 else ()
+    length, keys = query.shape[position_dim], memory.shape[position_dim]
+    if mask is not None:
+        _check_mask(names.mask, mask)
+        plain, own = (length, keys), (math.prod(batch) * attention.num_heads, length, keys)
+        if mask.shape not in (plain, own):
+            given = tuple(mask.shape)
+            raise ValueError(f"{names.mask}: expected shape {plain}, or {own} with one for each head, got {given}")
     if key_padding_mask is not None:
-        expected = memory.shape[:1] if memory.dim() == 2 else (memory.shape[batch_dim], memory.shape[1 - batch_dim])
-        if key_padding_mask.shape != expected:
+        _check_mask(names.key_padding_mask, key_padding_mask)
+        if key_padding_mask.shape != (*batch, keys):
             raise ValueError(
-                f"key_padding_mask: expected shape {tuple(expected)}, a value for each sequence and position of the "
-                f"keys, got {tuple(key_padding_mask.shape)}"
+                f"{names.key_padding_mask}: expected shape {(*batch, keys)}, a value for each sequence and position "
+                f"of the keys, got {tuple(key_padding_mask.shape)}"
             )
+
+
+def _check_mask(name: str, mask: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name}: expected bool or a floating dtype, got {mask.dtype}")
 
 
 def _project(attention: nn.MultiheadAttention, query: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
@@ -99,24 +148,19 @@ def _joined(attended: Tensor, query: Tensor, attention: nn.MultiheadAttention) -
     return (attended.transpose(1, 2) if attention.batch_first else attended.permute(2, 0, 1, 3)).flatten(-2)
 
 
-def _merged(mask: Tensor | None, key_padding_mask: Tensor | None, queries: Tensor, keys: Tensor) -> Tensor | None:
+def _merged(mask: Tensor | None, key_padding_mask: Tensor | None, queries: Tensor) -> Tensor | None:
     """Both masks in one that is added to the scores: broadcastable to (B, heads, L, S), in the dtype of the query."""
-    batch, heads, length = queries.shape[:3]
+    batch, heads = queries.shape[:2]
     if mask is not None:
-        plain, own = (length, keys.shape[2]), (batch * heads, length, keys.shape[2])
-        if mask.shape not in (plain, own):
-            raise ValueError(f"mask: expected shape {plain}, or {own} with one for each head, got {tuple(mask.shape)}")
-        mask = _additive("mask", mask, queries.dtype)
+        mask = _additive(mask, queries.dtype)
         mask = mask.unflatten(0, (batch, heads)) if mask.dim() == 3 else mask[None, None]
     if key_padding_mask is None:
         return mask
-    padding = _additive("key_padding_mask", key_padding_mask, queries.dtype).view(batch, 1, 1, -1)
+    padding = _additive(key_padding_mask, queries.dtype).view(batch, 1, 1, -1)
     return padding if mask is None else mask + padding
 
 
-def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
-    if not mask.is_floating_point():
-        raise TypeError(f"{name}: expected bool or a floating dtype, got {mask.dtype}")
     return mask.to(dtype)

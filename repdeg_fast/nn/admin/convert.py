@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from repdeg_fast._checks import check_module
 from repdeg_fast.nn.admin.attention import check_plain
 from repdeg_fast.nn.admin.transformer import (
     AdminDecoder,
@@ -41,9 +42,10 @@ def from_torch(module: Module) -> Module:
 
     Raises:
         ValueError: no layer to convert, or a pre-LN one (``norm_first=True``).
-        TypeError: a subclass of torch's layers, whose ``forward`` may be another, or parts in a layer that are not
-            those it is made with.
+        TypeError: no module, a subclass of torch's layers, whose ``forward`` may be another, or parts in a layer that
+            are not those it is made with.
     """
+    check_module("module", module)
     converted = copy.deepcopy(module)
     for original, part in zip(module.modules(), converted.modules(), strict=True):
         if isinstance(part, nn.TransformerDecoderLayer) and "activation" not in vars(original):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repdeg_fast._checks import check_module
 from repdeg_fast.nn.admin.convert import TORCH_CLASS
 from repdeg_fast.nn.admin.norm import AdminNorm
 from repdeg_fast.nn.admin.profile import admin_norms
@@ -77,6 +78,7 @@ def fold_admin(model: nn.Module) -> nn.Module:
             AdminNorm, an AdminNorm that is no part of an ADMIN layer or has options a LayerNorm does not know, or
             weights that several layers share or a parametrization computes.
     """
+    check_module("model", model)
     _check_foldable(model)
     folded = copy.deepcopy(model)
     layers = [part for part in folded.modules() if isinstance(part, AdminLayer)]

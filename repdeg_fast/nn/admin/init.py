@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repdeg_fast._checks import check_choice
 from repdeg_fast.nn.admin.norm import AdminNorm
-from repdeg_fast.nn.admin.profile import admin_norms, observe, stack_of, variances
+from repdeg_fast.nn.admin.profile import admin_norms, check_batch, observe, stack_of, variances
 from repdeg_fast.nn.admin.table import AdminTable, Sublayer
 from repdeg_fast.nn.admin.transformer import AdminDecoderLayer, AdminEncoderLayer, AdminLayer, check_weights
 
@@ -58,8 +59,7 @@ def initialize_admin_(
         ValueError: an unknown rule, a model without AdminNorm (a pre-LN one, say), no batch, eval mode, activations
             that are not finite. ω is then as it was.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(map(repr, RULES))}, got {rule!r}")
+    check_choice("rule", rule, RULES)
     norms = admin_norms(model)
     if rule == "profile":
         _check_profiled(model, norms, batch)
@@ -75,8 +75,7 @@ def initialize_admin_(
 
 
 def _check_profiled(model: nn.Module, norms: dict[str, AdminNorm], batch: Any) -> None:
-    if batch is None:
-        raise ValueError('batch: expected what the model is called with, got None; rule="O(logn)" needs no batch')
+    check_batch(batch, '; rule="O(logn)" needs no batch')
     if evaluating := [name for name, norm in {"": model, **norms}.items() if not norm.training]:
         raise ValueError(
             f"model: expected training mode, in which dropout is part of the variances, got eval mode"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from repdeg_fast._checks import check_finite
+from repdeg_fast._checks import check_dtype, check_finite, check_flag, check_size
 from repdeg_fast.functional.admin_norm import admin_norm, check_options
 
 
@@ -52,13 +52,12 @@ class AdminNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(normalized_shape, int) or normalized_shape < 1:
-            raise ValueError(
-                f"normalized_shape: expected the length of the last dimension, an int of at least 1, "
-                f"got {normalized_shape!r}"
-            )
+        check_size("normalized_shape", normalized_shape)
         check_finite("omega", omega)
         check_options(dropout, eps, norm, save)
+        for name, flag in (("elementwise_affine", elementwise_affine), ("bias", bias), ("branch_bias", branch_bias)):
+            check_flag(name, flag)
+        check_dtype("dtype", dtype)
         self.normalized_shape, self.initial_omega = normalized_shape, float(omega)
         self.dropout, self.eps, self.norm, self.save = dropout, eps, norm, save
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from repdeg_fast._checks import check_module
 from repdeg_fast.nn.admin.norm import AdminNorm
 from repdeg_fast.nn.admin.table import DependencyTable, Share
 
@@ -42,12 +43,14 @@ def residual_dependency(model: nn.Module, batch: Any, *, group: Any | None = Non
         rows[stack].append(Share(stack, name, name, own / (stream + own)))
         records.extend(rows[stack])
 
+    check_batch(batch)
     observe(model, batch, visit)
     return DependencyTable(records)
 
 
 def admin_norms(model: nn.Module) -> dict[str, AdminNorm]:
     """The residual blocks of ``model`` by name, in the order of registration."""
+    check_module("model", model)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, AdminNorm)}
     if not norms:
         pre_ln = any(getattr(module, "norm_first", False) for module in model.modules())
@@ -57,6 +60,11 @@ def admin_norms(model: nn.Module) -> dict[str, AdminNorm]:
             + "; build it of repdeg_fast.nn.AdminEncoderLayer and the like, or see repdeg_fast.nn.from_torch"
         )
     return norms
+
+
+def check_batch(batch: Any, remedy: str = "") -> None:
+    if batch is None:
+        raise ValueError(f"batch: expected what the model is called with, got None{remedy}")
 
 
 def stack_of(name: str) -> str:

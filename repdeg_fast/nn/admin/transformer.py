@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repdeg_fast.nn.admin.attention import attend
+from repdeg_fast._checks import (
+    check_choice,
+    check_dropout,
+    check_dtype,
+    check_flag,
+    check_module,
+    check_positive,
+    check_size,
+)
+from repdeg_fast.nn.admin.attention import MEMORY, SOURCE, TARGET, attend
 from repdeg_fast.nn.admin.norm import admin_norm_like
 
 Activation = str | Callable[[Tensor], Tensor]
@@ -40,6 +49,17 @@ class AdminLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_post_ln(norm_first)
+        for name, size in (("d_model", d_model), ("nhead", nhead), ("dim_feedforward", dim_feedforward)):
+            check_size(name, size)
+        if d_model % nhead:
+            raise ValueError(f"d_model: expected a multiple of nhead = {nhead}, got {d_model}")
+        check_dropout("dropout", dropout)
+        if not callable(activation):
+            check_choice("activation", activation, ("relu", "gelu"))
+        check_positive("layer_norm_eps", layer_norm_eps)
+        for name, flag in (("batch_first", batch_first), ("bias", bias)):
+            check_flag(name, flag)
+        check_dtype("dtype", dtype)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
@@ -61,7 +81,7 @@ class AdminEncoderLayer(AdminLayer, nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """(S, d), (S, B, d), or (B, S, d) with ``batch_first``; arguments as in ``nn.TransformerEncoderLayer``."""
-        x = self.norm1(src, attend(self.self_attn, src, src, src_mask, src_key_padding_mask, is_causal))
+        x = self.norm1(src, attend(self.self_attn, src, src, src_mask, src_key_padding_mask, is_causal, SOURCE))
         return self.norm2(x, feed_forward(self, x))
 
 
@@ -82,8 +102,8 @@ class AdminDecoderLayer(AdminLayer, nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """(T, d), (T, B, d), or (B, T, d) with ``batch_first``; arguments as in ``nn.TransformerDecoderLayer``."""
-        x = self.norm1(tgt, attend(self.self_attn, tgt, tgt, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
-        seen = attend(self.multihead_attn, x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+        x = self.norm1(tgt, attend(self.self_attn, tgt, tgt, tgt_mask, tgt_key_padding_mask, tgt_is_causal, TARGET))
+        seen = attend(self.multihead_attn, x, memory, memory_mask, memory_key_padding_mask, memory_is_causal, MEMORY)
         x = self.norm2(x, seen)
         return self.norm3(x, feed_forward(self, x))
 
@@ -98,7 +118,7 @@ class AdminEncoder(nn.TransformerEncoder):
     """
 
     def __init__(self, encoder_layer: AdminEncoderLayer, num_layers: int, norm: nn.Module | None = None) -> None:
-        _check_layer("encoder_layer", encoder_layer, AdminEncoderLayer)
+        _check_layers("encoder_layer", encoder_layer, AdminEncoderLayer, num_layers, norm)
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False)
 
 
@@ -106,7 +126,7 @@ class AdminDecoder(nn.TransformerDecoder):
     """``nn.TransformerDecoder`` of ``num_layers`` copies of an :class:`AdminDecoderLayer`."""
 
     def __init__(self, decoder_layer: AdminDecoderLayer, num_layers: int, norm: nn.Module | None = None) -> None:
-        _check_layer("decoder_layer", decoder_layer, AdminDecoderLayer)
+        _check_layers("decoder_layer", decoder_layer, AdminDecoderLayer, num_layers, norm)
         super().__init__(decoder_layer, num_layers, norm)
 
 
@@ -139,15 +159,20 @@ class AdminTransformer(nn.Transformer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_size("num_encoder_layers", num_encoder_layers)
+        check_size("num_decoder_layers", num_decoder_layers)
+        for name, custom in (("custom_encoder", custom_encoder), ("custom_decoder", custom_decoder)):
+            if custom is not None:
+                check_module(name, custom)
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         layer = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first)
         encoder, decoder = custom_encoder, custom_decoder
         if encoder is None:
-            norm = nn.LayerNorm(d_model, layer_norm_eps, **factory)
-            encoder = AdminEncoder(AdminEncoderLayer(*layer, **factory), num_encoder_layers, norm)
+            encoder_layer = AdminEncoderLayer(*layer, **factory)
+            encoder = AdminEncoder(encoder_layer, num_encoder_layers, nn.LayerNorm(d_model, layer_norm_eps, **factory))
         if decoder is None:
-            norm = nn.LayerNorm(d_model, layer_norm_eps, **factory)
-            decoder = AdminDecoder(AdminDecoderLayer(*layer, **factory), num_decoder_layers, norm)
+            decoder_layer = AdminDecoderLayer(*layer, **factory)
+            decoder = AdminDecoder(decoder_layer, num_decoder_layers, nn.LayerNorm(d_model, layer_norm_eps, **factory))
         super().__init__(
             d_model, nhead, custom_encoder=encoder, custom_decoder=decoder, batch_first=batch_first
         )  # which also draws the weights
@@ -185,6 +210,7 @@ def sublayers(layer: nn.Module) -> range:
 
 
 def check_post_ln(norm_first: bool, where: str = "") -> None:
+    check_flag(f"{where + ': ' if where else ''}norm_first", norm_first)
     if norm_first:
         raise ValueError(
             f"{where + ': ' if where else ''}norm_first: expected False, got True; ADMIN scales the residual stream of "
@@ -192,9 +218,12 @@ def check_post_ln(norm_first: bool, where: str = "") -> None:
         )
 
 
-def _check_layer(name: str, layer: Any, expected: type[nn.Module]) -> None:
+def _check_layers(name: str, layer: Any, expected: type[nn.Module], number: int, norm: nn.Module | None) -> None:
     if not isinstance(layer, expected):
         raise TypeError(
             f"{name}: expected a repdeg_fast.nn.{expected.__name__}, got {type(layer).__name__}; "
             f"repdeg_fast.nn.from_torch converts torch's"
         )
+    check_size("num_layers", number)
+    if norm is not None:
+        check_module("norm", norm)
