@@ -2,7 +2,7 @@
 
 Rounding y moves (y − β)/γ by up to u·|y|/|γ|, u the unit roundoff of y: by u·|n| where β is small, by u·|β/γ| where it
 is not. So what counts is the smallest |γ| / max(|β|, 2⁻⁸) over the columns, the floor keeping fp16 away from subnormal
-numbers. :data:`SMALLEST_RATIO` is where the error of n reaches the tolerances of DESIGN §6, were every column that bad.
+numbers. :data:`SMALLEST_RATIO` is where the error of n reaches the tolerances of docs/design.md, were every column that bad.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def smallest_ratio(weight: Tensor | None, bias: Tensor | None) -> float:
     forward pass that runs again saves the same tensors.
     """
     given = [parameter for parameter in (weight, bias) if parameter is not None]
-    if not given or given[0].is_meta or isinstance(given[0], FakeTensor):  # no values to look at: the usual case
-        return 1 / _FLOOR
+    if not given or given[0].is_meta or isinstance(given[0], FakeTensor) or torch._C._are_functorch_transforms_active():
+        return 1 / _FLOOR  # no values to look at: the usual case
     places, version = [parameter.data_ptr() for parameter in given], sum(parameter._version for parameter in given)
     look = _looks.get(given[0])
     if look is None or look.last() is not given[-1] or look.places != places:
