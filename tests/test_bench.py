@@ -234,15 +234,6 @@ def test_inspection_against_plain_svd():
     torch.testing.assert_close(found.norms, double.norm(dim=1))
 
 
-def test_effective_measures_of_known_spectra():
-    even, single = torch.ones(8).double(), torch.tensor([3.0, 0, 0, 0]).double()
-    assert inspection.effective_rank(even) == pytest.approx(8)
-    assert inspection.participation_ratio(even) == pytest.approx(8)
-    assert inspection.directions_for(even, 0.9) == 8
-    assert inspection.effective_rank(single) == inspection.participation_ratio(single) == pytest.approx(1)
-    assert inspection.directions_for(single, 0.9) == 1
-
-
 def test_inspection_names_rows_that_are_not_finite():
     weight = torch.randn(10, 4)
     weight[3, 1] = float("nan")

@@ -40,9 +40,9 @@ class CanonicalCorrelations:
 def cca(x: Tensor | Covariances, y: Tensor | None = None, *, threshold: float = _THRESHOLD) -> CanonicalCorrelations:
     """Mean canonical correlation.
 
-    The ρ are the singular values of Σxx^-½ Σxy Σyy^-½, after directions whose variance is below ``threshold`` times the
-    side's largest have been removed: constant, duplicate and dependent features, and fewer points than features, are no
-    error; ``rank_x``, ``rank_y`` and ``forced`` say what was left.
+    The ρ are the singular values of Σxx^-½ Σxy Σyy^-½, after directions whose variance is below ``threshold`` times
+    the side's largest have been removed: constant, duplicate and dependent features, and fewer points than features,
+    are no error; ``rank_x``, ``rank_y`` and ``forced`` say what was left.
 
     Args:
         x, y: (n, d) and (n, e), row i of both the same point; or one ``Covariances`` of two sides.
@@ -58,7 +58,8 @@ def cca(x: Tensor | Covariances, y: Tensor | None = None, *, threshold: float = 
 def svcca(
     x: Tensor | Covariances, y: Tensor | None = None, *, share: float = 0.99, threshold: float = _THRESHOLD
 ) -> CanonicalCorrelations:
-    """:func:`cca` of the leading principal components of each side that hold ``share`` of its variance (1706.05806)."""
+    """:func:`cca` of the leading principal components of each side that hold ``share`` of its variance
+    (1706.05806)."""
     if not 0 < share <= 1:
         raise ValueError(f"share: expected a number in (0, 1], got {share}")
     found = _Whitened.of(paired(x, y), threshold, share)
@@ -78,8 +79,9 @@ def pwcca(
     they tie) and z_j that side's own centred features. Arguments and errors are those of :func:`cca`.
 
     ``convention="svcca"`` gives what google/svcca's ``compute_pwcca(x.T, y.T, epsilon=threshold)`` computes instead:
-    threshold added to the variances, directions without Σxx^-½, weights from uncentred points. It has no answer where y
-    is narrower or a feature of x varies less than the threshold: a ValueError here, an IndexError or a wrong side there.
+    threshold added to the variances, directions without Σxx^-½, weights from uncentred points. It has no answer
+    where y is narrower or a feature of x varies less than that: a ValueError here, an IndexError or a wrong side
+    there.
     """
     covariances = paired(x, y)
     if convention == "svcca":

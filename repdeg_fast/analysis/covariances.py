@@ -87,8 +87,7 @@ class Covariances:
         return out
 
     def name(self, side: int) -> str:
-        default = ("x", "y") if len(self) <= 2 else tuple(f"side {i}" for i in range(len(self)))
-        return (self.names or default)[side]
+        return (self.names or _default_names(len(self)))[side]
 
     def mean(self, side: int = 0) -> Tensor:
         """(d,)"""
@@ -143,11 +142,15 @@ class Covariances:
         if self._origins and [side.shape[-1] for side in sides] != self._widths():
             got = [side.shape[-1] for side in sides]
             raise ValueError(f"sides: expected matrices of {self._widths()} columns as before, got {got}")
-        names = self.names or (("x", "y") if len(sides) <= 2 else [f"side {i}" for i in range(len(sides))])
+        names = self.names or _default_names(len(sides))
         for name, side in zip(names, sides, strict=True):
             check_points(name, side)
             if len(side) != len(sides[0]):
                 raise ValueError(f"{name}: expected {len(sides[0])} points as in {names[0]}, got {len(side)}")
+
+
+def _default_names(sides: int) -> tuple[str, ...]:
+    return ("x", "y")[:sides] if sides <= 2 else tuple(f"side {i}" for i in range(sides))
 
 
 def check_points(name: str, points: Tensor) -> None:

@@ -1,8 +1,7 @@
-"""How degenerate is an embedding: CosReg's R, norms, and the spectrum."""
+"""How degenerate is an embedding: what the measures of this package say of it, each computed once."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +9,10 @@ import torch
 from torch import Tensor
 
 from repdeg_fast._checks import InputError
+from repdeg_fast.analysis.cosines import direction_sum, mean_cosine
+from repdeg_fast.analysis.covariances import CHUNK, Covariances
+from repdeg_fast.analysis.spectrum import isoscore, leading_plane, singular_values
 
-CHUNK = 4096  # rows in float64 at a time
 _WIDEST = 16384  # the d×d Gram matrix is in float64: 2 GiB
 
 
@@ -29,6 +30,7 @@ class Inspection:
     singular_values: Tensor  # (d,), of the matrix as it is: their squares add up to the energy
     centred_singular_values: Tensor  # (d,), of the matrix less its mean row: their squares add up to the variance
     plane: Tensor  # (d, 2), the two leading right singular vectors
+    isoscore: float
 
     @property
     def zero_rows(self) -> int:
@@ -51,57 +53,22 @@ def inspect_embedding(weight: Tensor, tick: Callable[[int], None] = lambda rows:
     n, d = weight.shape
     if d > _WIDEST:
         raise InputError(f"weights: expected rows of at most {_WIDEST:,} values, got shape ({n}, {d}); transposed?")
-    gram = torch.zeros(d, d, dtype=torch.float64)
-    total, unit_total = torch.zeros(2, d, dtype=torch.float64)
-    norms = torch.empty(n, dtype=torch.float64)
-    for start in range(0, n, CHUNK):
-        rows = weight[start : start + CHUNK].double()
-        norm = rows.norm(dim=1)
-        norms[start : start + CHUNK] = norm
-        gram.addmm_(rows.T, rows)
-        total += rows.sum(0)
-        unit_total += (rows / norm.masked_fill(norm == 0, 1)[:, None]).sum(0)
+    covariances, norms = Covariances(["weight"]), []
+    for rows in weight.split(CHUNK):
+        covariances.update(rows)
+        norms.append(rows.double().norm(dim=1))
         tick(len(rows))
-    nonzero = int((norms > 0).sum())
-    off_diagonal = float(unit_total.square().sum()) - nonzero
-    energies, vectors = torch.linalg.eigh(gram)
-    mean = total / n
-    variances = torch.linalg.eigvalsh(gram - n * torch.outer(mean, mean))
+    total, nonzero = direction_sum(weight)
     return Inspection(
         rows=n,
         columns=d,
         dtype=weight.dtype,
-        cosreg=off_diagonal / n**2,
-        mean_cosine=off_diagonal / (nonzero * (nonzero - 1)) if nonzero > 1 else math.nan,
-        mean_direction_norm=float(unit_total.norm()) / max(nonzero, 1),
-        norms=norms,
-        singular_values=energies.clamp_min(0).sqrt().flip(0),
-        centred_singular_values=variances.clamp_min(0).sqrt().flip(0),
-        plane=_plane(vectors, mean),
+        cosreg=(float(total.square().sum()) - nonzero) / n**2,
+        mean_cosine=mean_cosine(total, nonzero),
+        mean_direction_norm=float(total.norm()) / max(nonzero, 1),
+        norms=torch.cat(norms),
+        singular_values=singular_values(covariances),
+        centred_singular_values=singular_values(covariances, centred=True),
+        plane=leading_plane(covariances),
+        isoscore=isoscore(covariances),
     )
-
-
-def _plane(vectors: Tensor, mean: Tensor) -> Tensor:
-    """The two leading singular vectors. They have no sign of their own: turned so that the mean row points up right."""
-    plane = torch.zeros(len(mean), 2, dtype=mean.dtype)
-    plane[:, : min(2, len(mean))] = vectors.flip(1)[:, :2]
-    return plane * torch.where(mean @ plane < 0, -1.0, 1.0)
-
-
-def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of the energy shares: d where all directions are used alike, 1 where one is."""
-    share = singular_values.square()
-    share = share[share > 0] / share.sum()
-    return float((-(share * share.log()).sum()).exp())
-
-
-def participation_ratio(singular_values: Tensor) -> float:
-    """(Σ σ²)² / Σ σ⁴, the same idea with more weight on the large ones."""
-    energy = singular_values.square()
-    return float(energy.sum() ** 2 / energy.square().sum()) if energy.any() else 0.0
-
-
-def directions_for(singular_values: Tensor, share: float) -> int:
-    """How many leading directions hold ``share`` of the energy."""
-    cumulative = singular_values.square().cumsum(0)
-    return int((cumulative < share * cumulative[-1]).sum()) + 1

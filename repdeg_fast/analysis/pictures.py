@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from repdeg_fast._checks import InputError
-from repdeg_fast.analysis.inspection import Inspection, effective_rank
+from repdeg_fast.analysis.inspection import Inspection
+from repdeg_fast.analysis.spectrum import effective_rank
 
 _POINTS = 20_000  # rows in the picture
 

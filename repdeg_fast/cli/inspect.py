@@ -11,7 +11,8 @@ from rich.table import Table
 
 from repdeg_fast.analysis import inspection, pictures
 from repdeg_fast.analysis import weights as checkpoints
-from repdeg_fast.analysis.inspection import Inspection, directions_for, effective_rank, participation_ratio
+from repdeg_fast.analysis.inspection import Inspection
+from repdeg_fast.analysis.spectrum import directions_for, effective_rank, participation_ratio
 from repdeg_fast.bench.suite import dtype_name
 from repdeg_fast.cli import outputs
 from repdeg_fast.cli.console import progress, stdout
@@ -62,7 +63,7 @@ def _overview(name: str, found: Inspection) -> Table:
         (
             "effective rank",
             f"{effective_rank(centred):.1f}",
-            f"of the centred rows, exp of entropy; at most {found.columns:,}",
+            f"of the centred rows, RankMe; at most {found.columns:,}",
         ),
         ("participation ratio", f"{participation_ratio(centred):.1f}", "of the centred rows, (Σσ²)²/Σσ⁴"),
         ("90 % of variance", f"{directions_for(centred, 0.9):,}", "leading directions that hold it"),
