@@ -256,7 +256,7 @@ def test_mutual_information_in_its_limits():
     same = analysis.mutual_information_of_labels(tokens, tokens)
     assert same.plug_in == pytest.approx(entropy, rel=1e-9)
     assert same.corrected == pytest.approx(entropy, rel=1e-9)
-    assert analysis.mutual_information_of_labels(torch.arange(3000), tokens).corrected == 0
+    assert analysis.mutual_information_of_labels(torch.arange(600), tokens[:600]).corrected == 0
 
 
 def test_mutual_information_against_plain_counting():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +71,7 @@ def mutual_information_of_labels(first: Tensor, second: Tensor) -> MutualInforma
     plug_in = sum(entropies) - _entropy(joint)
     by_chance = float(expected_mutual_information(table, n))
     room = entropies[1] - by_chance
-    corrected = entropies[1] * (plug_in - by_chance) / room if room > 1e-12 * max(1.0, math.log(n)) else 0.0
+    corrected = entropies[1] * (plug_in - by_chance) / room if room > 1e-6 * entropies[1] else 0.0
     return MutualInformation(corrected, plug_in, by_chance, entropies[1], table.shape[0])
 
 
