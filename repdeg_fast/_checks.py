@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_PLAIN = frozenset((Tensor, Parameter))
 
 
 class InputError(ValueError):
@@ -18,6 +19,8 @@ class InputError(ValueError):
 
 def check_floating(name: str, value: Tensor) -> None:
     """``value`` is a strided tensor of one of the four floating dtypes."""
+    if type(value) in _PLAIN and value.dtype in FLOATING and value.layout is torch.strided and not value.is_nested:
+        return  # the usual case, at once: a call is checked many times over
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
@@ -27,7 +30,7 @@ def check_floating(name: str, value: Tensor) -> None:
 
 def check_dense(name: str, value: Tensor) -> None:
     """The tensor ``value`` is a strided one, whole on this device."""
-    if type(value) not in (Tensor, Parameter) and type(value).__module__.startswith("torch.distributed.tensor"):
+    if type(value) not in _PLAIN and type(value).__module__.startswith("torch.distributed.tensor"):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor (FSDP2 or tensor parallelism); pass {name}.full_tensor(), "
             f"or call this inside the forward pass of the module that FSDP wraps, where its parameters are whole"

@@ -2,7 +2,7 @@
 
 Rounding y moves (y − β)/γ by up to u·|y|/|γ|, u the unit roundoff of y: by u·|n| where β is small, by u·|β/γ| where it
 is not. So what counts is the smallest |γ| / max(|β|, 2⁻⁸) over the columns, the floor keeping fp16 away from subnormal
-numbers. :data:`SMALLEST_RATIO` is where the error of n reaches the tolerances in docs/design.md, were all columns so bad.
+numbers. :data:`SMALLEST_RATIO` is where the error of n reaches the tolerances (docs/design.md), were all columns so bad.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 SMALLEST_RATIO = {
     torch.bfloat16: 2.0**-2,
@@ -34,14 +35,20 @@ def smallest_ratio(weight: Tensor | None, bias: Tensor | None) -> float:
     (the first look of all waits for the stream). The answer changes with a parameter only, so that a checkpointed
     forward pass that runs again saves the same tensors.
     """
-    given = [parameter for parameter in (weight, bias) if parameter is not None]
-    if not given or given[0].is_meta or isinstance(given[0], FakeTensor) or torch._C._are_functorch_transforms_active():
-        return 1 / _FLOOR  # no values to look at: the usual case
-    places, version = [parameter.data_ptr() for parameter in given], sum(parameter._version for parameter in given)
-    look = _looks.get(given[0])
-    if look is None or look.last() is not given[-1] or look.places != places:
+    measured, last = (weight, bias) if weight is not None else (bias, bias)
+    if measured is None or measured.is_meta or isinstance(measured, FakeTensor):  # no values to look at
+        return 1 / _FLOOR
+    if torch._C._are_functorch_transforms_active():  # likewise
+        return 1 / _FLOOR
+    last = measured if last is None else last
+    place = measured.data_ptr(), last.data_ptr()
+    version = measured._version + last._version
+    look = _looks.get(id(measured))
+    if look is None or look.measured() is not measured or look.last() is not last or look.place != place:
         ratio = _ratio(weight, bias).item()
-        look = _looks[given[0]] = _Look(weakref.ref(given[-1]), places, version, version, ratio)
+        forget = partial(_looks.pop, id(measured))  # called with the dead reference, as the default
+        look = _Look(weakref.ref(measured, forget), weakref.ref(last), place, version, version, ratio)
+        _looks[id(measured)] = look
     elif version != look.version:
         look.update(version, weight, bias)
     return look.ratio
@@ -49,15 +56,16 @@ def smallest_ratio(weight: Tensor | None, bias: Tensor | None) -> float:
 
 @dataclass
 class _Look:
+    measured: Callable[[], Tensor | None]  # still this weight, and not another at its address
     last: Callable[[], Tensor | None]  # the bias, if there is one: a weight may meet several
-    places: list[int]  # in memory, which an assignment to `.data` changes
+    place: tuple[int, int]  # in memory, which an assignment to `.data` changes
     version: int  # of the parameters when `ratio` was last asked for
     begun: int  # their version when it was last measured
     ratio: float
     arriving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def update(self, version: int, weight: Tensor | None, bias: Tensor | None) -> None:
-        measured = weight if weight is not None else bias
+        measured = self.measured()
         assert measured is not None
         if measured.device.type != "cuda":
             self.version, self.ratio = version, _ratio(weight, bias).item()
@@ -75,7 +83,7 @@ class _Look:
             self.begun, self.arriving = self.version, (on_host, arrived)
 
 
-_looks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_looks: dict[int, Any] = {}  # by id, as long as the parameter lives
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from repdeg_fast import backends
-from repdeg_fast._arithmetic import arithmetic_dtype
+from repdeg_fast._arithmetic import arithmetic_dtype, autocast_dtype
 from repdeg_fast._checks import check_dropout, check_floating, check_positive
 from repdeg_fast._recoverable import SMALLEST_RATIO, smallest_ratio
 from repdeg_fast._seeds import seed_tensor
@@ -67,18 +67,17 @@ def admin_norm(
     x, branch = _under_autocast(x), _under_autocast(branch)
     _check_activations(x, branch)
     check_options(dropout, eps, norm, save)
-    parameters = (
-        _omega(omega, x),
-        _parameter("weight", weight, x),
-        _parameter("bias", bias, x),
-        _parameter("branch_bias", branch_bias, x),
-    )
+    omega = _omega(omega, x)
+    weight = _parameter("weight", weight, x)
+    bias = _parameter("bias", bias, x)
+    branch_bias = _parameter("branch_bias", branch_bias, x)
     dropout = float(dropout) if training else 0.0
     seed = seed_tensor(seed, x.device) if dropout > 0 else None
-    save_input = _differentiated(x, branch, *parameters) and _save_input(save, weight, bias, x.dtype)
+    differentiated = torch.is_grad_enabled() and _any_requires_grad(x, branch, omega, weight, bias, branch_bias)
+    save_input = differentiated and _save_input(save, weight, bias, x.dtype)
     y, _, _ = _admin_norm(
-        _rows(x), _rows(branch), *parameters, seed, dropout, float(eps), norm == "layer", save_input,
-        backends.requested(),
+        _rows(x), _rows(branch), omega, weight, bias, branch_bias, seed, dropout, float(eps), norm == "layer",
+        save_input, backends.requested(),
     )  # fmt: skip
     return y if x.dim() == 2 else y.view(x.shape)
 
@@ -94,9 +93,8 @@ def check_options(dropout: float, eps: float, norm: str, save: str) -> None:
 
 def _under_autocast(value: Tensor) -> Tensor:
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-        device = value.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return value.to(torch.get_autocast_dtype(device))
+        autocast = autocast_dtype(value.device)
+        return value if autocast is None else value.to(autocast)
     return value
 
 
@@ -123,10 +121,10 @@ def _parameter(name: str, value: Tensor | None, x: Tensor) -> Tensor | None:
     """``value`` as the kernels take it: (d,), contiguous, in the arithmetic dtype."""
     if value is None:
         return None
-    _check_parameter(name, value, x)
+    dtype = _check_parameter(name, value, x)
     if value.shape != x.shape[-1:]:
         raise ValueError(f"{name}: expected shape ({x.shape[-1]},), one value a column, got {tuple(value.shape)}")
-    return value.to(arithmetic_dtype(x)).contiguous()
+    return value if value.dtype == dtype and value.is_contiguous() else value.to(dtype).contiguous()
 
 
 def _omega(omega: Tensor | float | None, x: Tensor) -> Tensor | None:
@@ -137,25 +135,32 @@ def _omega(omega: Tensor | float | None, x: Tensor) -> Tensor | None:
         if isinstance(omega, bool) or not isinstance(omega, (int, float)) or not math.isfinite(omega):
             raise TypeError(f"omega: expected a tensor, a finite number or None, got {omega!r}")
         omega = torch.full((1,), float(omega), dtype=arithmetic_dtype(x), device=x.device)
-    _check_parameter("omega", omega, x)
-    d = x.shape[-1]
-    if omega.dim() > 1 or (omega.numel() != 1 and omega.numel() != d):
-        raise ValueError(f"omega: expected shape ({d},), one value a column, or one value, got {tuple(omega.shape)}")
-    omega = omega if omega.shape == (d,) else omega.expand(d)
-    return omega.to(arithmetic_dtype(x)).contiguous()
+    if omega.dim() < 2 and omega.numel() == 1:
+        _check_parameter("omega", omega, x)
+        omega = omega.expand(x.shape[-1])
+    elif omega.shape != x.shape[-1:]:
+        expected = f"({x.shape[-1]},), one value a column, or one value"
+        raise ValueError(f"omega: expected shape {expected}, got {tuple(omega.shape)}")
+    return _parameter("omega", omega, x)
 
 
-def _check_parameter(name: str, value: Tensor, x: Tensor) -> None:
+def _check_parameter(name: str, value: Tensor, x: Tensor) -> torch.dtype:
+    """Returns the arithmetic dtype."""
     check_floating(name, value)
-    if value.dtype not in (arithmetic_dtype(x), x.dtype):
-        expected = dict.fromkeys((str(arithmetic_dtype(x)), str(x.dtype)))
+    dtype = arithmetic_dtype(x)
+    if value.dtype not in (dtype, x.dtype):
+        expected = dict.fromkeys((str(dtype), str(x.dtype)))
         raise TypeError(f"{name}: expected {' or '.join(expected)} for x of {x.dtype}, got {value.dtype}")
     if value.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} like x, got {value.device}")
+    return dtype
 
 
-def _differentiated(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _save_input(save: str, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:

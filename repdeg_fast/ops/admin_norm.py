@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from repdeg_fast._arithmetic import arithmetic_dtype
@@ -78,10 +79,11 @@ def admin_norm_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of Gradients. ``wanted``: which of all but the first to make; one that is not is empty."""
+    grad_y = grad_y if grad_y.is_contiguous() else grad_y.contiguous()
     made = _empty_gradients(grad_y, rstd, wanted)
-    grad_y = grad_y.contiguous()
     parameters = (_aligned(omega), _aligned(weight), _aligned(bias), _aligned(branch_bias))
-    kernels = operation.kernels(backend, *(matrix for matrix in (grad_y, y, x, branch) if matrix is not None))
+    inputs = (y,) if x is None else (x, branch) if y is None else (y, x)
+    kernels = operation.kernels(backend, grad_y, *inputs)
     saved = Saved(y, x, branch, *parameters, mean, rstd)
     kernels.backward(_wanted(made, wanted), grad_y, saved, Dropout(seed, dropout), center=center)
     return made
@@ -90,7 +92,7 @@ def admin_norm_backward(
 @admin_norm_backward.register_fake
 def _(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     *_, rstd, _seed, _dropout, _center, wanted, _backend = arguments
-    return _empty_gradients(grad_y, rstd, wanted)
+    return _empty_gradients(grad_y.contiguous(), rstd, wanted)
 
 
 admin_norm_backward.forbid_second_derivative("admin_norm")
@@ -105,13 +107,15 @@ def _empty_gradients(
     grad_y: Tensor, rstd: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     branch, *parameters = wanted
-    rows = [grad_y.new_empty(grad_y.shape if make else 0) for make in (True, branch)]
-    omega, weight, bias, branch_bias = (rstd.new_empty(grad_y.shape[1] if make else 0) for make in parameters)
-    return rows[0], rows[1], omega, weight, bias, branch_bias
+    d = grad_y.shape[1]
+    grad_branch = torch.empty_like(grad_y) if branch else grad_y.new_empty(0)
+    omega, weight, bias, branch_bias = [rstd.new_empty(d if make else 0) for make in parameters]
+    return torch.empty_like(grad_y), grad_branch, omega, weight, bias, branch_bias
 
 
 def _wanted(made: tuple[Tensor, ...], wanted: list[bool]) -> Gradients:
-    return Gradients(made[0], *(gradient if make else None for gradient, make in zip(made[1:], wanted, strict=True)))
+    x, *others = made
+    return Gradients(x, *[gradient if make else None for gradient, make in zip(others, wanted, strict=True)])
 
 
 class _Options(NamedTuple):
