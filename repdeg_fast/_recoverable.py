@@ -2,7 +2,7 @@
 
 Rounding y moves (y − β)/γ by up to u·|y|/|γ|, u the unit roundoff of y: by u·|n| where β is small, by u·|β/γ| where it
 is not. So what counts is the smallest |γ| / max(|β|, 2⁻⁸) over the columns, the floor keeping fp16 away from subnormal
-numbers. :data:`SMALLEST_RATIO` is where the error of n reaches the tolerances (docs/design.md), were all columns so bad.
+numbers. :data:`SMALLEST_RATIO` is where the error of n reaches the tolerances of docs/design.md, were all so bad.
 """
 
 from __future__ import annotations
