@@ -157,7 +157,7 @@ def _check_parameter(name: str, value: Tensor, x: Tensor) -> torch.dtype:
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any([tensor is not None and tensor.requires_grad for tensor in tensors])  # faster than a generator
+    return True in [tensor.requires_grad for tensor in tensors if tensor is not None]
 
 
 def _save_input(save: str, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
