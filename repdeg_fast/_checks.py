@@ -28,9 +28,14 @@ def check_floating(name: str, value: Tensor) -> None:
     check_dense(name, value)
 
 
+def is_dtensor(value: Tensor) -> bool:
+    """Whether ``value`` is cut up over processes; without importing torch's class, which takes its time."""
+    return type(value) not in _PLAIN and type(value).__module__.startswith("torch.distributed.tensor")
+
+
 def check_dense(name: str, value: Tensor) -> None:
     """The tensor ``value`` is a strided one, whole on this device."""
-    if type(value) not in _PLAIN and type(value).__module__.startswith("torch.distributed.tensor"):
+    if is_dtensor(value):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor (FSDP2 or tensor parallelism); pass {name}.full_tensor(), "
             f"or call this inside the forward pass of the module that FSDP wraps, where its parameters are whole"
@@ -92,6 +97,11 @@ def check_input(name: str, value: Tensor, weight: Tensor) -> None:
     check_floating(name, value)
     if value.dim() == 0 or value.shape[-1] != weight.shape[1]:
         raise ValueError(f"{name}: expected a last dimension of {weight.shape[1]}, got shape {tuple(value.shape)}")
+    if is_dtensor(weight):
+        raise TypeError(
+            f"{name}: expected a module whose weight is whole, got one whose weight is a DTensor (FSDP2 or tensor "
+            f"parallelism); leave that module to the fully_shard of the one around it, which calls it"
+        )
     if value.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
         raise TypeError(
             f"{name}: expected {weight.dtype} like the module's weight, got {value.dtype}; convert one of them or use "

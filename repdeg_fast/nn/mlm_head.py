@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repdeg_fast._checks import check_flag, check_floating, check_input, check_integer, check_positive, check_size
+from repdeg_fast._checks import (
+    check_flag,
+    check_floating,
+    check_input,
+    check_integer,
+    check_positive,
+    check_size,
+    is_dtensor,
+)
 from repdeg_fast.functional import multi_layer_mlm_loss
 
 Activation = Callable[[Tensor], Tensor]
@@ -102,6 +110,11 @@ class MultiLayerMLMHead(nn.Module):
     def transform(self, hidden_states: Tensor) -> Tensor:
         """What is multiplied with the embedding: (..., hidden_size) → (..., width)."""
         check_input("hidden_states", hidden_states, self.dense.weight)
+        if is_dtensor(self.weight):
+            raise TypeError(
+                "embedding: expected its weight whole where the head reads it, got a DTensor (FSDP2 or tensor "
+                "parallelism); leave the embedding to the fully_shard of a module around it and the head"
+            )
         return self.layer_norm(self.activation(self.dense(hidden_states)))
 
     def logits(self, hidden_states: Tensor) -> Tensor:

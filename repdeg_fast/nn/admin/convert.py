@@ -9,6 +9,7 @@ from torch import nn
 
 from repdeg_fast._checks import check_module
 from repdeg_fast.nn.admin.attention import check_plain
+from repdeg_fast.nn.admin.sharding import check_whole
 from repdeg_fast.nn.admin.transformer import (
     AdminDecoder,
     AdminDecoderLayer,
@@ -46,6 +47,7 @@ def from_torch(module: Module) -> Module:
             are not those it is made with.
     """
     check_module("module", module)
+    check_whole("module", module, "convert it before you call fully_shard or parallelize_module")
     converted = copy.deepcopy(module)
     for original, part in zip(module.modules(), converted.modules(), strict=True):
         if isinstance(part, nn.TransformerDecoderLayer) and "activation" not in vars(original):

@@ -15,6 +15,7 @@ from repdeg_fast._checks import check_module
 from repdeg_fast.nn.admin.convert import TORCH_CLASS
 from repdeg_fast.nn.admin.norm import AdminNorm
 from repdeg_fast.nn.admin.profile import admin_norms
+from repdeg_fast.nn.admin.sharding import check_whole
 from repdeg_fast.nn.admin.transformer import AdminDecoderLayer, AdminEncoderLayer, AdminLayer, check_weights, sublayers
 
 
@@ -79,6 +80,7 @@ def fold_admin(model: nn.Module) -> nn.Module:
             weights that several layers share or a parametrization computes.
     """
     check_module("model", model)
+    check_whole("model", model, "load the full state dict into a model that is not sharded, and fold that")
     _check_foldable(model)
     folded = copy.deepcopy(model)
     layers = [part for part in folded.modules() if isinstance(part, AdminLayer)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from repdeg_fast._checks import check_choice
 from repdeg_fast.nn.admin.norm import AdminNorm
 from repdeg_fast.nn.admin.profile import admin_norms, check_batch, observe, stack_of, variances
+from repdeg_fast.nn.admin.sharding import check_whole, reshard
 from repdeg_fast.nn.admin.table import AdminTable, Sublayer
 from repdeg_fast.nn.admin.transformer import AdminDecoderLayer, AdminEncoderLayer, AdminLayer, check_weights
 
@@ -63,15 +64,16 @@ def initialize_admin_(
     norms = admin_norms(model)
     if rule == "profile":
         _check_profiled(model, norms, batch)
-        return AdminTable(rule, _profile(model, norms, batch, group))
-    if rule == "deepnorm":
-        omegas = _deepnorm(model, norms)
+        rows = _profile(model, batch, group)
+    elif rule == "deepnorm":
+        rows = [Sublayer(stack_of(name), name, alpha) for name, alpha in _deepnorm(model, norms).items()]
     else:
         sizes = Counter(map(stack_of, norms))
-        omegas = {name: FORMULAS[rule](sizes[stack_of(name)]) for name in norms}
-    for name, norm in norms.items():
-        norm.omega.fill_(omegas[name])
-    return AdminTable(rule, [Sublayer(stack_of(name), name, omega) for name, omega in omegas.items()])
+        rows = [Sublayer(stack_of(name), name, FORMULAS[rule](sizes[stack_of(name)])) for name in norms]
+    reshard(model)
+    for row in rows:
+        norms[row.name].omega.fill_(row.omega)
+    return AdminTable(rule, rows)
 
 
 def _check_profiled(model: nn.Module, norms: dict[str, AdminNorm], batch: Any) -> None:
@@ -83,14 +85,14 @@ def _check_profiled(model: nn.Module, norms: dict[str, AdminNorm], batch: Any) -
         )
 
 
-def _profile(model: nn.Module, norms: dict[str, AdminNorm], batch: Any, group: Any | None) -> list[Sublayer]:
-    before = {name: norm.omega.clone() for name, norm in norms.items()}
+def _profile(model: nn.Module, batch: Any, group: Any | None) -> list[Sublayer]:
     following: dict[str, float] = {}  # of each stack: ω of the sub-layer after the latest
-    rows = []
+    rows, before = [], []
 
     def visit(name: str, norm: AdminNorm, x: Tensor, branch: Tensor) -> None:
         stack = stack_of(name)
         omega = following.get(stack, 1.0)
+        before.append((norm, norm.omega, norm.omega.clone()))
         norm.omega.fill_(omega)
         stream, own = variances(norm, x, branch, group)
         following[stack] = math.sqrt(stream + own)
@@ -99,8 +101,9 @@ def _profile(model: nn.Module, norms: dict[str, AdminNorm], batch: Any, group: A
     try:
         observe(model, batch, visit)
     except BaseException:
-        for name, norm in norms.items():
-            norm.omega.copy_(before[name])
+        for norm, changed, value in before:
+            if norm.omega is changed:  # else it was FSDP2's copy, which is gone
+                changed.copy_(value)
         raise
     return rows
 
@@ -116,16 +119,23 @@ def _deepnorm(model: nn.Module, norms: dict[str, AdminNorm]) -> dict[str, float]
         )
     for name, layer in layers.items():
         check_weights(name, layer)
+    check_whole("model", model, "rescale the weights before you call fully_shard or parallelize_module")
     constants = deepnorm_constants(
         sum(isinstance(layer, AdminEncoderLayer) for layer in layers.values()),
         sum(isinstance(layer, AdminDecoderLayer) for layer in layers.values()),
     )
-    for layer in layers.values():
-        _scale_initial_weights(layer, constants[type(layer)][1])
-    return {name: constants[type(layers[owner[name]])][0] for name in norms}
+    kinds = {name: _kind(layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        _scale_initial_weights(layer, constants[kinds[name]][1])
+    return {name: constants[kinds[owner[name]]][0] for name in norms}
 
 
-def deepnorm_constants(encoder_layers: int, decoder_layers: int) -> dict[type[nn.Module], tuple[float, float]]:
+def _kind(layer: AdminLayer) -> type[AdminLayer]:
+    """Of which a layer may be a subclass."""
+    return AdminEncoderLayer if isinstance(layer, AdminEncoderLayer) else AdminDecoderLayer
+
+
+def deepnorm_constants(encoder_layers: int, decoder_layers: int) -> dict[type[AdminLayer], tuple[float, float]]:
     """DeepNorm's (α, β) for encoder and decoder layers (arXiv 2203.00555, figure 2).
 
     A model of encoder layers alone, which is what a decoder-only language model is here, has the paper's constants of
@@ -134,7 +144,7 @@ def deepnorm_constants(encoder_layers: int, decoder_layers: int) -> dict[type[nn
     n, m = encoder_layers, decoder_layers
     if m == 0:
         return {AdminEncoderLayer: ((2 * n) ** 0.25, (8 * n) ** -0.25)}
-    constants: dict[type[nn.Module], tuple[float, float]] = {}
+    constants: dict[type[AdminLayer], tuple[float, float]] = {}
     if n:
         both = (n**4 * m) ** 0.0625
         constants[AdminEncoderLayer] = 0.81 * both, 0.87 / both
