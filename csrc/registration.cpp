@@ -23,19 +23,19 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
   m.def(
       "philox_gumbel(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
   m.def(
-      "gumbel_mix_sample(Tensor(a!) token_ids, Tensor(b!) lse, Tensor mixed, Tensor weight, Tensor? bias, Tensor seed,"
-      " float temperature) -> ()");
+      "gumbel_mix_sample(Tensor(a!) token_ids, Tensor(b!) peak, Tensor mixed, Tensor weight, Tensor? bias,"
+      " Tensor seed, float temperature) -> ()");
   // From logits (K, M, V) without the bias, of rows whose noise starts with that of first_row; alpha is (M, K).
   m.def(
-      "gumbel_mix_sample_logits(Tensor(a!) token_ids, Tensor(b!) lse, Tensor logits, Tensor alpha, Tensor? bias,"
+      "gumbel_mix_sample_logits(Tensor(a!) token_ids, Tensor(b!) peak, Tensor logits, Tensor alpha, Tensor? bias,"
       " Tensor seed, float temperature, int first_row) -> ()");
   m.def(
-      "gumbel_mix_soft_value(Tensor(a!) value, Tensor mixed, Tensor weight, Tensor? bias, Tensor embedding, Tensor lse,"
-      " Tensor seed, float temperature) -> ()");
+      "gumbel_mix_soft_value(Tensor(a!) value, Tensor mixed, Tensor weight, Tensor? bias, Tensor embedding,"
+      " Tensor token_ids, Tensor drawn_logits, Tensor peak, Tensor seed, float temperature) -> ()");
   m.def(
-      "gumbel_mix_backward(Tensor(a!)? grad_mixed, Tensor(b!)? grad_embedding, Tensor grad_embeddings, Tensor origin,"
-      " Tensor mixed, Tensor weight, Tensor? bias, Tensor embedding, Tensor lse, Tensor seed, float temperature)"
-      " -> ()");
+      "gumbel_mix_backward(Tensor(a!)? grad_mixed, Tensor(b!)? grad_embedding, Tensor grad_embeddings,"
+      " Tensor drawn_products, Tensor mixed, Tensor weight, Tensor? bias, Tensor embedding, Tensor token_ids,"
+      " Tensor drawn_logits, Tensor peak, Tensor seed, float temperature) -> ()");
   m.def(
       "admin_norm_forward(Tensor x, Tensor branch, Tensor? omega, Tensor? weight, Tensor? bias, Tensor? branch_bias,"
       " Tensor? seed, float dropout, float eps, bool center) -> (Tensor y, Tensor mean, Tensor rstd)");

@@ -23,7 +23,7 @@ SEED = 99
 
 
 class Problem:
-    def __init__(self, shape, dtype=torch.float32, device="cpu", bias=True):
+    def __init__(self, shape, dtype=torch.float32, device="cpu", scale=1.0, bias=True):
         heads, rows, vocabulary, width, embedding_width = shape
         generator = torch.Generator().manual_seed(rows + vocabulary)
 
@@ -33,7 +33,7 @@ class Problem:
 
         self.hidden_states = leaf(heads, rows, width)
         self.mixture_logits = leaf(rows, heads)
-        self.weight = leaf(vocabulary, width, scale=width**-0.5)
+        self.weight = leaf(vocabulary, width, scale=scale * width**-0.5)
         self.bias = leaf(vocabulary) if bias else None
         self.embedding = leaf(vocabulary, embedding_width)
         self.target = torch.randint(vocabulary, (rows,), generator=generator).to(device)
@@ -50,11 +50,11 @@ class Problem:
             **options,
         )  # fmt: skip
 
-    def separate(self, **options):
+    def separate(self, temperature=0.3, **options):
         head = (self.weight, self.target, self.bias)
         losses = multi_layer_mlm_loss(self.hidden_states, *head, **options)
         head = (self.mixture_logits, self.weight, self.bias, self.embedding)
-        return losses, *gumbel_mix(self.hidden_states, *head, seed=SEED)
+        return losses, *gumbel_mix(self.hidden_states, *head, seed=SEED, temperature=temperature)
 
     def results(self, outputs):
         """Losses, tokens, embeddings and the gradients of all leaves."""
@@ -136,22 +136,60 @@ def test_heads_may_lie_further_apart_than_32_bits_reach(place):
     assert relative_error(drawn[1], expected[1]) <= 1e-5
 
 
-def test_a_log_sum_exp_of_rounded_logits_serves_the_backward_pass(place):
-    """Weights are divided by what they add up to, so that it need only be near."""
+def test_a_sample_of_rounded_logits_serves_the_backward_pass(place):
+    """y is divided by what it adds up to, so that the drawn token's need only be near."""
     problem = Problem((1, 20, 200, 16, 16), torch.float32, place.device)
     mixed, weight, bias, embedding = (
         t.detach() for t in (problem.hidden_states[0], problem.weight, problem.bias, problem.embedding)
     )
     seed = torch.tensor([SEED], device=place.device)
     kernels = operation.kernels(place.backend, mixed, weight)
-    token_ids, lse = problem.target.new_empty(20), mixed.new_empty(20)
-    kernels.sample(token_ids, lse, mixed, weight, bias, seed, 0.3)
-    origin = (problem.upstream * embedding[token_ids]).sum(dim=1)
+    token_ids, peak = problem.target.new_empty(20), mixed.new_empty(20)
+    kernels.sample(token_ids, peak, mixed, weight, bias, seed, 0.3)
+    drawn = (token_ids, definition.drawn_logits(mixed, weight, bias, token_ids))
+    products = (problem.upstream * embedding[token_ids]).sum(dim=1)
     gradients = [torch.empty_like(mixed) for _ in range(2)]
-    for gradient, error in zip(gradients, (0.0, 0.25), strict=True):
-        inputs = (problem.upstream, origin, mixed, weight, bias, embedding, lse + error, seed, 0.3)
+    for gradient, error in zip(gradients, (1.0, 0.75), strict=True):
+        inputs = (problem.upstream, products, mixed, weight, bias, embedding, *drawn, error * peak, seed, 0.3)
         kernels.backward(gradient, None, *inputs)
     assert relative_error(gradients[1], gradients[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_any_temperature_of_a_sample_of_rounded_logits(place, scale, small_chunks):
+    """Logits of the sample and of the backward pass differ by their rounding, over τ. Where both draw the same token,
+    so are the gradients; where not, a token above the drawn one counts as equal to it."""
+    for dtype in set(place.dtypes()) & {torch.bfloat16, torch.float16}:
+        problem = Problem((3, 30, 200, 16, 16), dtype, place.device, scale)
+        for temperature in (1e-30, 1e-8, 1e-3, 0.3):
+            _, token_ids, embeddings = problem.joint(strategy="chunked", temperature=temperature)
+            _, plain_ids, plain = problem.separate(temperature=temperature)
+            (gradient,), (expected,) = (
+                torch.autograd.grad((e * problem.upstream).sum(), problem.mixture_logits) for e in (embeddings, plain)
+            )
+            assert gradient.isfinite().all()
+            same = token_ids == plain_ids
+            assert same.double().mean() >= 0.9
+            assert relative_error(gradient[same], expected[same]) <= TOLERANCE[dtype]
+
+
+def test_tokens_may_be_excluded_by_the_tile(place):
+    """Triton takes 4,096 logits at a time."""
+    logits, alpha = torch.randn(2, 5, 4500), torch.rand(5, 2)
+    seed = torch.tensor([SEED], device=place.device)
+    for excluded in (slice(None, 4200), slice(4000, None), slice(None)):
+        bias = torch.zeros(4500)
+        bias[excluded] = -float("inf")
+        drawn, expected = ((torch.empty(5, dtype=torch.int64), torch.empty(5)) for _ in range(2))
+        drawn = [tensor.to(place.device) for tensor in drawn]
+        inputs = [tensor.to(place.device) for tensor in (logits, alpha, bias)]
+        operation.kernels(place.backend, inputs[0]).sample_logits(*drawn, *inputs, seed, 0.3, 2)
+        definition.sample_logits(*expected, logits, alpha, bias, seed.cpu(), 0.3, 2)
+        if excluded == slice(None):
+            assert not drawn[1].isfinite().any()
+        else:
+            assert torch.equal(drawn[0].cpu(), expected[0])
+            assert relative_error(drawn[1], expected[1]) <= 1e-5
 
 
 def test_one_product_with_the_vocabulary_serves_both(monkeypatch):

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import gumbel
+from .philox import gumbel, gumbel_at
 from .tuning import PADDING, Specialization, choose, padded_columns, padded_vector, persistent_programs, variants
 
 _PROGRAMS = 8  # a multiprocessor, of which one or two are resident: the last round is then a small part of all
@@ -137,7 +137,7 @@ def _forward_kernel(
 # The splits put together, in their order.
 @triton.jit
 def _combine_kernel(
-    token_ids, lse, partial_most, partial_token, partial_sum, inverse_temperature, m, splits,
+    token_ids, peak, partial_most, partial_token, partial_sum, inverse_temperature, m, splits,
     SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -152,13 +152,13 @@ def _combine_kernel(
     sums = tl.load(partial_sum + at, mask=inside, other=0.0)
     total = tl.sum(sums * tl.exp((all_most - origin[None, :]) * inverse_temperature), axis=0)
     tl.store(token_ids + rows, token.to(tl.int64), mask=rows < m)
-    tl.store(lse + rows, origin * inverse_temperature + tl.log(total), mask=rows < m)
+    tl.store(peak + rows, 1 / total, mask=rows < m)
 
 
 # The same from the logits of K heads, a row a program. Bandwidth: each is read once, in its own dtype.
 @triton.jit
 def _logits_kernel(
-    token_ids, lse, logits, alpha, bias, seed, inverse_temperature, v, width, first_row, head_stride, row_stride,
+    token_ids, peak, logits, alpha, bias, seed, inverse_temperature, v, width, first_row, head_stride, row_stride,
     HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -180,17 +180,20 @@ def _logits_kernel(
             head += head_stride  # step by step: k·head_stride may need 64 bits
         s = tl.where(columns < v, s, float("-inf"))[None, :]
         most, token, total = _take(s, first, most, token, total, inverse_temperature)
-    origin = tl.where(most == float("-inf"), 0.0, most)
     at = row + tl.zeros((1,), tl.int32)
     tl.store(token_ids + at, token.to(tl.int64))
-    tl.store(lse + at, origin * inverse_temperature + tl.log(total))
+    tl.store(peak + at, 1 / total)
 
 
-# One tile of y = exp((z + g)/τ − lse) and, where `weighted` is given, of y (F·r − origin) and of the sums of both over
-# the tile.
+# One tile of y and, where `weighted` is given, of y (F·r − product); and their sums over the tile, as they are stored:
+# what is taken off a sum of rounded numbers must be made of the same ones.
+# y = peak · exp((z + g − origin)/τ), where origin is z + g of the drawn token and peak its y, the largest. Where a tile
+# rounds otherwise than the sweep that drew, another token may come out above it, at a small τ far above: it counts as
+# equal.
 @triton.jit
 def _weights_kernel(
-    y_out, weighted, delta, total, mixed, weight, bias, embedding, grad, origin, lse, seed, inverse_temperature,
+    y_out, weighted, total, delta, mixed, weight, bias, embedding, grad, drawn_products,
+    token_ids, drawn_logits, peak, seed, inverse_temperature,
     m, v, depth, embedding_depth, chunk_first, chunk_columns,
     mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride,
     embedding_stride, embedding_depth_stride, grad_stride,
@@ -199,31 +202,38 @@ def _weights_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = chunk_first // COLUMNS + tl.program_id(1)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    key = tl.load(seed)
     s = _perturbed_logits(
-        mixed, weight, bias, tl.load(seed), rows, tile * COLUMNS, m, v, depth,
+        mixed, weight, bias, key, rows, tile * COLUMNS, m, v, depth,
         mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride, EVEN, COLUMNS, DEPTH,
     )  # fmt: skip
-    row_lse = tl.load(lse + rows, mask=rows < m, other=float("inf"))
-    y = tl.exp(s * inverse_temperature - row_lse[:, None])
+    token = tl.load(token_ids + rows, mask=rows < m, other=0).to(tl.int32)
+    origin = tl.load(drawn_logits + rows, mask=rows < m, other=0.0) + gumbel_at(key, rows, token)
+    exponent = (s - origin[:, None]) * inverse_temperature
+    exponent = tl.where((exponent > 0) | (columns[None, :] == token[:, None]), 0.0, exponent)
+    y = tl.exp(exponent) * tl.load(peak + rows, mask=rows < m, other=0.0)[:, None]
     at = rows.to(tl.int64)[:, None] * chunk_columns + (columns - chunk_first)[None, :]
-    y = tl.where((rows < m)[:, None] & (columns < v)[None, :], y, 0.0)
+    y = tl.where((rows < m)[:, None] & (columns < v)[None, :], y, 0.0).to(y_out.dtype.element_ty)
     inside = (rows < m)[:, None] & (columns - chunk_first < chunk_columns)[None, :]  # the padding too
-    tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=inside)
+    tl.store(y_out + at, y, mask=inside)
+    y = y.to(tl.float32)
+    tl.store(total + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
     if weighted is not None:
-        tl.store(total + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
         fr = _product(
             grad, embedding, rows, columns, m, v, embedding_depth, grad_stride, 1,
             embedding_stride, embedding_depth_stride, EVEN, DEPTH,
         )  # fmt: skip
-        y *= fr - tl.load(origin + rows, mask=rows < m, other=0.0)[:, None]
-        tl.store(weighted + at, y.to(weighted.dtype.element_ty), mask=inside)
-        tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(y, axis=1), mask=rows < m)
+        y *= fr - tl.load(drawn_products + rows, mask=rows < m, other=0.0)[:, None]
+        y = y.to(weighted.dtype.element_ty)
+        tl.store(weighted + at, y, mask=inside)
+        tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(y.to(tl.float32), axis=1), mask=rows < m)
 
 
 def sample(
-    token_ids: Tensor, lse: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, temperature: float
-) -> None:
-    """x̂ and L."""
+    token_ids: Tensor, peak: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor,
+    temperature: float,
+) -> None:  # fmt: skip
+    """x̂ and y_x̂."""
     (m, d), v = mixed.shape, len(weight)
     if m == 0:
         return
@@ -234,49 +244,53 @@ def sample(
     partial_most, partial_sum = mixed.new_empty(2, splits, m, dtype=torch.float32)
     partial_token = mixed.new_empty(splits, m, dtype=torch.int32)
     _forward_kernel[(blocks, splits)](
-        partial_most, partial_token, partial_sum, mixed, weight, bias, seed, 1 / temperature,
+        partial_most, partial_token, partial_sum, mixed, weight, bias, seed, _inverse(temperature),
         m, v, d, split_tiles * tile.columns, *mixed.stride(), *weight.stride(),
         EVEN=d % tile.depth == 0, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     _combine_kernel[(triton.cdiv(m, _COMBINE_ROWS),)](
-        token_ids, lse, partial_most, partial_token, partial_sum, 1 / temperature, m, splits,
+        token_ids, peak, partial_most, partial_token, partial_sum, _inverse(temperature), m, splits,
         SPLITS=triton.next_power_of_2(splits), ROWS=_COMBINE_ROWS,
     )  # fmt: skip
 
 
 def sample_logits(
-    token_ids: Tensor, lse: Tensor, logits: Tensor, alpha: Tensor, bias: Tensor | None, seed: Tensor,
+    token_ids: Tensor, peak: Tensor, logits: Tensor, alpha: Tensor, bias: Tensor | None, seed: Tensor,
     temperature: float, first_row: int,
 ) -> None:  # fmt: skip
-    """x̂ and L from logits (K, M, V) without the bias, whose rows are contiguous; alpha is (M, K)."""
+    """x̂ and y_x̂ from logits (K, M, V) without the bias, whose rows are contiguous; alpha is (M, K)."""
     heads, m, v = logits.shape
     if m == 0:
         return
     width = padded_columns(logits)
     _logits_kernel[(m,)](
-        token_ids, lse, logits, alpha.contiguous(), padded_vector(bias, width), seed, 1 / temperature,
+        token_ids, peak, logits, alpha.contiguous(), padded_vector(bias, width), seed, _inverse(temperature),
         v, width, first_row, *logits.stride()[:2],
         HEADS=heads, COLUMNS=_LOGITS_COLUMNS, num_warps=_LOGITS_WARPS,
     )  # fmt: skip
 
 
 def soft_value(
-    value: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, lse: Tensor, seed: Tensor,
-    temperature: float,
+    value: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, token_ids: Tensor,
+    drawn_logits: Tensor, peak: Tensor, seed: Tensor, temperature: float,
 ) -> None:  # fmt: skip
     """Σ_v y_v F[v]."""
     value.zero_()
     if len(value) == 0:
         return
     tile = _choose("weights", mixed, weight)
-    for part, (y,) in _weight_chunks(tile, None, mixed, weight, bias, embedding, lse, seed, temperature):
+    total = peak.new_empty(triton.cdiv(len(weight), tile.columns), len(value))
+    drawn = (token_ids, drawn_logits, peak)
+    for part, (y,) in _weight_chunks(tile, total, None, mixed, weight, bias, embedding, drawn, seed, temperature):
         _add_product(value, y, embedding[part])
+    value /= total.sum(dim=0)[:, None]
 
 
 def backward(
-    grad_mixed: Tensor | None, grad_embedding: Tensor | None, grad_embeddings: Tensor, origin: Tensor, mixed: Tensor,
-    weight: Tensor, bias: Tensor | None, embedding: Tensor, lse: Tensor, seed: Tensor, temperature: float,
+    grad_mixed: Tensor | None, grad_embedding: Tensor | None, grad_embeddings: Tensor, drawn_products: Tensor,
+    mixed: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, token_ids: Tensor, drawn_logits: Tensor,
+    peak: Tensor, seed: Tensor, temperature: float,
 ) -> None:  # fmt: skip
     """dh̄ and, for a soft value, dF."""
     m, d = mixed.shape
@@ -285,15 +299,16 @@ def backward(
             grad_embedding.zero_()
         return
     upstream, tile = None, _choose("weights", mixed, weight)
+    total, delta = peak.new_empty(2, triton.cdiv(len(weight), tile.columns), m)
     if grad_mixed is not None:
         # rows of length 1: neither do large gradients overflow in fp16, nor do small ones vanish
         norm = torch.linalg.vector_norm(grad_embeddings, dim=1, dtype=torch.float32)
         inverse = torch.where(norm == 0, 0, 1 / norm)
-        tiles = triton.cdiv(len(weight), tile.columns)
-        delta, total = lse.new_zeros(2, tiles, m)
-        upstream = ((grad_embeddings * inverse[:, None]).to(mixed.dtype), origin * inverse, delta, total)
-        sums = lse.new_zeros(2 * m, d)
-    for part, buffers in _weight_chunks(tile, upstream, mixed, weight, bias, embedding, lse, seed, temperature):
+        upstream = ((grad_embeddings * inverse[:, None]).to(mixed.dtype), drawn_products * inverse, delta)
+        sums = peak.new_zeros(2 * m, d)
+    drawn = (token_ids, drawn_logits, peak)
+    chunks = _weight_chunks(tile, total, upstream, mixed, weight, bias, embedding, drawn, seed, temperature)
+    for part, buffers in chunks:
         if grad_mixed is not None:
             _add_product(sums, buffers.flatten(0, 1), weight[part])
         if grad_embedding is not None:
@@ -301,19 +316,20 @@ def backward(
             _add_product(grad_embedding[part], buffers[0].t(), grad_embeddings)
     if grad_mixed is not None:
         plain, weighted = sums.view(2, m, d)
-        share = 1 / total.sum(dim=0)  # y adds up to 1, but for what lse was rounded
+        share = 1 / total.sum(dim=0)  # y adds up to 1, but for its rounding and where it was drawn from other logits
         weighted -= (delta.sum(dim=0) * share)[:, None] * plain
         torch.mul(weighted, (share * norm / temperature)[:, None], out=grad_mixed)
 
 
 def _weight_chunks(
-    tile: Tile, upstream: tuple[Tensor, Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor,
-    bias: Tensor | None, embedding: Tensor, lse: Tensor, seed: Tensor, temperature: float,
+    tile: Tile, total: Tensor, upstream: tuple[Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor,
+    bias: Tensor | None, embedding: Tensor, drawn: tuple[Tensor, Tensor, Tensor], seed: Tensor, temperature: float,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """Chunks of the vocabulary and their y (1, M, n); with ``upstream`` (r, origin; Σ y (F·r − origin) and
-    Σ y of each tile, which are written) y and y (F·r − origin) (2, M, n). The buffer is reused."""
+    """Chunks of the vocabulary and their y (1, M, n), whose sums over each tile are written to ``total``; with
+    ``upstream`` (r, F[x̂]·r, sums that are written) y and y (F·r − F[x̂]·r) (2, M, n). ``drawn`` are tokens, their
+    logits and y. The buffer is reused."""
     (m, d), v = mixed.shape, len(weight)
-    grad, origin, delta, total = (None,) * 4 if upstream is None else upstream
+    grad, drawn_products, delta = (None,) * 3 if upstream is None else upstream
     count = 1 if upstream is None else 2
     step = max(1, _BUFFER_BYTES // (count * m * mixed.element_size() * tile.columns)) * tile.columns
     padded = triton.cdiv(v, PADDING) * PADDING
@@ -323,8 +339,8 @@ def _weight_chunks(
         n, width = min(step, v - first), min(step, padded - first)
         buffers = buffer[: count * m * width].view(count, m, width)
         _weights_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.columns))](
-            buffers[0], None if upstream is None else buffers[1], delta, total, mixed, weight, bias, embedding, grad,
-            origin, lse, seed, 1 / temperature, m, v, *depths, first, width,
+            buffers[0], None if upstream is None else buffers[1], total, delta, mixed, weight, bias, embedding, grad,
+            drawn_products, *drawn, seed, _inverse(temperature), m, v, *depths, first, width,
             *mixed.stride(), *weight.stride(), *embedding.stride(), 0 if grad is None else grad.stride(0),
             EVEN=all(depth % tile.depth == 0 for depth in depths),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps,
@@ -333,13 +349,18 @@ def _weight_chunks(
         yield slice(first, first + n), buffers[:, :, :n]
 
 
+def _inverse(temperature: float) -> float:
+    """1/τ as fp32 has it: ∞ · 0 would be NaN."""
+    return min(1 / temperature, torch.finfo(torch.float32).max)
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in fp32; b is rounded to the dtype of a."""
+    """total += a @ b, made in fp32; b is rounded to the dtype of a."""
     b = b.to(a.dtype)
     if a.is_cuda and a.dtype != torch.float32:
         total += torch.mm(a, b, out_dtype=torch.float32)
     else:
-        total += torch.mm(a, b).to(total.dtype)
+        total += torch.mm(a.float(), b.float())
 
 
 _PARTIALS = {"partial_most": "*fp32", "partial_token": "*i32", "partial_sum": "*fp32"}
@@ -355,13 +376,13 @@ def specializations() -> Iterator[Specialization]:
     types = {
         **_PARTIALS,
         "token_ids": "*i64",
-        "lse": "*fp32",
+        "peak": "*fp32",
         "inverse_temperature": "fp32",
         "m": "i32",
         "splits": "i32",
     }
     yield Specialization(_combine_kernel, types, {"SPLITS": 8, "ROWS": _COMBINE_ROWS})
-    types = {"token_ids": "*i64", "lse": "*fp32", "alpha": "*fp32", "bias": "*fp32", "seed": "*i64"}
+    types = {"token_ids": "*i64", "peak": "*fp32", "alpha": "*fp32", "bias": "*fp32", "seed": "*i64"}
     types |= dict.fromkeys(("v", "width", "first_row", "head_stride", "row_stride"), "i32") | {
         "inverse_temperature": "fp32"
     }
@@ -395,15 +416,16 @@ def _forward_specialization(name: str, bias: str | None, tile: Tile) -> Speciali
 
 
 def _weights_specialization(name: str, bias: str | None, weighted: bool, tile: Tile) -> Specialization:
-    types = _logits_types(name, bias) | {"embedding": f"*{name}", "lse": "*fp32", "y_out": f"*{name}"}
+    types = _logits_types(name, bias) | {"embedding": f"*{name}", "y_out": f"*{name}", "token_ids": "*i64"}
+    types |= dict.fromkeys(("drawn_logits", "peak", "total"), "*fp32")
     types |= dict.fromkeys(
         ("embedding_depth", "chunk_first", "chunk_columns", "embedding_stride", "grad_stride"), "i32"
     )
     constants = _logits_constants(tile, bias) | {"embedding_depth_stride": 1}
     if weighted:
-        types |= {"weighted": f"*{name}", "delta": "*fp32", "total": "*fp32", "grad": f"*{name}", "origin": "*fp32"}
+        types |= {"weighted": f"*{name}", "delta": "*fp32", "grad": f"*{name}", "drawn_products": "*fp32"}
     else:
-        constants |= dict.fromkeys(("weighted", "delta", "total", "grad", "origin"))
+        constants |= dict.fromkeys(("weighted", "delta", "grad", "drawn_products"))
     strides = ("mixed_stride", "weight_stride", "embedding_stride", "grad_stride")
     divisible = ("depth", "embedding_depth", "chunk_first", "chunk_columns", *strides)
     label = name + (" bias" if bias else "") + (" weighted" if weighted else "")

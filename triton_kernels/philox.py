@@ -29,14 +29,29 @@ def words(seed, rows, first_column, stream: tl.constexpr, COLUMNS: tl.constexpr)
 @triton.jit
 def uniform(seed, rows, first_column, stream: tl.constexpr, COLUMNS: tl.constexpr):
     """fp32 [len(rows), COLUMNS] numbers in (0, 1); arguments as :func:`words`."""
-    x = words(seed, rows, first_column, stream, COLUMNS)
-    return ((x >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)
+    return _in_unit_interval(words(seed, rows, first_column, stream, COLUMNS))
+
+
+@triton.jit
+def _in_unit_interval(word):
+    return ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608)
 
 
 @triton.jit
 def gumbel(seed, rows, first_column, COLUMNS: tl.constexpr, stream: tl.constexpr = GUMBEL_STREAM):
     """fp32 [len(rows), COLUMNS] standard Gumbel noise; arguments as :func:`words`."""
     return -tl.log(-tl.log(uniform(seed, rows, first_column, stream, COLUMNS)))
+
+
+@triton.jit
+def gumbel_at(seed, rows, columns, stream: tl.constexpr = GUMBEL_STREAM):
+    """fp32 [n] standard Gumbel noise of one column [n] of each of the ``rows`` [n]."""
+    row = rows.to(tl.uint32)
+    zero = tl.zeros_like(row)
+    a, b, c, d = tl.philox(seed, (columns // 4).to(tl.uint32), row, zero + stream, zero)
+    lane = columns % 4
+    word = tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d))
+    return -tl.log(-tl.log(_in_unit_interval(word)))
 
 
 @triton.jit

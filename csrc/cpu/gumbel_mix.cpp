@@ -144,11 +144,11 @@ struct RowState {
     for (int64_t k = 0; k < L; ++k) sum += total[0][k] + total[1][k];
   }
 
-  A log_sum_exp(A inverse_temperature) const { return origin() * inverse_temperature + std::log(sum); }
+  A peak() const { return 1 / sum; }  // y of the token; not finite where some z is NaN or +∞, or all are −∞
 };
 
 template <typename A>
-void sample(const Tensor& token_ids, const Tensor& lse, const Tensor& mixed, const Tensor& weight,
+void sample(const Tensor& token_ids, const Tensor& peak, const Tensor& mixed, const Tensor& weight,
             const std::optional<Tensor>& bias, uint64_t seed, A inverse_temperature) {
   const int64_t m = mixed.size(0);
   Vocabulary<A> vocabulary(mixed, weight, bias, std::nullopt);
@@ -163,14 +163,14 @@ void sample(const Tensor& token_ids, const Tensor& lse, const Tensor& mixed, con
       }
     });
   });
-  A* out = static_cast<A*>(lse.data_ptr());
-  for (int64_t i = 0; i < m; ++i) out[i] = state[i].log_sum_exp(inverse_temperature);
+  A* out = static_cast<A*>(peak.data_ptr());
+  for (int64_t i = 0; i < m; ++i) out[i] = state[i].peak();
 }
 
 // The same from the logits of K heads. Bandwidth: they are read once; their mixture, one row of the vocabulary, stays in
 // L2 while noise is added and it is looked at.
 template <typename T, typename A>
-void sample_logits(const Tensor& token_ids, const Tensor& lse, const Tensor& logits, const Tensor& alpha,
+void sample_logits(const Tensor& token_ids, const Tensor& peak, const Tensor& logits, const Tensor& alpha,
                    const std::optional<Tensor>& bias_tensor, uint64_t seed, A inverse_temperature, int64_t first_row) {
   constexpr int64_t L = Vector<A>::lanes;
   const int64_t heads = logits.size(0), m = logits.size(1), size = logits.size(2);
@@ -178,7 +178,7 @@ void sample_logits(const Tensor& token_ids, const Tensor& lse, const Tensor& log
   const Rows<A> weights(alpha);
   const std::vector<A> bias = padded<A>(bias_tensor);
   int64_t* tokens = static_cast<int64_t*>(token_ids.data_ptr());
-  A* out = static_cast<A*>(lse.data_ptr());
+  A* out = static_cast<A*>(peak.data_ptr());
   torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
     Buffer<A> mixed(aligned(size));
     const Chunk<A> row{mixed.data(), 0, 0, size, bias.empty() ? nullptr : bias.data()};
@@ -196,31 +196,82 @@ void sample_logits(const Tensor& token_ids, const Tensor& lse, const Tensor& log
       tokens[i] = 0;
       RowState<A> state;
       state.take(mixed.data(), size, row.perturb(first_row + i, seed), inverse_temperature, 0, tokens + i);
-      out[i] = state.log_sum_exp(inverse_temperature);
+      out[i] = state.peak();
     }
   });
 }
 
-// y of a chunk in place of its logits.
+// The sample, as the sweeps over its y take it: y = peak · exp((z + g − origin)/τ), where origin is z + g of the drawn
+// token and peak its y, the largest. Another sweep may round z otherwise and see a token above the drawn one, which at a
+// small τ would be far above: it counts as equal.
 template <typename A>
-void write_weights(const Chunk<A>& z, int64_t begin, int64_t end, const A* lse, A inverse_temperature) {
-  for (int64_t i = begin; i < end; ++i)
-    for (A* s = z.row(i); s < z.row(i) + z.columns; s += Vector<A>::lanes)
-      store(s, exp(load(s) * inverse_temperature - lse[i]));
-}
+struct Drawn {
+  const int64_t* token;
+  const A* peak;
+  std::vector<A> origin;
+  uint64_t seed;
+  A inverse_temperature;
 
+  Drawn(const Tensor& token_ids, const Tensor& logits, const Tensor& peaks, uint64_t seed, A inverse_temperature)
+      : token(static_cast<const int64_t*>(token_ids.data_ptr())),
+        peak(static_cast<const A*>(peaks.data_ptr())),
+        origin(token_ids.size(0)),
+        seed(seed),
+        inverse_temperature(inverse_temperature) {
+    const A* z = static_cast<const A*>(logits.data_ptr());
+    for (int64_t i = 0; i < int64_t(origin.size()); ++i) {
+      const uint32_t quad = uint32_t(token[i] / 4);
+      uint32_t words[Vector<A>::lanes];
+      std::fill(words, words + Vector<A>::lanes, philox(seed, quad, uint32_t(i), kGumbelStream).lane[token[i] % 4]);
+      origin[i] = z[i] + gumbel_noise<A>(words)[0];
+    }
+  }
+
+  // z + g of a row of a chunk, with the drawn token's as the origin has it.
+  void perturb(const Chunk<A>& z, int64_t i) const {
+    z.perturb(i, seed);
+    const int64_t at = token[i] - z.first;
+    if (0 <= at && at < z.columns) z.row(i)[at] = origin[i];
+  }
+
+  // log(y / peak) of some z + g of a row; NaN stays NaN.
+  typename Vector<A>::type exponent(typename Vector<A>::type s, int64_t i) const {
+    const auto x = (s - origin[i]) * inverse_temperature;
+    return x > A(0) ? broadcast(A(0)) : x;
+  }
+
+  // y of a row of a chunk in place of its z + g; returns their sum.
+  A write_weights(const Chunk<A>& z, int64_t i) const {
+    constexpr int64_t L = Vector<A>::lanes;
+    typename Vector<A>::type sum = {};
+    for (A* s = z.row(i); s < z.row(i) + z.columns; s += L) {
+      const auto y = exp(exponent(load(s), i)) * peak[i];
+      store(s, y);
+      sum += y;
+    }
+    A total = 0;
+    for (int64_t k = 0; k < L; ++k) total += sum[k];
+    return total;
+  }
+};
+
+// Σ y F, divided by what y adds up to: 1, but for tokens that count as equal to the drawn one.
 template <typename A>
 void soft_value(const Tensor& value, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
-                const Tensor& embedding, const Tensor& lse, uint64_t seed, A inverse_temperature) {
+                const Tensor& embedding, const Drawn<A>& drawn) {
   const int64_t m = mixed.size(0);
   Vocabulary<A> vocabulary(mixed, weight, bias, embedding);
+  std::vector<A> total(m);
   vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor&, const Tensor& f) {
     torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) z.perturb(i, seed);
-      write_weights(z, begin, end, static_cast<const A*>(lse.data_ptr()), inverse_temperature);
+      for (int64_t i = begin; i < end; ++i) drawn.perturb(z, i);
+      for (int64_t i = begin; i < end; ++i) total[i] += drawn.write_weights(z, i);
     });
     multiply(value, vocabulary.columns_of_logits(z.columns), f, z.first > 0);
   });
+  const Rows<A> out(value);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < out.columns; ++j) out.row(i)[j] /= total[i];
 }
 
 // Tokens of one slab that count for one row: which, and their y.
@@ -230,12 +281,12 @@ struct Tokens {
   int32_t index[kSlab + kGroup];
   A y[kSlab + kAlign];
 
-  // Those of the n ≤ kSlab values s with s/τ − lse at least `smallest`.
-  void collect(const A* s, int64_t n, A inverse_temperature, A lse, A smallest) {
+  // Those of n ≤ kSlab values s of row i whose exponent is at least `smallest`.
+  void collect(const A* s, int64_t n, const Drawn<A>& drawn, int64_t i, A smallest) {
     constexpr int64_t L = Vector<A>::lanes;
     count = 0;
     for (int64_t c = 0; c < n; c += L) {
-      const auto exponent = load(s + c) * inverse_temperature - lse;
+      const auto exponent = drawn.exponent(load(s + c), i);
       const auto counts = exponent >= smallest;
       for (int64_t k = 0; k < L; ++k) {  // no branch: one in ten counts, in no order
         index[count] = int32_t(c + k);
@@ -243,7 +294,7 @@ struct Tokens {
         count -= counts[k];
       }
     }
-    for (int64_t c = 0; c < count; c += L) store(y + c, exp(load(y + c)));
+    for (int64_t c = 0; c < count; c += L) store(y + c, exp(load(y + c)) * drawn.peak[i]);
     for (int64_t k = count; k < count + kGroup; ++k) {  // whole groups: a token that is there, with weight 0
       index[k] = count ? index[count - 1] : 0;
       y[k] = 0;
@@ -294,8 +345,8 @@ struct Group {
     int64_t i = 0;
     for (; i + L <= d; i += L) {
       const auto v0 = load(x0 + i), v1 = load(x1 + i), v2 = load(x2 + i), v3 = load(x3 + i);
-      store(a + i, load(a + i) + p0 * v0 + p1 * v1 + p2 * v2 + p3 * v3);
-      store(b + i, load(b + i) + q0 * v0 + q1 * v1 + q2 * v2 + q3 * v3);
+      store(a + i, load(a + i) + (p0 * v0 + p1 * v1 + p2 * v2 + p3 * v3));
+      store(b + i, load(b + i) + (q0 * v0 + q1 * v1 + q2 * v2 + q3 * v3));
     }
     for (; i < d; ++i)
       for (int64_t k = 0; k < kGroup; ++k) {
@@ -308,66 +359,81 @@ struct Group {
 // The sums of a row that dh̄ is made of.
 template <typename A>
 struct RowSums {
-  A* weighted;  // Σ y (F·r − origin) E
-  A* plain;     // Σ y E
-  A* delta;     // Σ y (F·r − origin)
-  A* total;     // Σ y, near 1
+  A* weighted;    // Σ y (F·r − origin) E
+  A* plain;       // Σ y E
+  double* delta;  // Σ y (F·r − origin)
+  double* total;  // Σ y, near 1
 
-  void take(const Tokens<A>& tokens, const Rows<A>& e, const Rows<A>& f, const A* r, A origin) {
+  // `drawn`, where it is among the tokens: its F·r is the origin. Where most of a slab counts, its sums are made in
+  // `scratch` (2d values): small numbers added to a large one, four at a time, would all be rounded at its size.
+  void take(const Tokens<A>& tokens, const Rows<A>& e, const Rows<A>& f, const A* r, A origin, int64_t drawn,
+            A* scratch) {
+    const int64_t d = e.columns;
+    const bool many = tokens.count > kSlab / 2;
+    A *a = many ? scratch : weighted, *b = many ? scratch + d : plain;
+    if (many) std::fill(scratch, scratch + 2 * d, A(0));
     for (int64_t t = 0; t < tokens.count; t += kGroup) {
       A product[kGroup];
       Group<A>(f, tokens.index + t).products(r, f.columns, product);
       for (int64_t k = 0; k < kGroup; ++k) {
-        product[k] = (product[k] - origin) * tokens.y[t + k];
+        product[k] = tokens.index[t + k] == drawn ? A(0) : (product[k] - origin) * tokens.y[t + k];
         *delta += product[k];
         *total += tokens.y[t + k];
       }
-      Group<A>(e, tokens.index + t).add_to(weighted, product, plain, tokens.y + t, e.columns);
+      Group<A>(e, tokens.index + t).add_to(a, product, b, tokens.y + t, d);
+    }
+    if (!many) return;
+    for (int64_t j = 0; j < d; ++j) {
+      weighted[j] += a[j];
+      plain[j] += b[j];
     }
   }
 
   void finish(A inverse_temperature, int64_t d) {
-    const A mean = *delta / *total, factor = inverse_temperature / *total;
+    const A mean = A(*delta / *total), factor = A(inverse_temperature / *total);
     for (int64_t j = 0; j < d; ++j) weighted[j] = (weighted[j] - mean * plain[j]) * factor;
   }
 };
 
 template <typename A>
 void backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_embedding, const Tensor& grad,
-              const Tensor& origin_tensor, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
-              const Tensor& embedding, const Tensor& lse_tensor, uint64_t seed, A inverse_temperature) {
+              const Tensor& drawn_products, const Tensor& mixed, const Tensor& weight,
+              const std::optional<Tensor>& bias, const Tensor& embedding, const Drawn<A>& drawn) {
   const int64_t m = mixed.size(0), d = mixed.size(1);
   Vocabulary<A> vocabulary(mixed, weight, bias, grad_mixed ? std::optional<Tensor>(embedding) : std::nullopt);
   const Tensor upstream = operand(grad, grad.scalar_type(), Vocabulary<A>::wide);
   const Rows<A> r(upstream);
-  const A* lse = static_cast<const A*>(lse_tensor.data_ptr());
-  const A* origin = static_cast<const A*>(origin_tensor.data_ptr());
-  const A smallest = std::log(std::numeric_limits<A>::epsilon() / 2 / A(weight.size(0)));
-  const Tensor plain_tensor = torch::stable::new_zeros(lse_tensor, {grad_mixed ? m : 0, d});
+  const A* origin = static_cast<const A*>(drawn_products.data_ptr());
+  const A negligible = std::numeric_limits<A>::epsilon() / 2 / A(weight.size(0));
+  const Tensor plain_tensor = torch::stable::new_zeros(drawn_products, {grad_mixed ? m : 0, d});
   A* plain = static_cast<A*>(plain_tensor.data_ptr());
   A* weighted = grad_mixed ? static_cast<A*>(grad_mixed->data_ptr()) : nullptr;
   if (grad_mixed) std::fill(weighted, weighted + m * d, A(0));
-  std::vector<A> delta(m), total(m);
+  std::vector<A> smallest(m);
+  for (int64_t i = 0; i < m; ++i) smallest[i] = std::log(negligible / drawn.peak[i]);
+  std::vector<double> delta(m), total(m);
   const auto sums = [&](int64_t i) { return RowSums<A>{weighted + i * d, plain + i * d, &delta[i], &total[i]}; };
 
   vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor& e_tensor, const Tensor& f_tensor) {
     torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) z.perturb(i, seed);
+      for (int64_t i = begin; i < end; ++i) drawn.perturb(z, i);
       if (!grad_mixed) return;
       const Rows<A> e(e_tensor), f(f_tensor);
       Tokens<A> tokens;
+      Buffer<A> scratch(2 * d);
       for (int64_t slab = 0; slab < z.columns; slab += kSlab) {
         const int64_t n = std::min(kSlab, z.columns - slab);
         const Rows<A> e_slab = e.from(slab), f_slab = f.from(slab);
         for (int64_t i = begin; i < end; ++i) {
-          tokens.collect(z.row(i) + slab, n, inverse_temperature, lse[i], smallest);
-          sums(i).take(tokens, e_slab, f_slab, r.row(i), origin[i]);
+          tokens.collect(z.row(i) + slab, n, drawn, i, smallest[i]);
+          sums(i).take(tokens, e_slab, f_slab, r.row(i), origin[i], drawn.token[i] - z.first - slab,
+                       scratch.data());
         }
       }
     });
     if (!grad_embedding) return;
     torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-      write_weights(z, begin, end, lse, inverse_temperature);
+      for (int64_t i = begin; i < end; ++i) drawn.write_weights(z, i);
     });
     const Tensor y = vocabulary.columns_of_logits(z.columns);
     const Tensor out = rows_of(*grad_embedding, z.first, z.columns);
@@ -376,50 +442,61 @@ void backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tenso
     torch::stable::copy_(rounded, torch::stable::matmul(transposed(y), upstream));
   });
   for (int64_t i = 0; grad_mixed && i < m; ++i) {
-    if (!std::isfinite(lse[i])) delta[i] = NAN;  // no token counts where the logits are NaN
-    sums(i).finish(inverse_temperature, d);
+    if (!std::isfinite(drawn.peak[i])) delta[i] = NAN;  // no token counts where the logits are NaN
+    sums(i).finish(drawn.inverse_temperature, d);
   }
 }
 
 uint64_t key_of(const Tensor& seed) { return uint64_t(*static_cast<const int64_t*>(seed.data_ptr())); }
 
-// Call f with a value of the type of arithmetic.
-template <typename F>
-void dispatch_wide(const Tensor& lse, F&& f) {
-  lse.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+template <typename A>
+A inverse(double temperature) {
+  return A(std::min(1 / temperature, double(std::numeric_limits<A>::max())));  // ∞ · 0 would be NaN
 }
 
-void gumbel_mix_sample(Tensor token_ids, Tensor lse, const Tensor& mixed, const Tensor& weight,
+// Call f with a value of the type of arithmetic.
+template <typename F>
+void dispatch_wide(const Tensor& values, F&& f) {
+  values.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+void gumbel_mix_sample(Tensor token_ids, Tensor peak, const Tensor& mixed, const Tensor& weight,
                        const std::optional<Tensor>& bias, const Tensor& seed, double temperature) {
-  dispatch_wide(lse, [&](auto a) {
-    sample<decltype(a)>(token_ids, lse, mixed, weight, bias, key_of(seed), decltype(a)(1 / temperature));
+  dispatch_wide(peak, [&](auto a) {
+    using A = decltype(a);
+    sample<A>(token_ids, peak, mixed, weight, bias, key_of(seed), inverse<A>(temperature));
   });
 }
 
-void gumbel_mix_sample_logits(Tensor token_ids, Tensor lse, const Tensor& logits, const Tensor& alpha,
+void gumbel_mix_sample_logits(Tensor token_ids, Tensor peak, const Tensor& logits, const Tensor& alpha,
                               const std::optional<Tensor>& bias, const Tensor& seed, double temperature,
                               int64_t first_row) {
   dispatch_floating(logits.scalar_type(), "gumbel_mix_sample_logits", [&](auto t) {
     using T = decltype(t);
     using A = typename Arithmetic<T>::type;
-    sample_logits<T, A>(token_ids, lse, logits, alpha, bias, key_of(seed), A(1 / temperature), first_row);
+    sample_logits<T, A>(token_ids, peak, logits, alpha, bias, key_of(seed), inverse<A>(temperature), first_row);
   });
 }
 
 void gumbel_mix_soft_value(Tensor value, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
-                           const Tensor& embedding, const Tensor& lse, const Tensor& seed, double temperature) {
-  dispatch_wide(lse, [&](auto a) {
-    soft_value<decltype(a)>(value, mixed, weight, bias, embedding, lse, key_of(seed), decltype(a)(1 / temperature));
+                           const Tensor& embedding, const Tensor& token_ids, const Tensor& drawn_logits,
+                           const Tensor& peak, const Tensor& seed, double temperature) {
+  dispatch_wide(peak, [&](auto a) {
+    using A = decltype(a);
+    const Drawn<A> drawn(token_ids, drawn_logits, peak, key_of(seed), inverse<A>(temperature));
+    soft_value<A>(value, mixed, weight, bias, embedding, drawn);
   });
 }
 
 void gumbel_mix_backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_embedding,
-                         const Tensor& grad_embeddings, const Tensor& origin, const Tensor& mixed, const Tensor& weight,
-                         const std::optional<Tensor>& bias, const Tensor& embedding, const Tensor& lse,
-                         const Tensor& seed, double temperature) {
-  dispatch_wide(lse, [&](auto a) {
-    backward<decltype(a)>(grad_mixed, grad_embedding, grad_embeddings, origin, mixed, weight, bias, embedding, lse,
-                          key_of(seed), decltype(a)(1 / temperature));
+                         const Tensor& grad_embeddings, const Tensor& drawn_products, const Tensor& mixed,
+                         const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& embedding,
+                         const Tensor& token_ids, const Tensor& drawn_logits, const Tensor& peak, const Tensor& seed,
+                         double temperature) {
+  dispatch_wide(peak, [&](auto a) {
+    using A = decltype(a);
+    const Drawn<A> drawn(token_ids, drawn_logits, peak, key_of(seed), inverse<A>(temperature));
+    backward<A>(grad_mixed, grad_embedding, grad_embeddings, drawn_products, mixed, weight, bias, embedding, drawn);
   });
 }
 

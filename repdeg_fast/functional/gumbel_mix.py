@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from repdeg_fast import backends
-from repdeg_fast._checks import check_finite, check_floating, check_positive
+from repdeg_fast._checks import check_finite, check_flag, check_floating, check_positive
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.ops import gumbel_mix as _gumbel_mix
 
@@ -57,23 +57,24 @@ def gumbel_mix(
     embedding = weight if embedding is None else embedding
     check_head(hidden_states, mixture_logits, weight, bias, embedding)
     check_sampling(temperature, gradient_scale)
+    check_flag("hard", hard)
     seed, backend = seed_tensor(seed, hidden_states.device), backends.requested()
     head = (detached(tensor) for tensor in (hidden_states, mixture_logits, weight, bias))
-    token_ids, lse = _gumbel_mix.gumbel_sample(*head, seed, float(temperature), backend)
+    token_ids, peak = _gumbel_mix.gumbel_sample(*head, seed, float(temperature), backend)
     embeddings = value(
-        hidden_states, mixture_logits, weight, bias, embedding, token_ids, lse, seed, temperature, hard, gradient_scale
+        hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed, temperature, hard, gradient_scale
     )
     return token_ids, embeddings
 
 
 def value(
     hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor,
-    token_ids: Tensor, lse: Tensor, seed: Tensor, temperature: float, hard: bool, gradient_scale: float,
+    token_ids: Tensor, peak: Tensor, seed: Tensor, temperature: float, hard: bool, gradient_scale: float,
 ) -> Tensor:  # fmt: skip
     """Embeddings of a sample that has been drawn, with its gradients."""
     head = [detached(tensor) for tensor in (hidden_states, weight, bias)]
     options = (float(temperature), hard, float(gradient_scale), backends.requested())
-    return _gumbel_mix.gumbel_value(head[0], mixture_logits, *head[1:], embedding, token_ids, lse, seed, *options)
+    return _gumbel_mix.gumbel_value(head[0], mixture_logits, *head[1:], embedding, token_ids, peak, seed, *options)
 
 
 def gradient_reversal(x: Tensor, scale: float = -1.0) -> Tensor:

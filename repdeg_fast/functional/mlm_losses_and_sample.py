@@ -56,11 +56,11 @@ def mlm_losses_and_sample(
     check_head(hidden_states, mixture_logits, weight, bias, embedding)
     check_sampling(temperature, gradient_scale)
     seed = seed_tensor(seed, hidden_states.device)
-    loss, _, token_ids, lse = call(
+    loss, _, token_ids, peak = call(
         hidden_states, weight, target, bias, ignore_index, *options, accumulate_dtype, padding_idx, False,
         sampling=(detached(mixture_logits), seed, float(temperature)),
     )  # fmt: skip
     embeddings = value(
-        hidden_states, mixture_logits, weight, bias, embedding, token_ids, lse, seed, temperature, True, gradient_scale
+        hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed, temperature, True, gradient_scale
     )
     return loss, token_ids, embeddings

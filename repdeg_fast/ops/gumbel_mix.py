@@ -17,7 +17,7 @@ from repdeg_fast.native import build
 from repdeg_fast.ops._common import forbid_double_backward
 from repdeg_fast.reference import gumbel_mix as reference
 from repdeg_fast.reference.cosreg import arithmetic_dtype
-from repdeg_fast.reference.gumbel_mix import mix, mix_backward
+from repdeg_fast.reference.gumbel_mix import drawn_logits, mix, mix_backward
 
 operation = Operation[Any](
     "gumbel_mix",
@@ -40,10 +40,10 @@ def gumbel_sample(
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids (M,) and log Σ exp((z + g)/τ) (M,). Not differentiable: takes detached tensors."""
+    """Token ids x̂ (M,) and y_x̂ (M,). Not differentiable: takes detached tensors."""
     sample = Sample(hidden_states, mixture_logits, weight, bias, seed, temperature, backend)
     sample.from_hidden_states()
-    return sample.token_ids, sample.lse
+    return sample.token_ids, sample.peak
 
 
 @gumbel_sample.register_fake
@@ -52,7 +52,7 @@ def _(hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 class Sample:
-    """Token ids and their log-sum-exp, drawn in a sweep over the vocabulary of its own or from logits that another
+    """Token ids and their y, drawn in a sweep over the vocabulary of its own or from logits that another
     sweep makes. Without a seed: none."""
 
     def __init__(
@@ -65,29 +65,29 @@ class Sample:
         temperature: float,
         backend: str,
     ) -> None:
-        self.token_ids, self.lse = empty_sample(hidden_states, 0 if seed is None else hidden_states.shape[1])
+        self.token_ids, self.peak = empty_sample(hidden_states, 0 if seed is None else hidden_states.shape[1])
         self._heads = (hidden_states, mixture_logits, weight)
-        self._options = (_wide(bias, self.lse), seed, temperature)
+        self._options = (_wide(bias, self.peak), seed, temperature)
         if seed is not None:
             self._kernels = operation.kernels(backend, hidden_states, weight)
 
     def from_hidden_states(self) -> None:
         hidden_states, mixture_logits, weight = self._heads
         mixed = mix(hidden_states, mixture_logits)
-        self._kernels.sample(self.token_ids, self.lse, mixed, weight, *self._options)
+        self._kernels.sample(self.token_ids, self.peak, mixed, weight, *self._options)
 
     def from_logits(self, logits: Tensor, first: int) -> None:
         """Those of the positions from ``first`` on, whose logits (K, m, V) are without the bias."""
         part, mixture_logits = slice(first, first + logits.shape[1]), self._heads[1]
         if mixture_logits is None:
-            alpha = self.lse.new_ones(logits.shape[1], 1)
+            alpha = self.peak.new_ones(logits.shape[1], 1)
         else:
-            alpha = mixture_logits[part].to(self.lse.dtype).softmax(dim=1)
-        self._kernels.sample_logits(self.token_ids[part], self.lse[part], logits, alpha, *self._options, first)
+            alpha = mixture_logits[part].to(self.peak.dtype).softmax(dim=1)
+        self._kernels.sample_logits(self.token_ids[part], self.peak[part], logits, alpha, *self._options, first)
 
 
 def empty_sample(hidden_states: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Room for the token ids and the log-sum-exp of ``rows`` positions."""
+    """Room for the token ids and the y of ``rows`` positions."""
     return (
         hidden_states.new_empty(rows, dtype=torch.int64),
         hidden_states.new_empty(rows, dtype=arithmetic_dtype(hidden_states)),
@@ -102,7 +102,7 @@ def gumbel_value(
     bias: Tensor | None,
     embedding: Tensor,
     token_ids: Tensor,
-    lse: Tensor,
+    peak: Tensor,
     seed: Tensor,
     temperature: float,
     hard: bool,
@@ -114,13 +114,14 @@ def gumbel_value(
     if hard:
         value = embedding.index_select(0, token_ids)
     else:
-        sums = lse.new_empty(len(lse), embedding.shape[1])
-        mixed = mix(hidden_states, mixture_logits)
+        sums = peak.new_empty(len(peak), embedding.shape[1])
+        mixed, bias = mix(hidden_states, mixture_logits), _wide(bias, peak)
+        drawn = (token_ids, drawn_logits(mixed, weight, bias, token_ids), peak)
         kernels = operation.kernels(backend, hidden_states, weight)
-        kernels.soft_value(sums, mixed, weight, _wide(bias, lse), embedding, lse, seed, temperature)
+        kernels.soft_value(sums, mixed, weight, bias, embedding, *drawn, seed, temperature)
         value = sums.to(embedding.dtype)
     # a token was drawn even where a logit is NaN; the embedding says so
-    return value.masked_fill_(~lse.isfinite()[:, None], float("nan"))
+    return value.masked_fill_(~peak.isfinite()[:, None], float("nan"))
 
 
 @gumbel_value.register_fake
@@ -145,7 +146,7 @@ def gumbel_mix_backward(
     bias: Tensor | None,
     embedding: Tensor,
     token_ids: Tensor,
-    lse: Tensor,
+    peak: Tensor,
     seed: Tensor,
     temperature: float,
     hard: bool,
@@ -155,26 +156,28 @@ def gumbel_mix_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the mixture logits and of the embedding; an empty tensor for one that is not needed."""
-    grad_mixture, grad_embedding = lse.new_empty(0), lse.new_empty(0)
+    grad_mixture, grad_embedding = peak.new_empty(0), peak.new_empty(0)
     if needs_embedding and hard:
         grad_embedding = torch.ops.aten.embedding_dense_backward(grad_embeddings, token_ids, len(weight), -1, False)
     elif needs_embedding:
         grad_embedding = torch.empty_like(embedding)
     if needs_mixture or (needs_embedding and not hard):
-        mixed = mix(hidden_states, mixture_logits)
-        grad_mixed = lse.new_empty(mixed.shape) if needs_mixture else None
+        mixed, bias = mix(hidden_states, mixture_logits), _wide(bias, peak)
+        drawn = (token_ids, drawn_logits(mixed, weight, bias, token_ids), peak)
+        grad_mixed = peak.new_empty(mixed.shape) if needs_mixture else None
         grad_soft = grad_embedding if needs_embedding and not hard else None
-        origin = (grad_embeddings * embedding.index_select(0, token_ids)).sum(dim=1, dtype=lse.dtype)
+        # wide first: in fp16 a product of scaled gradients would overflow
+        products = (grad_embeddings.to(peak.dtype) * embedding.index_select(0, token_ids)).sum(dim=1)
         operation.kernels(backend, hidden_states, weight).backward(
             grad_mixed,
             grad_soft,
             grad_embeddings,
-            origin,
+            products,
             mixed,
             weight,
-            _wide(bias, lse),
+            bias,
             embedding,
-            lse,
+            *drawn,
             seed,
             temperature,
         )
@@ -192,7 +195,7 @@ def _(
     bias: Tensor | None,
     embedding: Tensor,
     token_ids: Tensor,
-    lse: Tensor,
+    peak: Tensor,
     seed: Tensor,
     temperature: float,
     hard: bool,
@@ -202,10 +205,10 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return (
-        lse.new_empty(0)
+        peak.new_empty(0)
         if mixture_logits is None or not needs_mixture
         else mixture_logits.new_empty(mixture_logits.shape),
-        embedding.new_empty(embedding.shape) if needs_embedding else lse.new_empty(0),
+        embedding.new_empty(embedding.shape) if needs_embedding else peak.new_empty(0),
     )
 
 
@@ -228,6 +231,6 @@ gumbel_value.register_autograd(_backward, setup_context=_setup_context)
 forbid_double_backward(gumbel_mix_backward, "gumbel_mix")
 
 
-def _wide(bias: Tensor | None, lse: Tensor) -> Tensor | None:
+def _wide(bias: Tensor | None, peak: Tensor) -> Tensor | None:
     """As the kernels take it: contiguous, in the arithmetic dtype."""
-    return None if bias is None else bias.to(lse.dtype).contiguous()
+    return None if bias is None else bias.to(peak.dtype).contiguous()

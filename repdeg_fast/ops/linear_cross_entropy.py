@@ -104,7 +104,7 @@ def linear_cross_entropy(
                 sample.from_hidden_states()
     rows = rows.view(heads, len(target))
     loss = rows.clone() if reduction == "none" else rows.double().sum(1).mul(factor).to(rows.dtype)
-    return loss, lse, *_filled(gradients, hidden_states, padding_idx), sample.token_ids, sample.lse
+    return loss, lse, *_filled(gradients, hidden_states, padding_idx), sample.token_ids, sample.peak
 
 
 @linear_cross_entropy.register_fake
@@ -231,11 +231,11 @@ def _(*_: Any) -> None:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_states, weight, target, bias, _, _, _, *ctx.options, ctx.chunked, ctx.backend = inputs
-    _, lse, *gradients, token_ids, sample_lse = output
+    _, lse, *gradients, token_ids, peak = output
     made = gradients if ctx.chunked else [lse]
     ctx.save_for_backward(hidden_states, weight, target, bias, *made)
     ctx.made_used = False
-    ctx.mark_non_differentiable(*gradients, token_ids, sample_lse)
+    ctx.mark_non_differentiable(*gradients, token_ids, peak)
     ctx.set_materialize_grads(False)
 
 

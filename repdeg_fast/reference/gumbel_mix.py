@@ -9,12 +9,17 @@ embedding F:
 hidden states, h̄ = Σ_k α_k h^(k), and take one product z = E h̄ + b.
 
 Gradients are those of the straight-through estimator: of the value F[x̂] with respect to F, of the soft value with
-respect to α; hidden states, E and b get none. With r the upstream gradient and L = log Σ_v exp((z_v + g_v)/τ):
+respect to α; hidden states, E and b get none. With r the upstream gradient:
 
-    y_v = exp((z_v + g_v)/τ − L),    δ = Σ_v y_v (F[v]·r),    dz_v = y_v (F[v]·r − δ)/τ,
+    δ = Σ_v y_v (F[v]·r),    dz_v = y_v (F[v]·r − δ)/τ,
     dh̄ = Σ_v dz_v E[v],    dα_k = dh̄·h^(k);    dF[x̂] += r (hard) or dF[v] += y_v r (soft)
 
-dz does not change when a constant is taken off all F[v]·r of a row.
+Kernels keep of a sample its token and y_x̂, the largest y of the row (``peak``), and make y again from
+
+    y_v = y_x̂ exp((s_v − s_x̂)/τ),    s = z + g
+
+A log-sum-exp is nothing to keep: it is of the size of s/τ, and its rounding alone changes y where τ is small or logits
+are large. Nor does dz change when a constant, F[x̂]·r, is taken off all F[v]·r of a row.
 """
 
 from __future__ import annotations
@@ -72,26 +77,32 @@ def mix_backward(grad_mixed: Tensor, hidden_states: Tensor, mixture_logits: Tens
     return grad.to(mixture_logits.dtype)
 
 
+def drawn_logits(mixed: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor) -> Tensor:
+    """z of the drawn tokens (M,), without noise."""
+    rows = _operand(weight.index_select(0, token_ids), mixed)
+    logits = (mixed.to(rows.dtype) * rows).sum(dim=1)
+    return logits if bias is None else logits + bias[token_ids]
+
+
 def sample(
     token_ids: Tensor,  # (M,), written
-    lse: Tensor,  # (M,), written
+    peak: Tensor,  # (M,), written
     mixed: Tensor,  # (M, d)
     weight: Tensor,
     bias: Tensor | None,
     seed: Tensor,
     temperature: float,
 ) -> None:
-    """x̂ and L. Where a logit is NaN or +∞, or all are −∞, L is not finite, and x̂ is any token."""
+    """x̂ and y_x̂. Where a logit is NaN or +∞, or all are −∞, y_x̂ is not finite, and x̂ is any token."""
     for rows in _row_chunks(mixed, weight):
         part = slice(rows.start, rows.stop)
         perturbed = _perturbed_logits(mixed, weight, bias, seed, rows)
-        token_ids[part] = perturbed.argmax(dim=1)
-        lse[part] = (perturbed / temperature).logsumexp(dim=1)
+        _draw(token_ids[part], peak[part], perturbed, temperature)
 
 
 def sample_logits(
     token_ids: Tensor,  # (M,), written
-    lse: Tensor,  # (M,), written
+    peak: Tensor,  # (M,), written
     logits: Tensor,  # (K, M, V), without the bias
     alpha: Tensor,  # (M, K)
     bias: Tensor | None,
@@ -99,14 +110,13 @@ def sample_logits(
     temperature: float,
     first_row: int,  # whose noise the first row gets
 ) -> None:
-    """x̂ and L from the K heads' logits, where something else has made them."""
+    """x̂ and y_x̂ from the K heads' logits, where something else has made them."""
     mixed = torch.einsum("mk,kmv->mv", alpha, logits.to(alpha.dtype))
     if bias is not None:
         mixed += bias
     rows, columns = range(first_row, first_row + len(mixed)), range(mixed.shape[1])
     mixed += philox.gumbel(seed, rows, columns, dtype=mixed.dtype)
-    token_ids.copy_(mixed.argmax(dim=1))
-    lse.copy_((mixed / temperature).logsumexp(dim=1))
+    _draw(token_ids, peak, mixed, temperature)
 
 
 def soft_value(
@@ -115,14 +125,16 @@ def soft_value(
     weight: Tensor,
     bias: Tensor | None,
     embedding: Tensor,
-    lse: Tensor,
+    token_ids: Tensor,
+    drawn_logits: Tensor,
+    peak: Tensor,
     seed: Tensor,
     temperature: float,
 ) -> None:
-    """Σ_v y_v F[v]."""
+    """Σ_v y_v F[v]. Of the sample, only kernels need anything: here y is a softmax."""
     for rows in _row_chunks(mixed, weight):
         part = slice(rows.start, rows.stop)
-        y = (_perturbed_logits(mixed, weight, bias, seed, rows) / temperature - lse[part, None]).exp()
+        y = (_perturbed_logits(mixed, weight, bias, seed, rows) / temperature).softmax(dim=1)
         value[part] = y @ embedding.to(y.dtype)
 
 
@@ -130,32 +142,38 @@ def backward(
     grad_mixed: Tensor | None,  # (M, d), written where given
     grad_embedding: Tensor | None,  # (V, d_f), the gradient of the soft value, written where given
     grad_embeddings: Tensor,  # (M, d_f)
-    origin: Tensor,  # (M,)
+    drawn_products: Tensor,  # (M,)
     mixed: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     embedding: Tensor,
-    lse: Tensor,
+    token_ids: Tensor,
+    drawn_logits: Tensor,  # (M,)
+    peak: Tensor,  # (M,)
     seed: Tensor,
     temperature: float,
 ) -> None:
-    """dh̄ and, for a soft value, dF. ``origin`` is F[x̂]·r: products F[v]·r are taken from there, so that what rows of F
-    have in common cancels before it is rounded. For dh̄ the weights y are divided by what they add up to: ``lse`` need
-    only be near, as it is where the sample was drawn from logits that had been rounded."""
-    r = grad_embeddings.to(lse.dtype)
-    total = None if grad_embedding is None else torch.zeros_like(grad_embedding, dtype=lse.dtype)
+    """dh̄ and, for a soft value, dF. ``drawn_products`` are F[x̂]·r: products F[v]·r are taken from there, so that what
+    rows of F have in common cancels before it is rounded. Kernels divide y by what it adds up to for dh̄: ``peak``
+    need only be near, as it is where the sample was drawn from logits that had been rounded."""
+    r = grad_embeddings.to(peak.dtype)
+    total = None if grad_embedding is None else torch.zeros_like(grad_embedding, dtype=peak.dtype)
     for rows in _row_chunks(mixed, weight):
         part = slice(rows.start, rows.stop)
-        y = (_perturbed_logits(mixed, weight, bias, seed, rows) / temperature - lse[part, None]).exp()
+        y = (_perturbed_logits(mixed, weight, bias, seed, rows) / temperature).softmax(dim=1)
         if total is not None:
             total.addmm_(y.T, r[part])
         if grad_mixed is not None:
-            y = y / y.sum(dim=1, keepdim=True)
-            fr = r[part] @ embedding.to(r.dtype).T - origin[part, None]
+            fr = r[part] @ embedding.to(r.dtype).T - drawn_products[part, None]
             delta = (y * fr).sum(dim=1, keepdim=True)
             grad_mixed[part] = (y * (fr - delta) / temperature) @ _operand(weight, mixed)
     if grad_embedding is not None and total is not None:
         grad_embedding.copy_(total)
+
+
+def _draw(token_ids: Tensor, peak: Tensor, perturbed: Tensor, temperature: float) -> None:
+    token_ids.copy_(perturbed.argmax(dim=1))
+    peak.copy_((perturbed / temperature).softmax(dim=1).gather(1, token_ids[:, None]).squeeze(1))
 
 
 def _operand(weight: Tensor, mixed: Tensor) -> Tensor:
