@@ -31,11 +31,11 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
       " Tensor seed, float temperature, int first_row) -> ()");
   m.def(
       "gumbel_mix_soft_value(Tensor(a!) value, Tensor mixed, Tensor weight, Tensor? bias, Tensor embedding,"
-      " Tensor token_ids, Tensor drawn_logits, Tensor peak, Tensor seed, float temperature) -> ()");
+      " Tensor token_ids, Tensor peak, Tensor seed, float temperature) -> ()");
   m.def(
-      "gumbel_mix_backward(Tensor(a!)? grad_mixed, Tensor(b!)? grad_embedding, Tensor grad_embeddings,"
-      " Tensor drawn_products, Tensor mixed, Tensor weight, Tensor? bias, Tensor embedding, Tensor token_ids,"
-      " Tensor drawn_logits, Tensor peak, Tensor seed, float temperature) -> ()");
+      "gumbel_mix_backward(Tensor(a!)? grad_mixed, Tensor(b!)? grad_embedding, Tensor grad_embeddings, Tensor mixed,"
+      " Tensor weight, Tensor? bias, Tensor embedding, Tensor token_ids, Tensor peak, Tensor seed, float temperature)"
+      " -> ()");
   m.def(
       "admin_norm_forward(Tensor x, Tensor branch, Tensor? omega, Tensor? weight, Tensor? bias, Tensor? branch_bias,"
       " Tensor? seed, float dropout, float eps, bool center) -> (Tensor y, Tensor mean, Tensor rstd)");

@@ -23,6 +23,7 @@ from .tuning import PADDING, Specialization, choose, padded_columns, padded_vect
 
 _PROGRAMS = 8  # a multiprocessor, of which one or two are resident: the last round is then a small part of all
 _COMBINE_ROWS = 32
+_DOT_BLOCK = 1024
 _LOGITS_COLUMNS, _LOGITS_WARPS = 4096, 8  # 16 a thread: noise takes about four registers each while it is made
 _BUFFER_BYTES = 64 << 20  # y and y (F·r − origin) of one chunk of the vocabulary, in padded rows
 
@@ -185,6 +186,41 @@ def _logits_kernel(
     tl.store(peak + at, 1 / total)
 
 
+# a·b, b rounded to the dtype of a.
+@triton.jit
+def _dot(a, b, depth, a_stride, b_stride, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, depth, BLOCK):
+        k = (first + tl.arange(0, BLOCK)).to(tl.int64)
+        x = tl.load(a + k * a_stride, mask=k < depth, other=0.0)
+        w = tl.load(b + k * b_stride, mask=k < depth, other=0.0)
+        total += x.to(tl.float32) * w.to(x.dtype).to(tl.float32)
+    return tl.sum(total, axis=0)
+
+
+# What a row's y and y F·r count from: z + g of the drawn token and, where `products` is given, its F·r.
+@triton.jit
+def _origins_kernel(
+    origins, products, mixed, weight, bias, embedding, grad, token_ids, seed, depth, embedding_depth,
+    mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride,
+    embedding_stride, embedding_depth_stride, grad_stride, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(token_ids + row)
+    at = tl.zeros((1,), tl.int64)
+    mixed += row * mixed_stride
+    weight += token * weight_stride
+    s = gumbel_at(tl.load(seed), row + at, token + at)
+    s += _dot(mixed, weight, depth, mixed_depth_stride, weight_depth_stride, BLOCK)
+    if bias is not None:
+        s += tl.load(bias + token)
+    tl.store(origins + row + at, s)
+    if products is not None:
+        grad += row * grad_stride
+        embedding += token * embedding_stride
+        tl.store(products + row, _dot(grad, embedding, embedding_depth, 1, embedding_depth_stride, BLOCK))
+
+
 # One tile of y and, where `weighted` is given, of y (F·r − product); and their sums over the tile, as they are stored:
 # what is taken off a sum of rounded numbers must be made of the same ones.
 # y = peak · exp((z + g − origin)/τ), where origin is z + g of the drawn token and peak its y, the largest. Where a tile
@@ -192,8 +228,8 @@ def _logits_kernel(
 # equal.
 @triton.jit
 def _weights_kernel(
-    y_out, weighted, total, delta, mixed, weight, bias, embedding, grad, drawn_products,
-    token_ids, drawn_logits, peak, seed, inverse_temperature,
+    y_out, weighted, total, delta, mixed, weight, bias, embedding, grad, products,
+    token_ids, peak, origins, seed, inverse_temperature,
     m, v, depth, embedding_depth, chunk_first, chunk_columns,
     mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride,
     embedding_stride, embedding_depth_stride, grad_stride,
@@ -202,14 +238,12 @@ def _weights_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = chunk_first // COLUMNS + tl.program_id(1)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    key = tl.load(seed)
     s = _perturbed_logits(
-        mixed, weight, bias, key, rows, tile * COLUMNS, m, v, depth,
+        mixed, weight, bias, tl.load(seed), rows, tile * COLUMNS, m, v, depth,
         mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride, EVEN, COLUMNS, DEPTH,
     )  # fmt: skip
     token = tl.load(token_ids + rows, mask=rows < m, other=0).to(tl.int32)
-    origin = tl.load(drawn_logits + rows, mask=rows < m, other=0.0) + gumbel_at(key, rows, token)
-    exponent = (s - origin[:, None]) * inverse_temperature
+    exponent = (s - tl.load(origins + rows, mask=rows < m, other=0.0)[:, None]) * inverse_temperature
     exponent = tl.where((exponent > 0) | (columns[None, :] == token[:, None]), 0.0, exponent)
     y = tl.exp(exponent) * tl.load(peak + rows, mask=rows < m, other=0.0)[:, None]
     at = rows.to(tl.int64)[:, None] * chunk_columns + (columns - chunk_first)[None, :]
@@ -223,7 +257,7 @@ def _weights_kernel(
             grad, embedding, rows, columns, m, v, embedding_depth, grad_stride, 1,
             embedding_stride, embedding_depth_stride, EVEN, DEPTH,
         )  # fmt: skip
-        y *= fr - tl.load(drawn_products + rows, mask=rows < m, other=0.0)[:, None]
+        y *= fr - tl.load(products + rows, mask=rows < m, other=0.0)[:, None]
         y = y.to(weighted.dtype.element_ty)
         tl.store(weighted + at, y, mask=inside)
         tl.store(delta + tile.to(tl.int64) * m + rows, tl.sum(y.to(tl.float32), axis=1), mask=rows < m)
@@ -273,7 +307,7 @@ def sample_logits(
 
 def soft_value(
     value: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, token_ids: Tensor,
-    drawn_logits: Tensor, peak: Tensor, seed: Tensor, temperature: float,
+    peak: Tensor, seed: Tensor, temperature: float,
 ) -> None:  # fmt: skip
     """Σ_v y_v F[v]."""
     value.zero_()
@@ -281,16 +315,16 @@ def soft_value(
         return
     tile = _choose("weights", mixed, weight)
     total = peak.new_empty(triton.cdiv(len(weight), tile.columns), len(value))
-    drawn = (token_ids, drawn_logits, peak)
+    drawn = (token_ids, peak)
     for part, (y,) in _weight_chunks(tile, total, None, mixed, weight, bias, embedding, drawn, seed, temperature):
         _add_product(value, y, embedding[part])
     value /= total.sum(dim=0)[:, None]
 
 
 def backward(
-    grad_mixed: Tensor | None, grad_embedding: Tensor | None, grad_embeddings: Tensor, drawn_products: Tensor,
-    mixed: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, token_ids: Tensor, drawn_logits: Tensor,
-    peak: Tensor, seed: Tensor, temperature: float,
+    grad_mixed: Tensor | None, grad_embedding: Tensor | None, grad_embeddings: Tensor, mixed: Tensor,
+    weight: Tensor, bias: Tensor | None, embedding: Tensor, token_ids: Tensor, peak: Tensor, seed: Tensor,
+    temperature: float,
 ) -> None:  # fmt: skip
     """dh̄ and, for a soft value, dF."""
     m, d = mixed.shape
@@ -304,9 +338,9 @@ def backward(
         # rows of length 1: neither do large gradients overflow in fp16, nor do small ones vanish
         norm = torch.linalg.vector_norm(grad_embeddings, dim=1, dtype=torch.float32)
         inverse = torch.where(norm == 0, 0, 1 / norm)
-        upstream = ((grad_embeddings * inverse[:, None]).to(mixed.dtype), drawn_products * inverse, delta)
+        upstream = ((grad_embeddings * inverse[:, None]).to(mixed.dtype), delta)
         sums = peak.new_zeros(2 * m, d)
-    drawn = (token_ids, drawn_logits, peak)
+    drawn = (token_ids, peak)
     chunks = _weight_chunks(tile, total, upstream, mixed, weight, bias, embedding, drawn, seed, temperature)
     for part, buffers in chunks:
         if grad_mixed is not None:
@@ -322,26 +356,31 @@ def backward(
 
 
 def _weight_chunks(
-    tile: Tile, total: Tensor, upstream: tuple[Tensor, Tensor, Tensor] | None, mixed: Tensor, weight: Tensor,
-    bias: Tensor | None, embedding: Tensor, drawn: tuple[Tensor, Tensor, Tensor], seed: Tensor, temperature: float,
+    tile: Tile, total: Tensor, upstream: tuple[Tensor, Tensor] | None, mixed: Tensor, weight: Tensor,
+    bias: Tensor | None, embedding: Tensor, drawn: tuple[Tensor, Tensor], seed: Tensor, temperature: float,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """Chunks of the vocabulary and their y (1, M, n), whose sums over each tile are written to ``total``; with
-    ``upstream`` (r, F[x̂]·r, sums that are written) y and y (F·r − F[x̂]·r) (2, M, n). ``drawn`` are tokens, their
-    logits and y. The buffer is reused."""
+    ``upstream`` (r, sums that are written) y and y (F·r − F[x̂]·r) (2, M, n). ``drawn`` are tokens and their y. The
+    buffer is reused."""
     (m, d), v = mixed.shape, len(weight)
-    grad, drawn_products, delta = (None,) * 3 if upstream is None else upstream
+    grad, delta = (None, None) if upstream is None else upstream
     count = 1 if upstream is None else 2
     step = max(1, _BUFFER_BYTES // (count * m * mixed.element_size() * tile.columns)) * tile.columns
     padded = triton.cdiv(v, PADDING) * PADDING
     buffer = mixed.new_empty(count * m * min(step, padded))
     depths = (d, embedding.shape[1])
+    strides = (*mixed.stride(), *weight.stride(), *embedding.stride(), 0 if grad is None else grad.stride(0))
+    origins, products = torch.empty_like(total[0]), None if grad is None else torch.empty_like(total[0])
+    _origins_kernel[(m,)](
+        origins, products, mixed, weight, bias, embedding, grad, drawn[0], seed, *depths, *strides,
+        BLOCK=_DOT_BLOCK,
+    )  # fmt: skip
     for first in range(0, v, step):
         n, width = min(step, v - first), min(step, padded - first)
         buffers = buffer[: count * m * width].view(count, m, width)
         _weights_kernel[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.columns))](
             buffers[0], None if upstream is None else buffers[1], total, delta, mixed, weight, bias, embedding, grad,
-            drawn_products, *drawn, seed, _inverse(temperature), m, v, *depths, first, width,
-            *mixed.stride(), *weight.stride(), *embedding.stride(), 0 if grad is None else grad.stride(0),
+            products, *drawn, origins, seed, _inverse(temperature), m, v, *depths, first, width, *strides,
             EVEN=all(depth % tile.depth == 0 for depth in depths),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -373,6 +412,7 @@ def specializations() -> Iterator[Specialization]:
             yield from variants(tiles, partial(_forward_specialization, name, bias))
             for weighted in (False, True):
                 yield from variants(tiles, partial(_weights_specialization, name, bias, weighted))
+                yield _origins_specialization(name, bias, weighted)
     types = {
         **_PARTIALS,
         "token_ids": "*i64",
@@ -415,17 +455,31 @@ def _forward_specialization(name: str, bias: str | None, tile: Tile) -> Speciali
     return Specialization(_forward_kernel, types, constants, tile.num_warps, tile.num_stages, divisible, label)
 
 
+def _origins_specialization(name: str, bias: str | None, weighted: bool) -> Specialization:
+    types = _logits_types(name, bias) | {"embedding": f"*{name}", "token_ids": "*i64", "origins": "*fp32"}
+    strides = ("mixed_stride", "weight_stride", "embedding_stride", "grad_stride")
+    types |= dict.fromkeys(("embedding_depth", *strides), "i32")
+    constants = {"mixed_depth_stride": 1, "weight_depth_stride": 1, "embedding_depth_stride": 1, "BLOCK": _DOT_BLOCK}
+    types |= {"products": "*fp32", "grad": f"*{name}"} if weighted else {}
+    constants |= {} if weighted else dict.fromkeys(("products", "grad"))
+    constants |= {} if bias else {"bias": None}
+    label = name + (" bias" if bias else "") + (" weighted" if weighted else "")
+    return Specialization(
+        _origins_kernel, types, constants, divisible=("depth", "embedding_depth", *strides), label=label
+    )
+
+
 def _weights_specialization(name: str, bias: str | None, weighted: bool, tile: Tile) -> Specialization:
     types = _logits_types(name, bias) | {"embedding": f"*{name}", "y_out": f"*{name}", "token_ids": "*i64"}
-    types |= dict.fromkeys(("drawn_logits", "peak", "total"), "*fp32")
+    types |= dict.fromkeys(("origins", "peak", "total"), "*fp32")
     types |= dict.fromkeys(
         ("embedding_depth", "chunk_first", "chunk_columns", "embedding_stride", "grad_stride"), "i32"
     )
     constants = _logits_constants(tile, bias) | {"embedding_depth_stride": 1}
     if weighted:
-        types |= {"weighted": f"*{name}", "delta": "*fp32", "grad": f"*{name}", "drawn_products": "*fp32"}
+        types |= {"weighted": f"*{name}", "delta": "*fp32", "grad": f"*{name}", "products": "*fp32"}
     else:
-        constants |= dict.fromkeys(("weighted", "delta", "grad", "drawn_products"))
+        constants |= dict.fromkeys(("weighted", "delta", "grad", "products"))
     strides = ("mixed_stride", "weight_stride", "embedding_stride", "grad_stride")
     divisible = ("depth", "embedding_depth", "chunk_first", "chunk_columns", *strides)
     label = name + (" bias" if bias else "") + (" weighted" if weighted else "")

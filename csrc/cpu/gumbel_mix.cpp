@@ -201,6 +201,13 @@ void sample_logits(const Tensor& token_ids, const Tensor& peak, const Tensor& lo
   });
 }
 
+// A row of a matrix, as `operand` has it, times contiguous values.
+template <typename A>
+A row_product(const Tensor& matrix, int64_t row, ScalarType narrow, const A* values) {
+  const Tensor one = operand(rows_of(matrix, row, 1), narrow, Vocabulary<A>::wide);
+  return dot(values, static_cast<const A*>(one.data_ptr()), one.size(1));
+}
+
 // The sample, as the sweeps over its y take it: y = peak · exp((z + g − origin)/τ), where origin is z + g of the drawn
 // token and peak its y, the largest. Another sweep may round z otherwise and see a token above the drawn one, which at a
 // small τ would be far above: it counts as equal.
@@ -212,18 +219,20 @@ struct Drawn {
   uint64_t seed;
   A inverse_temperature;
 
-  Drawn(const Tensor& token_ids, const Tensor& logits, const Tensor& peaks, uint64_t seed, A inverse_temperature)
+  Drawn(const Vocabulary<A>& vocabulary, const Tensor& token_ids, const Tensor& peaks, uint64_t seed,
+        A inverse_temperature)
       : token(static_cast<const int64_t*>(token_ids.data_ptr())),
         peak(static_cast<const A*>(peaks.data_ptr())),
         origin(token_ids.size(0)),
         seed(seed),
         inverse_temperature(inverse_temperature) {
-    const A* z = static_cast<const A*>(logits.data_ptr());
+    const Rows<A> hidden(vocabulary.hidden);
     for (int64_t i = 0; i < int64_t(origin.size()); ++i) {
-      const uint32_t quad = uint32_t(token[i] / 4);
+      const int64_t t = token[i];
       uint32_t words[Vector<A>::lanes];
-      std::fill(words, words + Vector<A>::lanes, philox(seed, quad, uint32_t(i), kGumbelStream).lane[token[i] % 4]);
-      origin[i] = z[i] + gumbel_noise<A>(words)[0];
+      std::fill(words, words + Vector<A>::lanes, philox(seed, uint32_t(t / 4), uint32_t(i), kGumbelStream).lane[t % 4]);
+      origin[i] = row_product(vocabulary.weight, t, vocabulary.narrow, hidden.row(i)) + gumbel_noise<A>(words)[0];
+      if (!vocabulary.bias.empty()) origin[i] += vocabulary.bias[t];
     }
   }
 
@@ -258,9 +267,11 @@ struct Drawn {
 // Σ y F, divided by what y adds up to: 1, but for tokens that count as equal to the drawn one.
 template <typename A>
 void soft_value(const Tensor& value, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
-                const Tensor& embedding, const Drawn<A>& drawn) {
+                const Tensor& embedding, const Tensor& token_ids, const Tensor& peak, uint64_t seed,
+                A inverse_temperature) {
   const int64_t m = mixed.size(0);
   Vocabulary<A> vocabulary(mixed, weight, bias, embedding);
+  const Drawn<A> drawn(vocabulary, token_ids, peak, seed, inverse_temperature);
   std::vector<A> total(m);
   vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor&, const Tensor& f) {
     torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
@@ -397,20 +408,23 @@ struct RowSums {
 
 template <typename A>
 void backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_embedding, const Tensor& grad,
-              const Tensor& drawn_products, const Tensor& mixed, const Tensor& weight,
-              const std::optional<Tensor>& bias, const Tensor& embedding, const Drawn<A>& drawn) {
+              const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& embedding,
+              const Tensor& token_ids, const Tensor& peak, uint64_t seed, A inverse_temperature) {
   const int64_t m = mixed.size(0), d = mixed.size(1);
   Vocabulary<A> vocabulary(mixed, weight, bias, grad_mixed ? std::optional<Tensor>(embedding) : std::nullopt);
+  const Drawn<A> drawn(vocabulary, token_ids, peak, seed, inverse_temperature);
   const Tensor upstream = operand(grad, grad.scalar_type(), Vocabulary<A>::wide);
   const Rows<A> r(upstream);
-  const A* origin = static_cast<const A*>(drawn_products.data_ptr());
   const A negligible = std::numeric_limits<A>::epsilon() / 2 / A(weight.size(0));
-  const Tensor plain_tensor = torch::stable::new_zeros(drawn_products, {grad_mixed ? m : 0, d});
+  const Tensor plain_tensor = torch::stable::new_zeros(peak, {grad_mixed ? m : 0, d});
   A* plain = static_cast<A*>(plain_tensor.data_ptr());
   A* weighted = grad_mixed ? static_cast<A*>(grad_mixed->data_ptr()) : nullptr;
   if (grad_mixed) std::fill(weighted, weighted + m * d, A(0));
-  std::vector<A> smallest(m);
-  for (int64_t i = 0; i < m; ++i) smallest[i] = std::log(negligible / drawn.peak[i]);
+  std::vector<A> smallest(m), origin(m);
+  for (int64_t i = 0; grad_mixed && i < m; ++i) {
+    smallest[i] = std::log(negligible / drawn.peak[i]);
+    origin[i] = row_product(embedding, drawn.token[i], embedding.scalar_type(), r.row(i));
+  }
   std::vector<double> delta(m), total(m);
   const auto sums = [&](int64_t i) { return RowSums<A>{weighted + i * d, plain + i * d, &delta[i], &total[i]}; };
 
@@ -479,24 +493,22 @@ void gumbel_mix_sample_logits(Tensor token_ids, Tensor peak, const Tensor& logit
 }
 
 void gumbel_mix_soft_value(Tensor value, const Tensor& mixed, const Tensor& weight, const std::optional<Tensor>& bias,
-                           const Tensor& embedding, const Tensor& token_ids, const Tensor& drawn_logits,
-                           const Tensor& peak, const Tensor& seed, double temperature) {
+                           const Tensor& embedding, const Tensor& token_ids, const Tensor& peak, const Tensor& seed,
+                           double temperature) {
   dispatch_wide(peak, [&](auto a) {
     using A = decltype(a);
-    const Drawn<A> drawn(token_ids, drawn_logits, peak, key_of(seed), inverse<A>(temperature));
-    soft_value<A>(value, mixed, weight, bias, embedding, drawn);
+    soft_value<A>(value, mixed, weight, bias, embedding, token_ids, peak, key_of(seed), inverse<A>(temperature));
   });
 }
 
 void gumbel_mix_backward(const std::optional<Tensor>& grad_mixed, const std::optional<Tensor>& grad_embedding,
-                         const Tensor& grad_embeddings, const Tensor& drawn_products, const Tensor& mixed,
-                         const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& embedding,
-                         const Tensor& token_ids, const Tensor& drawn_logits, const Tensor& peak, const Tensor& seed,
-                         double temperature) {
+                         const Tensor& grad_embeddings, const Tensor& mixed, const Tensor& weight,
+                         const std::optional<Tensor>& bias, const Tensor& embedding, const Tensor& token_ids,
+                         const Tensor& peak, const Tensor& seed, double temperature) {
   dispatch_wide(peak, [&](auto a) {
     using A = decltype(a);
-    const Drawn<A> drawn(token_ids, drawn_logits, peak, key_of(seed), inverse<A>(temperature));
-    backward<A>(grad_mixed, grad_embedding, grad_embeddings, drawn_products, mixed, weight, bias, embedding, drawn);
+    backward<A>(grad_mixed, grad_embedding, grad_embeddings, mixed, weight, bias, embedding, token_ids, peak,
+                key_of(seed), inverse<A>(temperature));
   });
 }
 

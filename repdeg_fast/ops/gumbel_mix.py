@@ -17,7 +17,7 @@ from repdeg_fast.native import build
 from repdeg_fast.ops._common import forbid_double_backward
 from repdeg_fast.reference import gumbel_mix as reference
 from repdeg_fast.reference.cosreg import arithmetic_dtype
-from repdeg_fast.reference.gumbel_mix import drawn_logits, mix, mix_backward
+from repdeg_fast.reference.gumbel_mix import mix, mix_backward
 
 operation = Operation[Any](
     "gumbel_mix",
@@ -115,10 +115,9 @@ def gumbel_value(
         value = embedding.index_select(0, token_ids)
     else:
         sums = peak.new_empty(len(peak), embedding.shape[1])
-        mixed, bias = mix(hidden_states, mixture_logits), _wide(bias, peak)
-        drawn = (token_ids, drawn_logits(mixed, weight, bias, token_ids), peak)
+        mixed = mix(hidden_states, mixture_logits)
         kernels = operation.kernels(backend, hidden_states, weight)
-        kernels.soft_value(sums, mixed, weight, bias, embedding, *drawn, seed, temperature)
+        kernels.soft_value(sums, mixed, weight, _wide(bias, peak), embedding, token_ids, peak, seed, temperature)
         value = sums.to(embedding.dtype)
     # a token was drawn even where a logit is NaN; the embedding says so
     return value.masked_fill_(~peak.isfinite()[:, None], float("nan"))
@@ -162,22 +161,19 @@ def gumbel_mix_backward(
     elif needs_embedding:
         grad_embedding = torch.empty_like(embedding)
     if needs_mixture or (needs_embedding and not hard):
-        mixed, bias = mix(hidden_states, mixture_logits), _wide(bias, peak)
-        drawn = (token_ids, drawn_logits(mixed, weight, bias, token_ids), peak)
+        mixed = mix(hidden_states, mixture_logits)
         grad_mixed = peak.new_empty(mixed.shape) if needs_mixture else None
         grad_soft = grad_embedding if needs_embedding and not hard else None
-        # wide first: in fp16 a product of scaled gradients would overflow
-        products = (grad_embeddings.to(peak.dtype) * embedding.index_select(0, token_ids)).sum(dim=1)
         operation.kernels(backend, hidden_states, weight).backward(
             grad_mixed,
             grad_soft,
             grad_embeddings,
-            products,
             mixed,
             weight,
-            bias,
+            _wide(bias, peak),
             embedding,
-            *drawn,
+            token_ids,
+            peak,
             seed,
             temperature,
         )

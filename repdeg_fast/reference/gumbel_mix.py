@@ -77,13 +77,6 @@ def mix_backward(grad_mixed: Tensor, hidden_states: Tensor, mixture_logits: Tens
     return grad.to(mixture_logits.dtype)
 
 
-def drawn_logits(mixed: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor) -> Tensor:
-    """z of the drawn tokens (M,), without noise."""
-    rows = _operand(weight.index_select(0, token_ids), mixed)
-    logits = (mixed.to(rows.dtype) * rows).sum(dim=1)
-    return logits if bias is None else logits + bias[token_ids]
-
-
 def sample(
     token_ids: Tensor,  # (M,), written
     peak: Tensor,  # (M,), written
@@ -126,7 +119,6 @@ def soft_value(
     bias: Tensor | None,
     embedding: Tensor,
     token_ids: Tensor,
-    drawn_logits: Tensor,
     peak: Tensor,
     seed: Tensor,
     temperature: float,
@@ -142,20 +134,18 @@ def backward(
     grad_mixed: Tensor | None,  # (M, d), written where given
     grad_embedding: Tensor | None,  # (V, d_f), the gradient of the soft value, written where given
     grad_embeddings: Tensor,  # (M, d_f)
-    drawn_products: Tensor,  # (M,)
     mixed: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     embedding: Tensor,
     token_ids: Tensor,
-    drawn_logits: Tensor,  # (M,)
-    peak: Tensor,  # (M,)
+    peak: Tensor,
     seed: Tensor,
     temperature: float,
 ) -> None:
-    """dh̄ and, for a soft value, dF. ``drawn_products`` are F[x̂]·r: products F[v]·r are taken from there, so that what
-    rows of F have in common cancels before it is rounded. Kernels divide y by what it adds up to for dh̄: ``peak``
-    need only be near, as it is where the sample was drawn from logits that had been rounded."""
+    """dh̄ and, for a soft value, dF. Products F[v]·r are taken from that of the drawn token, so that what rows of F have
+    in common cancels before it is rounded. For dh̄ kernels divide y by what it adds up to: ``peak`` need only be near,
+    as it is where the sample was drawn from logits that had been rounded."""
     r = grad_embeddings.to(peak.dtype)
     total = None if grad_embedding is None else torch.zeros_like(grad_embedding, dtype=peak.dtype)
     for rows in _row_chunks(mixed, weight):
@@ -164,7 +154,8 @@ def backward(
         if total is not None:
             total.addmm_(y.T, r[part])
         if grad_mixed is not None:
-            fr = r[part] @ embedding.to(r.dtype).T - drawn_products[part, None]
+            fr = r[part] @ embedding.to(r.dtype).T
+            fr -= fr.gather(1, token_ids[part, None])
             delta = (y * fr).sum(dim=1, keepdim=True)
             grad_mixed[part] = (y * (fr - delta) / temperature) @ _operand(weight, mixed)
     if grad_embedding is not None and total is not None:
