@@ -459,7 +459,8 @@ def _origins_specialization(name: str, bias: str | None, weighted: bool) -> Spec
     types = _logits_types(name, bias) | {"embedding": f"*{name}", "token_ids": "*i64", "origins": "*fp32"}
     strides = ("mixed_stride", "weight_stride", "embedding_stride", "grad_stride")
     types |= dict.fromkeys(("embedding_depth", *strides), "i32")
-    constants = {"mixed_depth_stride": 1, "weight_depth_stride": 1, "embedding_depth_stride": 1, "BLOCK": _DOT_BLOCK}
+    constants: dict[str, object] = dict.fromkeys(("mixed_depth_stride", "weight_depth_stride"), 1)
+    constants |= {"embedding_depth_stride": 1, "BLOCK": _DOT_BLOCK}
     types |= {"products": "*fp32", "grad": f"*{name}"} if weighted else {}
     constants |= {} if weighted else dict.fromkeys(("products", "grad"))
     constants |= {} if bias else {"bias": None}
