@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from gumbel_mix_cases import Problem
+from gumbel_mix_cases import SEED, Problem
 from helpers import TOLERANCE, relative_error
 
-from repdeg_fast.ops.gumbel_mix import operation  # noqa: F401
+from repdeg_fast.ops.gumbel_mix import operation
+from repdeg_fast.reference import philox
 
 either = pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 
@@ -32,6 +33,31 @@ def test_no_worse_than_eager_pytorch_at_any_temperature(place, scale, hard):
             if number == 1:  # where one token has all the weight, nothing is left of the mixture's gradient
                 bound += TOLERANCE[dtype] / 10 * problem.upstream.norm().cpu()
             assert (result.cpu().double() - truth).norm() <= bound
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-8])
+def test_a_token_above_the_drawn_one_counts_as_equal(place, temperature):
+    """Rounding may put one there that the sweep that drew did not see, far above at a small τ. The reference, whose
+    y is a softmax, need not know."""
+    problem = Problem((1, 9, 131, 24, 16), torch.float32, place.device)
+    mixed, weight, bias, embedding = (
+        tensor.detach() for tensor in (problem.hidden_states[0], problem.weight, problem.bias, problem.embedding)
+    )
+    seed = torch.tensor([SEED], device=place.device)
+    s = mixed @ weight.T + bias + philox.gumbel(seed, range(9), range(131))
+    best, second = s.topk(2).indices.t().contiguous()
+    value, gradient = torch.empty_like(problem.upstream), torch.empty_like(mixed)
+    inputs = (mixed, weight, bias, embedding, second, torch.ones_like(s[:, 0]), seed, temperature)
+    kernels = operation.kernels(place.backend, mixed, weight)
+    kernels.soft_value(value, *inputs)
+    kernels.backward(gradient, None, problem.upstream, *inputs)
+    if place.backend == "reference":
+        assert relative_error(value, embedding[best]) <= 1e-6
+        assert gradient.norm() <= 1e-6
+    else:
+        assert relative_error(value, (embedding[best] + embedding[second]) / 2) <= 1e-6
+        products = ((embedding[best] - embedding[second]) * problem.upstream).sum(dim=1, keepdim=True)
+        assert relative_error(gradient * temperature, products / 4 * (weight[best] - weight[second])) <= 1e-5
 
 
 @either
