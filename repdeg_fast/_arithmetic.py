@@ -1,6 +1,8 @@
-"""In what precision things are computed."""
+"""In what precision things are computed, and scaled."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,3 +18,18 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def scale_or_repeat_(
+    gradients: Sequence[Tensor | None], grad_heads: Tensor, make_again: Callable[[], Sequence[Tensor | None]]
+) -> None:
+    """Turn gradients of Σ_k loss_k into those of Σ_k grad_heads_k·loss_k, where the K values may be looked at."""
+    scale, *others = grad_heads.tolist()
+    if all(other == scale for other in others):
+        for gradient in gradients if scale != 1 else ():
+            if gradient is not None:
+                gradient.mul_(scale)
+    else:
+        for gradient, right in zip(gradients, make_again(), strict=True):
+            if gradient is not None and right is not None:
+                gradient.copy_(right)

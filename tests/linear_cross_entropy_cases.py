@@ -4,15 +4,15 @@ import torch
 import torch.nn.functional as F
 from helpers import relative_error
 
-from repdeg_fast.ops import _vocabulary_chunks
+from repdeg_fast.ops import chunked_logits
 
 STRATEGIES = ("chunked", "streaming")
 
 
 def cut_small(monkeypatch):
     """Several chunks of rows and tiles of the vocabulary also at test sizes."""
-    monkeypatch.setattr(_vocabulary_chunks, "LIMIT", {"cpu": 0, "cuda": 0})
-    monkeypatch.setattr(_vocabulary_chunks, "TILE", 48)
+    monkeypatch.setattr(chunked_logits, "LIMIT", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(chunked_logits, "TILE", 48)
 
 
 def inputs(vocabulary, rows, width, dtype=torch.float32, device="cpu", target_dtype=torch.int64, heads=None):

@@ -10,7 +10,8 @@ from linear_cross_entropy_cases import STRATEGIES, inputs
 from torch.profiler import ProfilerActivity, profile
 
 from repdeg_fast import linear_cross_entropy, multi_layer_mlm_loss
-from repdeg_fast.ops import _vocabulary_chunks
+from repdeg_fast.contracts.linear_cross_entropy import Wanted
+from repdeg_fast.ops import chunked_logits
 from repdeg_fast.ops import linear_cross_entropy as ops
 
 
@@ -46,7 +47,7 @@ def threads():
 def test_peak_memory(strategy, number, threads):
     """Beyond the gradients, at most 64 MiB; the logits would be 313 MB. The backward pass adds nothing to that."""
     threads(number)
-    _vocabulary_chunks.release()
+    chunked_logits.release()
     hidden, weight, target, bias = inputs(30522, 2560, 128)
     gradients = sum(t.nbytes for t in (hidden, weight, bias))
 
@@ -59,10 +60,10 @@ def test_peak_memory(strategy, number, threads):
 
 def test_the_buffer_is_kept_on_the_cpu():
     """Between calls, for either kind, never more than the limit; results do not depend on what is in it."""
-    _vocabulary_chunks.release()
+    chunked_logits.release()
     hidden, weight, target, bias = inputs(2000, 64, 16)
     first = linear_cross_entropy(hidden, weight, target, bias)
-    (kept,) = _vocabulary_chunks._kept.values()
+    (kept,) = chunked_logits._kept.values()
     kept.fill_(torch.nan)
     with torch.inference_mode():
         assert linear_cross_entropy(hidden, weight, target, bias) == first
@@ -70,18 +71,18 @@ def test_the_buffer_is_kept_on_the_cpu():
     loss.backward()
     assert loss == first
     assert hidden.grad.isfinite().all()
-    kept = _vocabulary_chunks._kept[torch.float32]
-    assert kept.nbytes <= _vocabulary_chunks.LIMIT["cpu"]
+    kept = chunked_logits._kept[torch.float32]
+    assert kept.nbytes <= chunked_logits.LIMIT["cpu"]
     assert not kept.is_inference()
-    _vocabulary_chunks.release()
-    assert not _vocabulary_chunks._kept
+    chunked_logits.release()
+    assert not chunked_logits._kept
 
 
 def test_chunk_positions(threads):
     threads(2)
     weight = torch.empty(30522, 768)
-    call = lambda positions, dtype=torch.float32, heads=1: _vocabulary_chunks.chunk_positions(  # noqa: E731
-        positions, heads, weight.to(dtype), dtype, torch.float32, True
+    call = lambda positions, dtype=torch.float32, heads=1: chunked_logits.chunk_positions(  # noqa: E731
+        positions, heads, weight.to(dtype), dtype, Wanted(True, True, True, torch.float32)
     )
     assert call(1536) == 512  # three chunks of equal size, 63 MB each
     assert call(512, heads=3) == 171  # three chunks as well, of 171, 171 and 170

@@ -7,7 +7,7 @@ from linear_cross_entropy_cases import STRATEGIES, expected, inputs
 
 import repdeg_fast
 from repdeg_fast import linear_cross_entropy, mlm_losses_and_sample, multi_layer_mlm_loss
-from repdeg_fast.ops import _vocabulary_chunks
+from repdeg_fast.ops import chunked_logits
 from repdeg_fast.ops import linear_cross_entropy as ops
 
 
@@ -15,14 +15,13 @@ from repdeg_fast.ops import linear_cross_entropy as ops
 def test_opcheck(chunked):
     hidden, weight, target, bias = inputs(9, 6, 5, torch.float64)
     options = (1, -100, 0.0, 0.0, "mean", None, torch.float64, [True, True, True])
-    no_sample = (None, None, 1.0)
-    arguments = (hidden, weight, target, bias, *no_sample, *options, chunked, "auto")
-    torch.library.opcheck(ops.linear_cross_entropy, arguments)
+    arguments = (hidden, weight, target, bias, *options, chunked, "auto")
+    torch.library.opcheck(ops.linear_cross_entropy.overload, arguments)
     made = [t.detach().clone() for t in (hidden, weight, bias)]
     grad_loss, inputs_ = torch.tensor([0.5]).double(), (hidden.detach(), weight.detach(), target, bias.detach())
-    torch.library.opcheck(ops.linear_cross_entropy_rescale_, (*made, grad_loss, *inputs_, *options, "auto"))
+    torch.library.opcheck(ops.linear_cross_entropy_rescale_.overload, (*made, grad_loss, *inputs_, *options, "auto"))
     torch.library.opcheck(
-        ops.linear_cross_entropy_backward, (grad_loss, None, *inputs_, None, *options, "auto"),
+        ops.linear_cross_entropy_backward.overload, (grad_loss, None, *inputs_, None, *options, "auto"),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
@@ -81,7 +80,7 @@ def test_no_gradient_is_made_where_none_is_needed(monkeypatch):
     def fail(*_):
         raise AssertionError("made gradients")
 
-    monkeypatch.setattr(_vocabulary_chunks, "forward_backward", fail)
+    monkeypatch.setattr(chunked_logits.ChunkedLogits, "forward_backward", fail)
     hidden, weight, target, bias = inputs(30, 10, 8)
     with torch.no_grad(), repdeg_fast.use_backend("cpu"):
         loss = linear_cross_entropy(hidden, weight, target, bias, strategy="chunked")

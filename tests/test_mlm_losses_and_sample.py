@@ -7,9 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 import repdeg_fast
 from repdeg_fast import gumbel_mix, mlm_losses_and_sample, multi_layer_mlm_loss
-from repdeg_fast.ops import _vocabulary_chunks
+from repdeg_fast.ops import chunked_logits
 from repdeg_fast.ops.gumbel_mix import Sample, operation
-from repdeg_fast.ops.linear_cross_entropy import linear_cross_entropy
+from repdeg_fast.ops.mlm_losses_and_sample import mlm_losses_and_sample as operator
 from repdeg_fast.reference import gumbel_mix as definition
 
 SHAPES = [
@@ -66,8 +66,8 @@ class Problem:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Buffers of a few positions."""
-    monkeypatch.setattr(_vocabulary_chunks, "LIMIT", {"cpu": 40_000, "cuda": 40_000})
-    monkeypatch.setattr(_vocabulary_chunks, "FEWEST_ROWS", 8)
+    monkeypatch.setattr(chunked_logits, "LIMIT", {"cpu": 40_000, "cuda": 40_000})
+    monkeypatch.setattr(chunked_logits, "FEWEST_ROWS", 8)
 
 
 @pytest.mark.parametrize("strategy", ["chunked", "streaming"])
@@ -216,9 +216,9 @@ def test_checkpointing_draws_the_same_sample():
 def test_chunks_do_not_change_the_sample(rows, monkeypatch):
     problem = Problem((3, rows, 500, 16, 16))
     expected = problem.results(problem.joint(strategy="chunked"))
-    monkeypatch.setattr(_vocabulary_chunks, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(chunked_logits, "FEWEST_ROWS", 1)
     for limit in (1, 20_000, 100_000):
-        monkeypatch.setattr(_vocabulary_chunks, "LIMIT", {"cpu": limit, "cuda": limit})
+        monkeypatch.setattr(chunked_logits, "LIMIT", {"cpu": limit, "cuda": limit})
         results = problem.results(problem.joint(strategy="chunked"))
         assert torch.equal(results[1], expected[1])
         assert all(
@@ -291,7 +291,7 @@ def test_operator_is_registered_right(chunked):
     arguments = (problem.hidden_states.flatten(0, 1), problem.weight, problem.target, problem.bias)
     sampling = (problem.mixture_logits.detach(), torch.tensor([SEED]), 0.3)
     options = (3, -100, 0.0, 0.0, "mean", None, torch.float32, [True] * 3, chunked, "auto")
-    torch.library.opcheck(linear_cross_entropy, (*arguments, *sampling, *options))
+    torch.library.opcheck(operator.overload, (*arguments, *sampling, *options))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repdeg_fast.bench.measure import Step
 from repdeg_fast.bench.suite import Inputs
-from repdeg_fast.ops import _vocabulary_chunks
+from repdeg_fast.ops import chunked_logits
 
 _PHASE = "repdeg_fast phase: "
 
@@ -44,7 +44,7 @@ def record(step: Step, device: torch.device) -> Timeline:
         return torch.profiler.record_function(_PHASE + name)
 
     step.reset()
-    _vocabulary_chunks.release()
+    chunked_logits.release()
     _synchronize(device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with phase("both passes" if step.graph_free else "forward"):

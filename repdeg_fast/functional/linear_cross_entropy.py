@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from torch import Tensor
 from repdeg_fast import backends
 from repdeg_fast._arithmetic import autocast_dtype
 from repdeg_fast._checks import check_dense, check_finite, check_floating, check_integer, check_positive
+from repdeg_fast.contracts.linear_cross_entropy import Head
 from repdeg_fast.ops import linear_cross_entropy as _ops
-from repdeg_fast.ops._vocabulary_chunks import LIMIT
+from repdeg_fast.ops.chunked_logits import LIMIT
 
 REDUCTIONS = ("none", "sum", "mean")
 FP32 = torch.finfo(torch.float32)
@@ -67,17 +68,16 @@ def linear_cross_entropy(
         TypeError, ValueError: naming the argument. A target out of range raises on the CPU; on a GPU, where a check
             would stall the stream, it makes the row's loss NaN.
     """
-    options = check_options(label_smoothing, softcap, reduction, strategy)
-    hidden_states, padding_idx = check_tensors(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
+    given = Options(ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx)
+    options = check_options(given)
+    hidden_states, options = check_tensors(hidden_states, weight, target, bias, options)
     if target.shape != hidden_states.shape[:-1]:
         raise ValueError(
             f"target: expected shape {tuple(hidden_states.shape[:-1])}, that of hidden_states without its last "
             f"dimension, got {tuple(target.shape)}"
         )
-    loss, lse, *_ = call(
-        hidden_states.reshape(1, -1, hidden_states.shape[-1]), weight, target.reshape(-1), bias,
-        ignore_index, *options, accumulate_dtype, padding_idx, return_lse,
-    )  # fmt: skip
+    head = Head(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, target.reshape(-1), bias)
+    loss, lse, *_ = _ops.linear_cross_entropy(*head, *arguments(head, 1, options, upstream_known=not return_lse))
     loss = loss.view(target.shape) if reduction == "none" else loss[0]
     return (loss, lse.view(target.shape)) if return_lse else loss
 
@@ -112,54 +112,49 @@ def multi_layer_mlm_loss(
     Raises:
         TypeError, ValueError: naming the argument, as :func:`linear_cross_entropy`.
     """
-    options = check_options(label_smoothing, softcap, reduction, strategy)
-    hidden_states, padding_idx = check_heads(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
-    return call(
-        hidden_states, weight, target, bias, ignore_index, *options, accumulate_dtype, padding_idx, False
-    )[0]  # fmt: skip
+    given = Options(ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx)
+    hidden_states, options = check_heads(hidden_states, weight, target, bias, check_options(given))
+    head = Head(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, target.contiguous(), bias)
+    loss, *_ = _ops.linear_cross_entropy(*head, *arguments(head, hidden_states.shape[0], options))
+    return loss
 
 
-def call(
-    hidden_states: Tensor,  # (K, M, d)
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    reduction: str,
-    strategy: str,
-    accumulate_dtype: torch.dtype,
-    padding_idx: int | None,
-    return_lse: bool,
-    sampling: tuple[Tensor | None, Tensor | None, float] = (None, None, 1.0),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator, on checked arguments: loss, log-sum-exp and, where ``sampling`` (mixture logits, seed, temperature)
-    asks for them, the tokens of a sample and their log-sum-exp."""
-    check_ignore_index(ignore_index, target)
-    heads, positions, width = hidden_states.shape
-    needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden_states, weight, bias)]
-    if strategy == "auto":
+class Options(NamedTuple):
+    """As users give them, and after :func:`check_options` and :func:`check_tensors` as operators take them."""
+
+    ignore_index: int
+    label_smoothing: float
+    softcap: float | None  # then 0 for none
+    reduction: str
+    strategy: str
+    accumulate_dtype: torch.dtype
+    padding_idx: int | None  # then counted from the front
+
+
+def arguments(head: Head, heads: int, options: Options, *, upstream_known: bool = True, samples: bool = False) -> Any:
+    """What operators take behind their tensors: heads, options, which gradients to make, whether in chunks, backend.
+
+    A sample is drawn in the same way whether or not gradients are needed: activation checkpointing draws it twice.
+    """
+    hidden_states, weight, _, bias = head
+    grad = torch.is_grad_enabled()
+    needs = [t is not None and grad and t.requires_grad for t in (hidden_states, weight, bias)]
+    ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx = options
+    chunked = reduction != "none" and (samples or True in needs)
+    if chunked and strategy == "auto":
+        (rows, width), device = hidden_states.shape, weight.device
         strategy = _ops.choose_strategy(
-            heads * positions, weight.shape[0], width, hidden_states.dtype,
-            upstream_known=reduction != "none" and not return_lse,
-            buffer_bytes=LIMIT["cpu" if weight.device.type == "cpu" else "cuda"],
-            memory=_memory(weight.device),
+            rows, weight.shape[0], width, hidden_states.dtype, upstream_known=upstream_known,
+            buffer_bytes=LIMIT["cpu" if device.type == "cpu" else "cuda"], memory=_memory(device),
         )  # fmt: skip
-    # a sample is drawn in the same way whether or not gradients are needed: activation checkpointing draws it twice
-    one_sweep = any(needs) or sampling[1] is not None
-    loss, lse, _, _, _, token_ids, sample_lse = _ops.linear_cross_entropy(
-        hidden_states.reshape(-1, width), weight, target.contiguous(), bias, *sampling, heads,
-        ignore_index, label_smoothing, softcap, reduction, padding_idx, accumulate_dtype,
-        needs, strategy == "chunked" and reduction != "none" and one_sweep, backends.requested(),
-    )  # fmt: skip
-    return loss, lse, token_ids, sample_lse
+    chunked = chunked and strategy == "chunked"
+    rule = (ignore_index, label_smoothing, softcap)
+    return heads, *rule, reduction, padding_idx, accumulate_dtype, needs, chunked, backends.requested()
 
 
-def check_options(
-    label_smoothing: float, softcap: float | None, reduction: str, strategy: str
-) -> tuple[float, float, str, str]:
-    """The options as the operator takes them: no softcap is 0."""
+def check_options(options: Options) -> Options:
+    """All but what concerns tensors."""
+    _, label_smoothing, softcap, reduction, strategy, _, _ = options
     check_finite("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
@@ -171,7 +166,7 @@ def check_options(
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    return float(label_smoothing), float(softcap or 0), reduction, strategy
+    return options._replace(label_smoothing=float(label_smoothing), softcap=float(softcap or 0))
 
 
 def check_ignore_index(ignore_index: int, target: Tensor) -> None:
@@ -187,13 +182,12 @@ def check_heads(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    accumulate_dtype: torch.dtype,
-    padding_idx: int | None,
-) -> tuple[Tensor, int | None]:
+    options: Options,
+) -> tuple[Tensor, Options]:
     """:func:`check_tensors` of K heads' hidden states, stacked."""
     if not isinstance(hidden_states, Tensor):
         hidden_states = _stack(hidden_states)
-    hidden_states, padding_idx = check_tensors(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
+    hidden_states, options = check_tensors(hidden_states, weight, target, bias, options)
     if hidden_states.dim() != 3 or hidden_states.shape[0] == 0:
         shape = tuple(hidden_states.shape)
         raise ValueError(f"hidden_states: expected 3 dimensions (K, M, d), K at least 1, got shape {shape}")
@@ -202,7 +196,7 @@ def check_heads(
             f"target: expected shape ({hidden_states.shape[1]},), one for each of the M positions of hidden_states, "
             f"got {tuple(target.shape)}"
         )
-    return hidden_states, padding_idx
+    return hidden_states, options
 
 
 def check_tensors(
@@ -210,11 +204,10 @@ def check_tensors(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    accumulate_dtype: torch.dtype,
-    padding_idx: int | None,
-) -> tuple[Tensor, int | None]:
-    """Check all that concerns one or two arguments; returns hidden_states in the dtype that is multiplied, and
-    padding_idx counted from the front."""
+    options: Options,
+) -> tuple[Tensor, Options]:
+    """Check all that concerns one or two arguments; returns hidden_states in the dtype that is multiplied."""
+    accumulate_dtype, padding_idx = options.accumulate_dtype, options.padding_idx
     check_floating("hidden_states", hidden_states)
     check_floating("weight", weight)
     if weight.dim() != 2 or weight.numel() == 0:
@@ -229,6 +222,7 @@ def check_tensors(
         given = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"target: expected a tensor of class indices, int64 or int32, got {given}")
     check_dense("target", target)
+    check_ignore_index(options.ignore_index, target)
     if bias is not None:
         check_floating("bias", bias)
         if bias.shape != (vocabulary,):
@@ -248,7 +242,7 @@ def check_tensors(
         if not -vocabulary <= padding_idx < vocabulary:
             raise ValueError(f"padding_idx: expected a row of weight, from 0 to {vocabulary - 1}, got {padding_idx}")
         padding_idx %= vocabulary
-    return hidden_states, padding_idx
+    return hidden_states, options._replace(padding_idx=padding_idx)
 
 
 def _operand(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,5 +1,5 @@
 """The losses of K heads and a sample of their mixture in one sweep: arguments checked, then handed to
-:mod:`repdeg_fast.ops.linear_cross_entropy`, which draws the sample too, and :mod:`repdeg_fast.ops.gumbel_mix`."""
+:mod:`repdeg_fast.ops.mlm_losses_and_sample` and :mod:`repdeg_fast.ops.gumbel_mix`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from repdeg_fast._seeds import seed_tensor
+from repdeg_fast.contracts.linear_cross_entropy import Head
 from repdeg_fast.functional.gumbel_mix import check_head, check_sampling, detached, value
-from repdeg_fast.functional.linear_cross_entropy import call, check_heads, check_options
+from repdeg_fast.functional.linear_cross_entropy import Options, arguments, check_heads, check_options
+from repdeg_fast.ops import mlm_losses_and_sample as _ops
 
 
 def mlm_losses_and_sample(
@@ -51,15 +53,17 @@ def mlm_losses_and_sample(
         TypeError, ValueError: naming the argument.
     """
     embedding = weight if embedding is None else embedding
-    options = check_options(label_smoothing, None, reduction, strategy)
-    hidden_states, padding_idx = check_heads(hidden_states, weight, target, bias, accumulate_dtype, padding_idx)
+    given = Options(ignore_index, label_smoothing, None, reduction, strategy, accumulate_dtype, padding_idx)
+    hidden_states, options = check_heads(hidden_states, weight, target, bias, check_options(given))
     check_head(hidden_states, mixture_logits, weight, bias, embedding)
     check_sampling(temperature, gradient_scale)
     seed = seed_tensor(seed, hidden_states.device)
-    loss, _, token_ids, peak = call(
-        hidden_states, weight, target, bias, ignore_index, *options, accumulate_dtype, padding_idx, False,
-        sampling=(detached(mixture_logits), seed, float(temperature)),
-    )  # fmt: skip
+    head = Head(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, target.contiguous(), bias)
+    sampling = (detached(mixture_logits), seed, float(temperature))
+    joint = _ops.mlm_losses_and_sample(
+        *head, *sampling, *arguments(head, hidden_states.shape[0], options, samples=True)
+    )
+    loss, _, _, _, _, token_ids, peak = joint
     embeddings = value(
         hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed, temperature, True, gradient_scale
     )

@@ -68,7 +68,7 @@ class Operator(Generic[P, R]):
         self.overload = getattr(torch.ops.repdeg_fast, self.name).default
 
     def __call__(self, *arguments: P.args, **_: P.kwargs) -> R:
-        if _watched() or not _PLAIN.issuperset(map(type, arguments)):
+        if _watched() or not _PLAIN.issuperset(map(type, arguments)) or _first_tensor(arguments).is_meta:
             return self.overload(*arguments)
         if self._formula is None or not torch.is_grad_enabled():
             return self._run(*arguments)
@@ -101,7 +101,7 @@ class Operator(Generic[P, R]):
                 _raise_missing(public_name, "second derivative")
 
     def _run(self, *arguments: Any) -> R:
-        first = arguments[0] if arguments[0] is not None else next(a for a in arguments if isinstance(a, Tensor))
+        first = _first_tensor(arguments)
         if first.is_cuda:
             with torch.cuda.device(first.device):  # kernels are launched on the current device
                 return self._body(*arguments)  # type: ignore[call-arg]
@@ -132,6 +132,10 @@ def _watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:
+    return arguments[0] if arguments[0] is not None else next(a for a in arguments if isinstance(a, Tensor))
 
 
 def _raise_missing(name: str, derivative: str) -> NoReturn:

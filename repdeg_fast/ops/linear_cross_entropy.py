@@ -8,29 +8,40 @@ log-sum-exp of every row and makes the gradients in the backward pass.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from repdeg_fast._arithmetic import arithmetic_dtype
 from repdeg_fast.backends import Operation, no_float64, no_limit
-from repdeg_fast.native import build
-from repdeg_fast.ops import _vocabulary_chunks
-from repdeg_fast.ops._common import forbid_double_backward
-from repdeg_fast.ops.gumbel_mix import Sample, empty_sample
+from repdeg_fast.contracts.linear_cross_entropy import (
+    Gradients,
+    Head,
+    Kernels,
+    Look,
+    LossRule,
+    Upstream,
+    Wanted,
+)
+from repdeg_fast.native import linear_cross_entropy as native
+from repdeg_fast.ops._operator import Formula, operator
+from repdeg_fast.ops.chunked_logits import ChunkedLogits
 from repdeg_fast.reference import linear_cross_entropy as reference
-from repdeg_fast.reference.linear_cross_entropy import Gradients, arithmetic_dtype
 
-operation = Operation[Any](
+
+def _triton() -> Kernels:
+    from repdeg_fast.ops import triton_linear_cross_entropy
+
+    return triton_linear_cross_entropy.Kernels()
+
+
+operation = Operation[Kernels](
     "linear_cross_entropy",
     reference=reference,
-    native=lambda namespace: build.operators(
-        "linear_cross_entropy", *("rows", "multiply", "add", "advise"), namespace=namespace
-    ),
-    triton=lambda: importlib.import_module("repdeg_fast.triton_kernels.linear_cross_entropy"),
+    native=lambda operators: ChunkedLogits(native.RowKernels(operators)),
+    triton=_triton,
     limits={"cpu": no_limit, "triton": no_float64},
 )
 
@@ -61,15 +72,30 @@ def choose_strategy(
     return "chunked"
 
 
-@torch.library.custom_op("repdeg_fast::linear_cross_entropy", mutates_args=())
+class Reduction(NamedTuple):
+    """How the rows' losses become K losses, and which row of the weight gets no gradient."""
+
+    heads: int
+    name: str  # "mean", "sum" or "none"
+    padding_idx: int | None
+
+
+class Losses(NamedTuple):
+    """What a forward pass returns; gradients of Σ loss that were not made are empty."""
+
+    loss: Tensor  # (K,), or (K, M) without reduction
+    lse: Tensor  # (N,)
+    grad_hidden_states: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+
+
+@operator()
 def linear_cross_entropy(
-    hidden_states: Tensor,  # (N, d), N = K·M
-    weight: Tensor,  # (V, d)
-    target: Tensor,  # (M,)
-    bias: Tensor | None,  # (V,)
-    mixture_logits: Tensor | None,  # (M, K)
-    seed: Tensor | None,
-    temperature: float,
+    hidden_states: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
     heads: int,
     ignore_index: int,
     label_smoothing: float,
@@ -80,97 +106,51 @@ def linear_cross_entropy(
     needs: list[bool],
     chunked: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (K,) or (K, M), log-sum-exp (N,) and, where `chunked`, the needed gradients of Σ loss (else empty).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of Losses, with the needed gradients where `chunked`."""
+    head, rule = Head(hidden_states, weight, target, bias), LossRule(ignore_index, label_smoothing, softcap)
+    wanted = Wanted.of(needs, accumulate_dtype) if chunked else None
+    return losses(head, rule, Reduction(heads, reduction, padding_idx), wanted, backend)
 
-    With `mixture_logits` and `seed` also a sample of the mixture, as ``gumbel_sample`` returns it (else empty): from
-    the same logits where `chunked`, else in a sweep of its own. Not differentiable.
-    """
-    _check_target(target, len(weight), ignore_index)
-    inputs, options = (hidden_states, weight, target, bias), (ignore_index, label_smoothing, softcap)
-    gradients: Gradients = (None, None, None)
-    factor = _row_factor(target, ignore_index, reduction, arithmetic_dtype(hidden_states))
+
+def losses(
+    head: Head, rule: LossRule, reduction: Reduction, wanted: Wanted | None, backend: str, look: Look | None = None
+) -> Losses:
+    """One sweep; ``wanted``: with gradients, and a look at the logits. ``None``: streaming."""
+    hidden_states, weight, target, _ = head
+    counted = count_targets(target, len(weight), rule.ignore_index)
+    kernels = operation.kernels(backend, hidden_states, weight)
+    gradients = Gradients(None, None, None)
+    factor = _row_factor(counted, reduction, hidden_states)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        by_head = hidden_states.unflatten(0, (heads, len(target)))
-        sample = Sample(by_head, mixture_logits, weight, bias, seed, temperature, backend)
-        if chunked:
-            forward_backward = _function("forward_backward", backend, hidden_states, weight)
-            grad_loss = factor.expand(len(hidden_states))
-            sampling = () if seed is None else (heads, sample.from_logits)
-            rows, lse, gradients = forward_backward(grad_loss, *inputs, *options, needs, accumulate_dtype, *sampling)
+        if wanted is None:
+            rows, lse = kernels.forward(head, rule)
         else:
-            rows, lse = _function("forward", backend, hidden_states, weight)(*inputs, *options)
-            if seed is not None:
-                sample.from_hidden_states()
-    rows = rows.view(heads, len(target))
-    loss = rows.clone() if reduction == "none" else rows.double().sum(1).mul(factor).to(rows.dtype)
-    return loss, lse, *_filled(gradients, hidden_states, padding_idx), sample.token_ids, sample.peak
+            grad_loss = factor.expand(len(hidden_states))
+            rows, lse, gradients = kernels.forward_backward(grad_loss, head, rule, wanted, look)
+    rows = rows.view(reduction.heads, len(target))
+    loss = rows.clone() if reduction.name == "none" else rows.sum(1, dtype=torch.float64).mul_(factor).to(rows.dtype)
+    return Losses(loss, lse, *_filled(gradients, hidden_states, reduction.padding_idx))
 
 
 @linear_cross_entropy.register_fake
-def _(
-    hidden_states: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    mixture_logits: Tensor | None,
-    seed: Tensor | None,
-    temperature: float,
-    heads: int,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    reduction: str,
-    padding_idx: int | None,
-    accumulate_dtype: torch.dtype,
-    needs: list[bool],
-    chunked: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(hidden_states: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, heads: int, *options: Any) -> Losses:
+    *_, reduction, _padding_idx, _accumulate_dtype, needs, chunked, _backend = options
+    return fake_losses(
+        Head(hidden_states, weight, target, bias), heads, reduction, [chunked and need for need in needs]
+    )
+
+
+def fake_losses(head: Head, heads: int, reduction: str, made: list[bool]) -> Losses:
+    hidden_states, _, target, _ = head
     dtype = arithmetic_dtype(hidden_states)  # sizes by shape: len() would not do for symbolic ones
     loss = hidden_states.new_empty((heads, target.shape[0]) if reduction == "none" else (heads,), dtype=dtype)
     lse = hidden_states.new_empty(hidden_states.shape[0], dtype=dtype)
-    gradients = _empty_gradients(hidden_states, weight, bias, [chunked and need for need in needs])
-    return loss, lse, *gradients, *empty_sample(hidden_states, 0 if seed is None else target.shape[0])
+    return Losses(loss, lse, *_empty_gradients(head, made))
 
 
-@torch.library.custom_op("repdeg_fast::linear_cross_entropy_backward", mutates_args=())
+@operator()
 def linear_cross_entropy_backward(
-    grad_loss: Tensor | None,  # (K,) or (K, M)
-    grad_lse: Tensor | None,  # (N,)
-    hidden_states: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    lse: Tensor | None,  # (N,); None: not saved
-    heads: int,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    reduction: str,
-    padding_idx: int | None,
-    accumulate_dtype: torch.dtype,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The needed gradients of Σ grad_loss·loss + Σ grad_lse·lse (else empty)."""
-    inputs, options = (hidden_states, weight, target, bias), (ignore_index, label_smoothing, softcap)
-    grad_rows = _row_gradients(grad_loss, target, heads, ignore_index, reduction, hidden_states)
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        if lse is None and grad_lse is None:
-            forward_backward = _function("forward_backward", backend, hidden_states, weight)
-            *_, gradients = forward_backward(grad_rows, *inputs, *options, needs, accumulate_dtype)
-        else:
-            if lse is None:
-                _, lse = _function("forward", backend, hidden_states, weight)(*inputs, *options)
-            backward = _function("backward", backend, hidden_states, weight)
-            grad_lse = None if grad_lse is None else grad_lse.contiguous()
-            gradients = backward(grad_rows, grad_lse, *inputs, lse, *options, needs, accumulate_dtype)
-    return _filled(gradients, hidden_states, padding_idx)
-
-
-@linear_cross_entropy_backward.register_fake
-def _(
     grad_loss: Tensor | None,
     grad_lse: Tensor | None,
     hidden_states: Tensor,
@@ -188,17 +168,38 @@ def _(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(hidden_states, weight, bias, needs)
+    """The needed gradients of Σ grad_loss·loss + Σ grad_lse·lse (else empty); ``lse=None``: it was not saved."""
+    head, rule = Head(hidden_states, weight, target, bias), LossRule(ignore_index, label_smoothing, softcap)
+    wanted, kernels = Wanted.of(needs, accumulate_dtype), operation.kernels(backend, hidden_states, weight)
+    grad_rows = _row_gradients(grad_loss, head, rule, Reduction(heads, reduction, padding_idx))
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        if lse is None and grad_lse is None:
+            *_, gradients = kernels.forward_backward(grad_rows, head, rule, wanted)
+        else:
+            lse = kernels.forward(head, rule)[1] if lse is None else lse
+            upstream = Upstream(grad_rows, None if grad_lse is None else grad_lse.contiguous())
+            gradients = kernels.backward(upstream, head, lse, rule, wanted)
+    return _filled(gradients, hidden_states, padding_idx)
 
 
-@torch.library.custom_op(
-    "repdeg_fast::linear_cross_entropy_rescale_", mutates_args={"grad_hidden", "grad_weight", "grad_bias"}
-)
+@linear_cross_entropy_backward.register_fake
+def _(
+    grad_loss: Tensor | None, grad_lse: Tensor | None, hidden_states: Tensor, weight: Tensor, target: Tensor,
+    bias: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    *_, needs, _backend = options
+    return _empty_gradients(Head(hidden_states, weight, target, bias), needs)
+
+
+linear_cross_entropy_backward.forbid_second_derivative("linear_cross_entropy")
+
+
+@operator(mutates=("grad_hidden", "grad_weight", "grad_bias"))
 def linear_cross_entropy_rescale_(
     grad_hidden: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
-    grad_loss: Tensor,  # (K,)
+    grad_loss: Tensor,
     hidden_states: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -214,12 +215,14 @@ def linear_cross_entropy_rescale_(
     backend: str,
 ) -> None:
     """Turn the gradients of Σ loss, made in the forward pass, into those of Σ grad_loss·loss, in place."""
-    inputs, options = (hidden_states, weight, target, bias), (ignore_index, label_smoothing, softcap)
-    made = [g if need else None for g, need in zip((grad_hidden, grad_weight, grad_bias), needs, strict=True)]
-    grad_rows = _row_gradients(grad_loss, target, heads, ignore_index, reduction, hidden_states)
+    head, rule = Head(hidden_states, weight, target, bias), LossRule(ignore_index, label_smoothing, softcap)
+    wanted, kernels = Wanted.of(needs, accumulate_dtype), operation.kernels(backend, hidden_states, weight)
+    made = Gradients(
+        *[g if need else None for g, need in zip((grad_hidden, grad_weight, grad_bias), needs, strict=True)]
+    )
+    grad_rows = grad_loss if heads == 1 else _row_gradients(grad_loss, head, rule, Reduction(heads, reduction, None))
     with torch.autocast(hidden_states.device.type, enabled=False):
-        rescale_ = _function("rescale_", backend, hidden_states, weight)
-        rescale_(made, grad_loss, grad_rows, *inputs, *options, needs, accumulate_dtype)
+        kernels.rescale_(made, grad_loss, grad_rows, head, rule, wanted)
     if padding_idx is not None and needs[1]:
         grad_weight[padding_idx] = 0
 
@@ -229,53 +232,81 @@ def _(*_: Any) -> None:
     pass
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_states, weight, target, bias, _, _, _, *ctx.options, ctx.chunked, ctx.backend = inputs
-    _, lse, *gradients, token_ids, peak = output
-    made = gradients if ctx.chunked else [lse]
-    ctx.save_for_backward(hidden_states, weight, target, bias, *made)
-    ctx.made_used = False
-    ctx.mark_non_differentiable(*gradients, token_ids, peak)
+class Context(NamedTuple):
+    """What a formula keeps beside tensors."""
+
+    heads: int
+    ignore_index: int
+    label_smoothing: float
+    softcap: float
+    reduction: str
+    padding_idx: int | None
+    accumulate_dtype: torch.dtype
+    needs: list[bool]
+
+
+def save(ctx: Any, head: Head, found: Losses, context: Context, chunked: bool, backend: str) -> None:
+    """*Chunked* keeps the gradients that it made, *streaming* the log-sum-exp."""
+    ctx.save_for_backward(*head, *(found[2:] if chunked else (found.lse,)))
+    ctx.context, ctx.chunked, ctx.backend, ctx.made_used = context, chunked, backend, False
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Any, ...]:
-    hidden_states, weight, target, bias, *made = ctx.saved_tensors
-    inputs = (hidden_states, weight, target, bias)
-    rest = [None] * (len(ctx.options) + 5)  # mixture logits, seed, temperature; options; chunked, backend
+def gradients_of(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> Gradients:
+    """Those of hidden states, weight and bias, from what :func:`save` kept."""
     if grad_loss is None and grad_lse is None:
-        return None, None, None, None, *rest
+        return Gradients(None, None, None)
+    hidden_states, weight, target, bias, *kept = ctx.saved_tensors
+    options: Any = (*ctx.context, ctx.backend)
     # with gradients enabled (create_graph) the result must carry the error about second derivatives
     if ctx.chunked and grad_loss is not None and grad_lse is None and not ctx.made_used and not torch.is_grad_enabled():
         ctx.made_used = True
         # .data: scaled under another version counter, since a second backward pass unpacks but does not use them
-        gradients = tuple(gradient.data for gradient in made)
-        linear_cross_entropy_rescale_(*gradients, grad_loss, *inputs, *ctx.options, ctx.backend)
+        made = (kept[0].data, kept[1].data, kept[2].data)
+        linear_cross_entropy_rescale_(*made, grad_loss, hidden_states, weight, target, bias, *options)
     else:
-        lse = None if ctx.chunked else made[0]
-        gradients = linear_cross_entropy_backward(grad_loss, grad_lse, *inputs, lse, *ctx.options, ctx.backend)
-    needs = ctx.options[-1]
-    grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return grad_hidden, grad_weight, None, grad_bias, *rest
+        lse = None if ctx.chunked else kept[0]
+        made = linear_cross_entropy_backward(grad_loss, grad_lse, hidden_states, weight, target, bias, lse, *options)
+    return _needed(made, ctx.context.needs)
 
 
-linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
-forbid_double_backward(linear_cross_entropy_backward, "linear_cross_entropy")
+@linear_cross_entropy.register_formula("linear_cross_entropy")
+class _Formula(Formula):
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[..., tuple[Tensor, ...]], hidden_states: Tensor, weight: Tensor, target: Tensor,
+        bias: Tensor | None, *options: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        found = Losses(*run(hidden_states, weight, target, bias, *options))
+        *context, chunked, backend = options
+        save(ctx, Head(hidden_states, weight, target, bias), found, Context(*context), chunked, backend)
+        ctx.mark_non_differentiable(found.grad_hidden_states, found.grad_weight, found.grad_bias)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        hidden_states, weight, bias = gradients_of(ctx, grad_loss, grad_lse)
+        options = (None,) * (len(Context._fields) + 2)  # and chunked, backend
+        return None, hidden_states, weight, None, bias, *options
 
 
-def _function(name: str, backend: str, hidden_states: Tensor, weight: Tensor) -> Callable[..., Any]:
-    """``forward``, ``backward``, ``forward_backward`` or ``rescale_`` of the backend that serves this call: its own, or
-    the GEMMs of :mod:`_vocabulary_chunks` around its row kernel."""
-    kernels = operation.kernels(backend, hidden_states, weight)
-    if hasattr(kernels, name):
-        return getattr(kernels, name)
-    return functools.partial(getattr(_vocabulary_chunks, name), kernels)
+def _needed(made: tuple[Tensor, Tensor, Tensor], needs: list[bool]) -> Gradients:
+    hidden_states, weight, bias = [gradient if need else None for gradient, need in zip(made, needs, strict=True)]
+    return Gradients(hidden_states, weight, bias)
+
+
+def count_targets(target: Tensor, vocabulary: int, ignore_index: int) -> Tensor | int:
+    """How many count. Values are checked on the CPU only: on a GPU a check would stall the stream, and bad targets give
+    NaN there."""
+    if target.device.type == "cpu" and len(target):
+        smallest, largest = (bound.item() for bound in target.aminmax())
+        if smallest >= 0 and largest < vocabulary and not smallest <= ignore_index <= largest:
+            return len(target)  # as in masked-language modelling, where masked positions were selected before
+        _check_target(target, vocabulary, ignore_index)
+    return (target != ignore_index).sum()
 
 
 def _check_target(target: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Values are checked on the CPU only: on a GPU a check would stall the stream, and bad targets give NaN there."""
-    if target.device.type != "cpu":
-        return
     wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     if bool(wrong.any()):
         raise ValueError(
@@ -284,34 +315,37 @@ def _check_target(target: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def _row_factor(target: Tensor, ignore_index: int, reduction: str, dtype: torch.dtype) -> Tensor:
+def _row_factor(counted: Tensor | int, reduction: Reduction, like: Tensor) -> Tensor:
     """Upstream gradient of each counted row where that of each head's loss is 1, (); 1 where no row counts."""
-    if reduction != "mean":
-        return torch.ones((), dtype=dtype, device=target.device)
-    return (target != ignore_index).sum().clamp_min(1).to(dtype).reciprocal()
+    dtype = arithmetic_dtype(like)
+    if reduction.name != "mean":
+        return torch.ones((), dtype=dtype, device=like.device)
+    if isinstance(counted, int):
+        return torch.full((), 1 / max(counted, 1), dtype=dtype, device=like.device)
+    return counted.clamp_min(1).to(dtype).reciprocal()
 
 
-def _row_gradients(
-    grad_loss: Tensor | None, target: Tensor, heads: int, ignore_index: int, reduction: str, hidden_states: Tensor
-) -> Tensor:
+def _row_gradients(grad_loss: Tensor | None, head: Head, rule: LossRule, reduction: Reduction) -> Tensor:
     """(N,), from (K, M) or (K,); one value expanded where it serves every row."""
-    rows = (heads, len(target))
+    rows = (reduction.heads, len(head.target))
     if grad_loss is None:
-        return hidden_states.new_zeros((), dtype=arithmetic_dtype(hidden_states)).expand(rows[0] * rows[1])
-    if reduction == "none":
+        dtype = arithmetic_dtype(head.hidden_states)
+        return head.hidden_states.new_zeros((), dtype=dtype).expand(rows[0] * rows[1])
+    if reduction.name == "none":
         return grad_loss.reshape(-1)
-    per_head = grad_loss * _row_factor(target, ignore_index, reduction, grad_loss.dtype)
-    return per_head.expand(rows[1]) if heads == 1 else per_head[:, None].expand(rows).reshape(-1)
+    counted = (head.target != rule.ignore_index).sum() if reduction.name == "mean" else 1
+    per_head = grad_loss * _row_factor(counted, reduction, head.hidden_states)
+    return per_head.expand(rows[1]) if rows[0] == 1 else per_head[:, None].expand(rows).reshape(-1)
 
 
-def _empty_gradients(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    like = (hidden_states, weight, hidden_states if bias is None else bias)
-    shapes = (hidden_states.shape, weight.shape, weight.shape[:1])
-    grads = (t.new_empty(s if need else (0,)) for t, s, need in zip(like, shapes, needs, strict=True))
-    grad_hidden, grad_weight, grad_bias = grads
-    return grad_hidden, grad_weight, grad_bias
+def _empty_gradients(head: Head, made: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    hidden_states, weight, _, bias = head
+    bias_like = hidden_states if bias is None else bias
+    return (
+        hidden_states.new_empty(hidden_states.shape if made[0] else (0,)),
+        weight.new_empty(weight.shape if made[1] else (0,)),
+        bias_like.new_empty(weight.shape[:1] if made[2] else (0,)),
+    )
 
 
 def _filled(gradients: Gradients, like: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,117 @@
+"""The contract of the linear cross entropy. Mathematics: :mod:`repdeg_fast.reference.linear_cross_entropy`.
+
+Two levels. An operator calls :class:`Kernels`. A backend has those whole, or it has :class:`RowKernels`, which know one
+block of logits at a time, and gets the rest from :mod:`repdeg_fast.ops.chunked_logits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """N = K·M rows that are scored against a vocabulary: K heads of M positions, head by head."""
+
+    hidden_states: Tensor  # (N, d)
+    weight: Tensor  # (V, d)
+    target: Tensor  # (M,): row r has target[r mod M]
+    bias: Tensor | None  # (V,)
+
+
+class LossRule(NamedTuple):
+    ignore_index: int
+    label_smoothing: float
+    softcap: float  # 0: none
+
+
+class Wanted(NamedTuple):
+    """Which gradients to make, and in what that of the weight is summed over parts."""
+
+    hidden_states: bool
+    weight: bool
+    bias: bool
+    accumulate_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, needs: list[bool], accumulate_dtype: torch.dtype) -> Wanted:
+        hidden_states, weight, bias = needs
+        return cls(hidden_states, weight, bias, accumulate_dtype)
+
+
+class Upstream(NamedTuple):
+    """What comes from above, a row each: of ℓ (may be one value, expanded) and of the log-sum-exp."""
+
+    grad_loss: Tensor  # (N,)
+    grad_lse: Tensor | None  # (N,), contiguous
+
+
+class Gradients(NamedTuple):
+    """Each in the dtype of what it belongs to; ``None``: not wanted."""
+
+    hidden_states: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+# Shown the logits (K, m, V) of positions [first, first + m), without the bias, before they turn to gradients.
+Look = Callable[[Tensor, int], None]
+
+
+class Kernels(Protocol):
+    def forward(self, head: Head, rule: LossRule) -> tuple[Tensor, Tensor]:
+        """ℓ and the log-sum-exp of every row, (N,) each. A target outside the vocabulary makes its rows' ℓ NaN."""
+
+    def forward_backward(
+        self, grad_loss: Tensor, head: Head, rule: LossRule, wanted: Wanted, look: Look | None = None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        """ℓ, log-sum-exp and the gradients of Σ grad_loss·ℓ in one sweep, where grad_loss (N,) is known beforehand."""
+
+    def backward(self, upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted) -> Gradients:
+        """The gradients of Σ grad_loss·ℓ + Σ grad_lse·lse from the saved log-sum-exp."""
+
+    def rescale_(
+        self, gradients: Gradients, grad_heads: Tensor, grad_loss: Tensor, head: Head, rule: LossRule, wanted: Wanted
+    ) -> None:
+        """Turn the gradients of Σ_k loss_k into those of Σ_k grad_heads_k·loss_k, in place: one scale if all K are the
+        same, else made again from ``grad_loss`` (N,), which says what they mean for the rows."""
+
+
+class Columns(NamedTuple):
+    """Which part of a vocabulary a block of logits covers: a tile today, a shard on one of several devices as well."""
+
+    first: int
+    vocabulary: int  # the size of the whole
+
+
+class LogitBlock(NamedTuple):
+    """Logits h Eᵀ and what belongs to their R rows and W columns."""
+
+    logits: Tensor  # (R, W), turned to their gradient in place
+    lse: Tensor  # (R,), written with ``loss``, else read
+    loss: Tensor | None  # (R,), written; then the block covers the whole vocabulary
+    grad_bias: Tensor | None  # (W,), written or added to
+    target: Tensor  # (M,)
+    first_row: int  # row r has target[(first_row + r) mod M]
+    bias: Tensor | None  # (W,), contiguous, in the arithmetic dtype
+    grad_loss: Tensor | None  # (R,); None: no gradient is wanted, and logits are left as they come
+    grad_lse: Tensor | None  # (R,)
+
+
+class RowKernels(Protocol):
+    """The row kernel of a backend, and its way with the products around it."""
+
+    def rows(self, block: LogitBlock, columns: Columns, rule: LossRule, *, accumulate_bias: bool) -> None:
+        """See :class:`LogitBlock`."""
+
+    def multiply(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+        """out = a @ b, or out += a @ b."""
+
+    def add(self, total: Tensor, product: Tensor) -> None:
+        """total += product, where their dtypes differ."""
+
+    def advise(self, fresh: Tensor) -> None:
+        """A hint about memory that will be kept and used again."""
