@@ -76,7 +76,7 @@ def linear_cross_entropy(
             f"target: expected shape {tuple(hidden_states.shape[:-1])}, that of hidden_states without its last "
             f"dimension, got {tuple(target.shape)}"
         )
-    head = Head(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, target.reshape(-1), bias)
+    head = Head(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, target.reshape(-1).contiguous(), bias)
     loss, lse, *_ = _ops.linear_cross_entropy(*head, *arguments(head, 1, options, upstream_known=not return_lse))
     loss = loss.view(target.shape) if reduction == "none" else loss[0]
     return (loss, lse.view(target.shape)) if return_lse else loss
