@@ -17,6 +17,7 @@ def _head(*names):
     return [torch.randn(shapes[name], dtype=torch.float64).requires_grad_() for name in names]
 
 
+HIDDEN = torch.randn(2, 6, 8, dtype=torch.float64)
 TARGET = torch.tensor([3, 0, 19, 7, -100, 5])
 
 # name -> (the function of its differentiable inputs, those inputs)
@@ -26,6 +27,10 @@ OPERATIONS = {
         [torch.randn(shape, dtype=torch.float64) + 2 for shape in ((4, 8), (4, 8), (8,), (8,), (8,))],
     ),
     "cosine_regularization": (repdeg_fast.cosine_regularization, _head("weight")),
+    "gumbel_mix": (
+        lambda mixture_logits, weight: repdeg_fast.gumbel_mix(HIDDEN, mixture_logits, weight, seed=1)[1],
+        _head("mixture_logits", "weight"),
+    ),
     "linear_cross_entropy": (
         lambda hidden, weight, bias: repdeg_fast.linear_cross_entropy(hidden[0], weight, TARGET, bias),
         _head("hidden_states", "weight", "bias"),

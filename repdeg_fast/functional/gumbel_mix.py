@@ -59,8 +59,10 @@ def gumbel_mix(
     check_sampling(temperature, gradient_scale)
     check_flag("hard", hard)
     seed, backend = seed_tensor(seed, hidden_states.device), backends.requested()
-    head = (detached(tensor) for tensor in (hidden_states, mixture_logits, weight, bias))
-    token_ids, peak = _gumbel_mix.gumbel_sample(*head, seed, float(temperature), backend)
+    token_ids, peak = _gumbel_mix.gumbel_sample(
+        hidden_states.detach(), detached(mixture_logits), weight.detach(), detached(bias), seed, float(temperature),
+        backend,
+    )  # fmt: skip
     embeddings = value(
         hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed, temperature, hard, gradient_scale
     )
@@ -72,9 +74,10 @@ def value(
     token_ids: Tensor, peak: Tensor, seed: Tensor, temperature: float, hard: bool, gradient_scale: float,
 ) -> Tensor:  # fmt: skip
     """Embeddings of a sample that has been drawn, with its gradients."""
-    head = [detached(tensor) for tensor in (hidden_states, weight, bias)]
-    options = (float(temperature), hard, float(gradient_scale), backends.requested())
-    return _gumbel_mix.gumbel_value(head[0], mixture_logits, *head[1:], embedding, token_ids, peak, seed, *options)
+    return _gumbel_mix.gumbel_value(
+        hidden_states.detach(), mixture_logits, weight.detach(), detached(bias), embedding, token_ids, peak, seed,
+        float(temperature), hard, float(gradient_scale), backends.requested(),
+    )  # fmt: skip
 
 
 def gradient_reversal(x: Tensor, scale: float = -1.0) -> Tensor:

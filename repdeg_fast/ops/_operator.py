@@ -70,8 +70,11 @@ class Operator(Generic[P, R]):
     def __call__(self, *arguments: P.args, **_: P.kwargs) -> R:
         if _watched() or not _PLAIN.issuperset(map(type, arguments)) or _first_tensor(arguments).is_meta:
             return self.overload(*arguments)
-        if self._formula is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return self._run(*arguments)
+        if self._formula is None:
+            with torch.no_grad():
+                return self._run(*arguments)
         # Function.apply looks at signatures first, for the function transforms that are not at work here
         return cast(R, super(torch.autograd.Function, self._formula).apply(self._run, *arguments))  # type: ignore[misc]
 

@@ -7,16 +7,17 @@ serves other ends can draw the sample too.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from repdeg_fast._arithmetic import arithmetic_dtype
 from repdeg_fast.backends import Operation, no_float64, no_limit
 from repdeg_fast.native import build
-from repdeg_fast.ops._common import forbid_double_backward
+from repdeg_fast.ops._operator import Formula, operator
 from repdeg_fast.reference import gumbel_mix as reference
-from repdeg_fast.reference.cosreg import arithmetic_dtype
 from repdeg_fast.reference.gumbel_mix import mix, mix_backward
 
 operation = Operation[Any](
@@ -30,7 +31,7 @@ operation = Operation[Any](
 )
 
 
-@torch.library.custom_op("repdeg_fast::gumbel_sample", mutates_args=())
+@operator()
 def gumbel_sample(
     hidden_states: Tensor,
     mixture_logits: Tensor | None,
@@ -94,7 +95,7 @@ def empty_sample(hidden_states: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("repdeg_fast::gumbel_value", mutates_args=())
+@operator()
 def gumbel_value(
     hidden_states: Tensor,
     mixture_logits: Tensor | None,
@@ -136,7 +137,7 @@ def _(
     return embedding.new_empty(token_ids.shape[0], embedding.shape[1])
 
 
-@torch.library.custom_op("repdeg_fast::gumbel_mix_backward", mutates_args=())
+@operator()
 def gumbel_mix_backward(
     grad_embeddings: Tensor,
     hidden_states: Tensor,
@@ -192,39 +193,62 @@ def _(
     embedding: Tensor,
     token_ids: Tensor,
     peak: Tensor,
-    seed: Tensor,
-    temperature: float,
-    hard: bool,
-    gradient_scale: float,
-    needs_mixture: bool,
-    needs_embedding: bool,
-    backend: str,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
+    *_, needs_mixture, needs_embedding, _backend = options
+    made = mixture_logits is not None and needs_mixture
     return (
-        peak.new_empty(0)
-        if mixture_logits is None or not needs_mixture
-        else mixture_logits.new_empty(mixture_logits.shape),
+        mixture_logits.new_empty(mixture_logits.shape) if mixture_logits is not None and made else peak.new_empty(0),
         embedding.new_empty(embedding.shape) if needs_embedding else peak.new_empty(0),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.temperature, ctx.hard, ctx.gradient_scale, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+gumbel_mix_backward.forbid_second_derivative("gumbel_mix")
 
 
-def _backward(ctx: Any, grad_embeddings: Tensor) -> tuple[Tensor | None, ...]:
-    needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[4])
-    gradients = gumbel_mix_backward(
-        grad_embeddings.contiguous(),
-        *ctx.saved_tensors, ctx.temperature, ctx.hard, ctx.gradient_scale, *needs, ctx.backend,
-    )  # fmt: skip
-    grad_mixture, grad_embedding = (grad if need else None for grad, need in zip(gradients, needs, strict=True))
-    return None, grad_mixture, None, None, grad_embedding, *[None] * 7
+class _Options(NamedTuple):
+    temperature: float
+    hard: bool
+    gradient_scale: float
+    needs_mixture: bool
+    needs_embedding: bool
+    backend: str
 
 
-gumbel_value.register_autograd(_backward, setup_context=_setup_context)
-forbid_double_backward(gumbel_mix_backward, "gumbel_mix")
+@gumbel_value.register_formula("gumbel_mix")
+class _Formula(Formula):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[..., Tensor],
+        hidden_states: Tensor,
+        mixture_logits: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        embedding: Tensor,
+        token_ids: Tensor,
+        peak: Tensor,
+        seed: Tensor,
+        temperature: float,
+        hard: bool,
+        gradient_scale: float,
+        backend: str,
+    ) -> Tensor:
+        tensors = (hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed)
+        _, _, needs_mixture, _, _, needs_embedding, *_ = ctx.needs_input_grad  # of run, hidden states, mixture logits …
+        ctx.options = _Options(temperature, hard, gradient_scale, needs_mixture, needs_embedding, backend)
+        ctx.save_for_backward(*tensors)
+        return run(*tensors, temperature, hard, gradient_scale, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad_embeddings: Tensor) -> tuple[Tensor | None, ...]:
+        options = ctx.options
+        arguments: Any = (grad_embeddings.contiguous(), *ctx.saved_tensors, *options)
+        grad_mixture, grad_embedding = gumbel_mix_backward(*arguments)
+        mixture = grad_mixture if options.needs_mixture else None
+        embedding = grad_embedding if options.needs_embedding else None
+        # of run, hidden states, mixture logits, weight, bias, embedding; token ids, peak, seed and four options
+        return None, None, mixture, None, None, embedding, *(None,) * 7
 
 
 def _wide(bias: Tensor | None, peak: Tensor) -> Tensor | None:
