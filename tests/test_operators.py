@@ -137,6 +137,7 @@ def test_a_compiled_function_follows_the_backend(call, inputs, name):
         asked.append(backend)
         return kernels(self, backend, *tensors)
 
+    torch._dynamo.reset()  # all operations are one function to it, which it compiles a few times at most
     compiled = torch.compile(lambda *tensors: _sum(call(*tensors)), backend="aot_eager", fullgraph=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends.Operation, "kernels", watching)
