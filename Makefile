@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
 STAGE ?= all
 
-.PHONY: help bench test lint gpu tables clean
+.PHONY: help bench test versions lint gpu tables clean
 
 help:
 	@echo "make bench              set up .venv and run the benchmarks (ARGS='--ops cosreg ...' to choose)"
 	@echo "make test               set up .venv, lint, and run all tests"
+	@echo "make versions           compile all kernels against the oldest torch and Triton that are supported (downloads 350 MB)"
 	@echo "make gpu [STAGE=check]  on a machine with a GPU and its own torch: check, bench, tune, profile (offline); STAGE=sanitize, STAGE=batch"
 	@echo "make tables             write benchmarks/KERNELS.md, benchmarks/BUDGET.md and the README's tables anew"
 	@echo "make clean              remove .venv and build files"
@@ -34,6 +35,9 @@ test: lint
 ifeq ($(shell uname -m),x86_64)  # the C++ kernels once more, as machines with AVX2 alone have them
 	REPDEG_FAST_MARCH=x86-64-v3 $(BIN)/python -m pytest tests -m cpp $(ARGS)
 endif
+
+versions: $(INSTALLED)
+	$(BIN)/python tests/check_versions.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

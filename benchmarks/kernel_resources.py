@@ -159,7 +159,8 @@ def compile_cuda(source: Path, target: str, folder: Path) -> dict[str, Resources
 
     cubin = folder / f"{source.stem}.{target}.cubin"
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    command = ["nvcc", *build.cuda_flags(), "-std=c++20", *includes, f"-arch={target}", "-cubin", "-o", str(cubin)]
+    flags = [*cpp_extension.COMMON_NVCC_FLAGS, *build.cuda_flags(), "-std=c++20", f"-arch={target}"]
+    command = ["nvcc", *flags, *includes, "-cubin", "-o", str(cubin)]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{source.name} does not compile for {target}:\n{done.stderr}")

@@ -4,7 +4,9 @@ and what its code is made of. Needs triton and nvcc, no GPU: ``python benchmarks
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,13 +27,14 @@ _PACK_BYTES = 16
 
 HEADER = f"""# The kernels, compiled for {TARGET}
 
-Made by `make tables` from the compiled code; nothing here was measured. For each kernel and specialization: threads of
-a block (the largest where the launcher chooses), registers and spilled bytes of a thread, shared memory of a block, the
-warps that one multiprocessor of an H200 holds at once of {H200.warps}, with what limits them, and the memory and
-tensor-core instructions in its code. "16 B ×4" are four instructions that move 16 bytes a thread each; "async" are
-copies from global to shared memory past the registers (`LDGSTS`), "bulk" those of the tensor memory accelerator. Counts
-are of instructions in the code, not of their executions. A name that ends in sizes is a configuration that tuning tries
-beside the one that ships. [NOTES.md](NOTES.md) says what was surprising and what became of it.
+Made by `make tables` from the code that Triton {{triton}} and nvcc {{nvcc}} compiled; nothing here was measured. For
+each kernel and specialization: threads of a block (the largest where the launcher chooses), registers and spilled bytes
+of a thread, shared memory of a block, the warps that one multiprocessor of an H200 holds at once of {H200.warps}, with
+what limits them, and the memory and tensor-core instructions in its code. "16 B ×4" are four instructions that move 16
+bytes a thread each; "async" are copies from global to shared memory past the registers (`LDGSTS`), "bulk" those of the
+tensor memory accelerator. Counts are of instructions in the code, not of their executions. A name that ends in sizes is
+a configuration that tuning tries beside the one that ships. [NOTES.md](NOTES.md) says what was surprising and what
+became of it. `make versions` compiles all Triton kernels with the oldest Triton that is supported, too.
 """
 _COLUMNS = ("kernel", "threads", "registers", "spilled", "shared", "resident warps", "loads", "stores", "matrix")
 
@@ -39,7 +42,8 @@ _COLUMNS = ("kernel", "threads", "registers", "spilled", "shared", "resident war
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = {"Triton": dict(triton_kernels()), "CUDA": dict(cuda_kernels(Path(folder)))}
-    text = "\n".join([HEADER, *(line for title, kernels in found.items() for line in _table(title, kernels))])
+    header = HEADER.format(triton=importlib.metadata.version("triton"), nvcc=nvcc_version())
+    text = "\n".join([header, *(line for title, kernels in found.items() for line in _table(title, kernels))])
     TABLE.write_text(text.rstrip() + "\n")
     print(f"{TABLE}: {sum(map(len, found.values()))} kernels")
     return 0
@@ -62,6 +66,11 @@ def cuda_kernels(folder: Path) -> Iterator[tuple[str, Resources]]:
         compiled = list(pool.map(lambda source: resources.compile_cuda(source, TARGET, folder), sources))
     for source, kernels in zip(sources, compiled, strict=True):
         yield from sorted((f"{source.stem} {cuda_name(name)}", used) for name, used in kernels.items())
+
+
+def nvcc_version() -> str:
+    printed = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"release ([\d.]+)", printed)[0]
 
 
 def cuda_name(mangled: str) -> str:

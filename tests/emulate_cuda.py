@@ -39,6 +39,7 @@ def _as_cpp(source):
         r"\1* \2 = reinterpret_cast<\1*>(::emulation::dynamic_shared.data());",
         source,
     )
+    source = source.replace("#include <torch/csrc/stable/macros.h>", "")  # the emulation has its STD_CUDA_CHECK
     source = source.replace("torch::stable::accelerator::DeviceGuard", "::emulation::DeviceGuard")
     source = source.replace("aoti_torch_get_current_cuda_stream", "::emulation::current_stream")
     source = source.replace("repdeg_fast_native, CUDA", f"{NAMESPACE}, CPU").replace("repdeg_fast_native", NAMESPACE)

@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 
+import check_versions
 import kernel_resources as resources
 import kernels
 import pytest
+from torch.utils import cpp_extension
 
 from repdeg_fast.native import build
 
@@ -50,6 +52,13 @@ def test_cuda(source, target, compiled_cuda):
     report = compiled_cuda(source, target)
     assert report, "no kernel was compiled"
     assert {name: used.spilled for name, used in report.items() if used.spilled} == {}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
+def test_host_code_of_cuda(source):
+    """What launches the kernels: nvcc leaves it out above."""
+    assert check_versions.compile_errors(source, cpp_extension.include_paths(), "c++20") == ""
 
 
 def test_every_kernel_file_is_listed():

@@ -15,7 +15,7 @@ namespace repdeg_fast {
 // out = a @ b, or out += a @ b, by the vendor's GEMM. Past the dispatcher: the threads of a pool know nothing of the
 // caller's autograd and autocast.
 inline void vendor_multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1)
                  : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }

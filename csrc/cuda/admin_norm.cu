@@ -366,7 +366,8 @@ void backward(const Block<T>& b, const Outputs& outputs, const Tensor& like, cud
     const size_t shared = Prefetch<T, packs.value, 3>::bytes(layout.block());
     const int64_t resident = resident_blocks(kernel, layout, shared, b.n * column_blocks);
     const int64_t blocks = (resident + column_blocks - 1) / column_blocks;
-    const Tensor partial_tensor = torch::stable::new_empty(like, {blocks, kParameters, b.d}, ScalarType::Float);
+    const int64_t size[] = {blocks, kParameters, b.d};  // nvcc's front end makes nonsense of a list in the call
+    const Tensor partial_tensor = torch::stable::new_empty(like, size, ScalarType::Float);
     float* partial = static_cast<float*>(partial_tensor.data_ptr());
     const bool sum_omega = outputs.parameters.omega, sum_branch_bias = outputs.parameters.branch_bias;
     const dim3 grid(blocks, column_blocks), reduce_grid((b.d + kReduceColumns - 1) / kReduceColumns, kParameters);
@@ -381,7 +382,8 @@ void backward(const Block<T>& b, const Outputs& outputs, const Tensor& like, cud
     launch(packs, Layout::of_columns(packs.value * Pack<T>::size, b.d), 1, nullptr);
   });
   if (whole) return;
-  const Tensor means_tensor = torch::stable::new_empty(like, {b.n, 2}, ScalarType::Float);
+  const int64_t size[] = {b.n, 2};
+  const Tensor means_tensor = torch::stable::new_empty(like, size, ScalarType::Float);
   float2* means = static_cast<float2*>(means_tensor.data_ptr());
   const auto kernel = means_kernel<T, kFromOutput>;
   const int64_t blocks = resident_blocks(kernel, {kMaxThreads, 1}, 0, b.n);
