@@ -64,6 +64,14 @@ def _keep(seed, rows, first_column, dropout, scale, COLUMNS: tl.constexpr):
     return keep
 
 
+@triton.jit
+def _inverse_deviation(squares, count, shift, eps):
+    """1/√(variance + eps) from Σ of the squares around a point at a distance of ``shift`` from the mean. Rounded to
+    nearest, since a whole row gets its error; by subtraction a variance may come out below 0."""
+    variance = tl.div_rn(squares, count * 1.0) - shift * shift
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.where(variance < 0, 0.0, variance) + eps))
+
+
 # A tile of whole rows a step: their sum, mean, variance and output from one load of each input.
 @triton.jit
 def _forward_kernel(
@@ -84,8 +92,11 @@ def _forward_kernel(
         z += (_block(branch, rows, columns, n, d, branch_stride) + branch_bias_values) * keep
         mu = tl.sum(z, axis=1) / d if CENTER else tl.zeros((ROWS,), tl.float32)
         centered = tl.where(inside, z - mu[:, None], 0.0)
-        r = 1 / tl.sqrt(tl.sum(centered * centered, axis=1) / d + eps)
-        out = centered * r[:, None] * weight_values + bias_values
+        # the mean has lost digits where a row is far from zero; the mean of what is left around it has them
+        shift = tl.sum(centered, axis=1) / d if CENTER else tl.zeros((ROWS,), tl.float32)
+        r = _inverse_deviation(tl.sum(centered * centered, axis=1), d, shift, eps)
+        mu += shift
+        out = (z - mu[:, None]) * r[:, None] * weight_values + bias_values
         at = rows.to(tl.int64)[:, None] * d + columns[None, :]
         tl.store(y + at, out.to(y.dtype.element_ty), mask=(rows < n)[:, None] & inside)
         tl.store(mean + rows, mu, mask=rows < n)
@@ -106,8 +117,8 @@ def _chunk_sum(
     return z + f * keep
 
 
-# One long row a program. Mean and variance of the chunks are merged exactly (Chan, Golub and LeVeque), so that a row
-# far from zero loses nothing; then the row is made again and written.
+# One long row a program. Mean and variance of the chunks, taken around the mean of the first one, are merged exactly
+# (Chan, Golub and LeVeque), so that a row far from zero loses nothing; then the row is made again and written.
 @triton.jit
 def _long_forward_kernel(
     y, mean, rstd, x, branch, omega, weight, bias, branch_bias, seed,
@@ -115,7 +126,8 @@ def _long_forward_kernel(
     CENTER: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    mu = 0.0
+    origin = 0.0
+    shift = 0.0
     squares = 0.0
     for first in tl.range(0, d, COLUMNS):
         z = _chunk_sum(
@@ -123,14 +135,19 @@ def _long_forward_kernel(
             dropout, scale, COLUMNS,
         )  # fmt: skip
         if CENTER:
+            inside = (first + tl.arange(0, COLUMNS) < d)[None, :]
             count = tl.minimum(COLUMNS, d - first).to(tl.float32)
+            if first == 0:
+                origin = tl.sum(z) / count
+            z = tl.where(inside, z - origin, 0.0)
             chunk_mean = tl.sum(z) / count
-            z = tl.where((first + tl.arange(0, COLUMNS) < d)[None, :], z - chunk_mean, 0.0)
-            step = chunk_mean - mu
-            mu += step * (count / (first + count))
+            z = tl.where(inside, z - chunk_mean, 0.0)
+            step = chunk_mean - shift
+            shift += step * (count / (first + count))
             squares += step * step * (first * (count / (first + count)))
         squares += tl.sum(z * z)
-    r = 1 / tl.sqrt(squares / d + eps)
+    mu = origin + shift
+    r = _inverse_deviation(squares, d, 0.0, eps)
     for first in tl.range(0, d, COLUMNS):
         z = _chunk_sum(
             x, branch, omega, branch_bias, seed, row, first, n, d, x_stride, branch_stride,

@@ -22,6 +22,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxBlocks = 128;  // partial sums: at most this many rows of d for each parameter
 constexpr int64_t kMinRows = 32;     // a block
+constexpr int64_t kRun = 1024;       // values of a row added up in their own precision; runs are in double
 
 // A parameter's d values; `absent` throughout where it is not given.
 template <typename A>
@@ -148,12 +149,27 @@ A residual_sum(A* __restrict z, const A* __restrict x, const A* __restrict f, co
   return sum;
 }
 
+// Σ (z − origin) and Σ (z − origin)². Both halves of a run at once: one addition need not wait for the other.
 template <typename A>
-A squared_distance(const A* z, A mean, int64_t d) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < d; ++i) sum += (z[i] - mean) * (z[i] - mean);
-  return sum;
+std::pair<double, double> deviations(const A* z, A origin, int64_t d) {
+  double sum = 0, squares = 0;
+  for (int64_t first = 0; first < d; first += kRun) {
+    const int64_t values = std::min(kRun, d - first), half = values / 2;
+    const A *left = z + first, *right = left + half;
+    const A odd = values % 2 ? left[values - 1] - origin : A(0);
+    A left_sum = 0, left_squares = 0, right_sum = 0, right_squares = 0;
+#pragma omp simd reduction(+ : left_sum, left_squares, right_sum, right_squares)
+    for (int64_t i = 0; i < half; ++i) {
+      const A l = left[i] - origin, r = right[i] - origin;
+      left_sum += l;
+      left_squares += l * l;
+      right_sum += r;
+      right_squares += r * r;
+    }
+    sum += left_sum + right_sum + odd;
+    squares += left_squares + right_squares + odd * odd;
+  }
+  return {sum, squares};
 }
 
 template <typename A>
@@ -182,8 +198,11 @@ void forward(Tensor& y_tensor, Tensor& mean, Tensor& rstd, const Tensor& x_tenso
       f_rows.prefetch(row + 1);
       const A sum = residual_sum(z.data(), x_rows.row(row), f_rows.row(row), omega.data(), branch_bias.data(),
                                  keep.row(row), d);
-      const A mu = center ? sum / d : A(0);
-      const A r = 1 / std::sqrt(squared_distance(z.data(), mu, d) / d + A(eps));
+      // The first mean has lost digits where the row is far from zero; the mean of what is left around it has them.
+      const A origin = center ? sum / d : A(0);
+      const auto [deviation, squares] = deviations(z.data(), origin, d);
+      const double shift = center ? deviation / d : 0;
+      const A mu = A(origin + shift), r = A(1 / std::sqrt(std::max(squares / d - shift * shift, 0.0) + eps));
       affine(y_rows.row(row), z.data(), weight.data(), bias.data(), mu, r, d);
       y_rows.store(row);
       means[row] = mu;
@@ -243,15 +262,21 @@ void normalized_from_input(A* __restrict n, const A* x, const A* f, const A* ome
 template <typename A>
 std::pair<A, A> upstream_means(const A* __restrict n, const A* __restrict dy, const A* __restrict weight,
                                A* __restrict grad_weight, A* __restrict grad_bias, int64_t d) {
-  A sum = 0, product = 0;
-#pragma omp simd reduction(+ : sum, product)
-  for (int64_t i = 0; i < d; ++i) {
-    sum += dy[i] * weight[i];
-    product += dy[i] * weight[i] * n[i];
-    grad_weight[i] += dy[i] * n[i];
-    grad_bias[i] += dy[i];
+  double sum = 0, product = 0;
+  for (int64_t first = 0; first < d; first += kRun) {
+    const int64_t last = std::min(first + kRun, d);
+    A run_sum = 0, run_product = 0;
+#pragma omp simd reduction(+ : run_sum, run_product)
+    for (int64_t i = first; i < last; ++i) {
+      run_sum += dy[i] * weight[i];
+      run_product += dy[i] * weight[i] * n[i];
+      grad_weight[i] += dy[i] * n[i];
+      grad_bias[i] += dy[i];
+    }
+    sum += run_sum;
+    product += run_product;
   }
-  return {sum / d, product / d};
+  return {A(sum / d), A(product / d)};
 }
 
 // dx and df of a row, which also adds its share of dω and db.

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
   for (; row < b.n + group.index; row += step) {
     prefetch.next([&] { fetch(row + step); });
     Floats<S> z[kPacks];
-    float total = 0, squares = 0;
+    float total = 0;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       const int column = first_column + k * column_step;
@@ -58,22 +58,20 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
         z[k] = residual_sum(b, prefetch.read(0, k), prefetch.read(1, k), kept_bits(b, row, column), column);
       for (int j = 0; j < S; ++j) total += z[k].value[j];
     }
-    const float mu = b.center ? sum({total, 0}, group).x / b.d : 0;
+    Deviations deviations{b.center ? sum({total, 0}, group).x / b.d : 0};
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      if (first_column + k * column_step >= b.d) continue;
-      for (int j = 0; j < S; ++j) squares += (z[k].value[j] - mu) * (z[k].value[j] - mu);
-    }
-    const float r = 1 / sqrtf(sum({squares, 0}, group).x / b.d + eps);
+    for (int k = 0; k < kPacks; ++k)
+      if (first_column + k * column_step < b.d) deviations.add(z[k]);
+    const Moments moments = deviations.moments(b, eps, sum, group);
     if (row >= b.n) continue;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       const int column = first_column + k * column_step;
-      if (column < b.d) affine(b, z[k], mu, r, column).store(y + row * b.d + column);
+      if (column < b.d) affine(b, z[k], moments, column).store(y + row * b.d + column);
     }
     if (group.lane == 0) {
-      mean[row] = mu;
-      rstd[row] = r;
+      mean[row] = moments.mean;
+      rstd[row] = moments.rstd;
     }
   }
 }
@@ -94,22 +92,20 @@ __global__ void __launch_bounds__(kMaxThreads)
         f(column, residual_sum(b, x, branch, kept_bits(b, row, column), column));
       }
     };
-    float mu = 0, squares = 0;
+    Deviations deviations{0};
     if (b.center) {
       float total = 0;
       each([&](int, const Floats<S>& z) {
         for (int j = 0; j < S; ++j) total += z.value[j];
       });
-      mu = sum({total, 0}, group).x / b.d;
+      deviations.origin = sum({total, 0}, group).x / b.d;
     }
-    each([&](int, const Floats<S>& z) {
-      for (int j = 0; j < S; ++j) squares += (z.value[j] - mu) * (z.value[j] - mu);
-    });
-    const float r = 1 / sqrtf(sum({squares, 0}, group).x / b.d + eps);
-    each([&](int column, const Floats<S>& z) { affine(b, z, mu, r, column).store(y + row * b.d + column); });
+    each([&](int, const Floats<S>& z) { deviations.add(z); });
+    const Moments moments = deviations.moments(b, eps, sum, group);
+    each([&](int column, const Floats<S>& z) { affine(b, z, moments, column).store(y + row * b.d + column); });
     if (threadIdx.x == 0) {
-      mean[row] = mu;
-      rstd[row] = r;
+      mean[row] = moments.mean;
+      rstd[row] = moments.rstd;
     }
   }
 }

@@ -82,6 +82,32 @@ struct Floats {
   }
 };
 
+struct Moments {
+  float mean, rstd;
+};
+
+// Of a row, around a first mean, which has lost digits where the row is far from zero: the mean of what is left around it
+// has them.
+struct Deviations {
+  float origin, sum = 0, squares = 0;
+
+  template <int kSize>
+  __device__ void add(const Floats<kSize>& z) {
+    for (int j = 0; j < kSize; ++j) {
+      const float deviation = z.value[j] - origin;
+      sum += deviation;
+      squares += deviation * deviation;
+    }
+  }
+  // From those of all threads of the group; not around a mean if it is not centred.
+  template <typename T>
+  __device__ Moments moments(const Block<T>& b, float eps, GroupSum& group_sum, const Group& group) const {
+    const float2 total = group_sum({sum, squares}, group);
+    const float shift = b.center ? total.x / b.d : 0, variance = total.y / b.d - shift * shift;
+    return {origin + shift, 1 / sqrtf((variance < 0 ? 0 : variance) + eps)};
+  }
+};
+
 // Which values of a pack dropout keeps, a bit each; all of them without dropout.
 template <typename T>
 __device__ uint32_t kept_bits(const Block<T>& b, int64_t row, int column) {
@@ -133,12 +159,12 @@ __device__ Floats<Pack<T>::size> normalized(const Block<T>& b, const Pack<T>& fi
 }
 
 template <typename T>
-__device__ Pack<T> affine(const Block<T>& b, const Floats<Pack<T>::size>& z, float mean, float rstd, int column) {
+__device__ Pack<T> affine(const Block<T>& b, const Floats<Pack<T>::size>& z, const Moments& moments, int column) {
   constexpr int S = Pack<T>::size;
   const auto weight = Floats<S>::parameter(b.weight, column, 1), bias = Floats<S>::parameter(b.bias, column, 0);
   Pack<T> y;
   for (int j = 0; j < S; ++j)
-    y.value[j] = from_float<T>((z.value[j] - mean) * rstd * weight.value[j] + bias.value[j]);
+    y.value[j] = from_float<T>((z.value[j] - moments.mean) * moments.rstd * weight.value[j] + bias.value[j]);
   return y;
 }
 
