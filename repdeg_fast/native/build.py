@@ -238,7 +238,7 @@ def _run_compiler(library: str, name: str, build: Path) -> ModuleType:
     )
     with _ninja_on_path(), tempfile.TemporaryDirectory() as links:
         root, build = _plain_path(source_root(), f"{links}/csrc"), _plain_path(build, f"{links}/build")
-        return cpp_extension.load(
+        module: ModuleType = cpp_extension.load(
             name=name,
             sources=[str(root / source.relative_to(source_root())) for source in sources(library)],
             extra_cflags=compile_flags(),
@@ -246,6 +246,7 @@ def _run_compiler(library: str, name: str, build: Path) -> ModuleType:
             extra_include_paths=[str(build), pybind11.get_include()],
             build_directory=str(build),
         )
+    return module
 
 
 def _plain_path(path: Path, link: str) -> Path:

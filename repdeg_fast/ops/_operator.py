@@ -69,7 +69,7 @@ class Operator(Generic[P, R]):
 
     def __call__(self, *arguments: P.args, **_: P.kwargs) -> R:
         if _watched() or not _PLAIN.issuperset(map(type, arguments)) or _first_tensor(arguments).is_meta:
-            return self.overload(*arguments)
+            return cast(R, self.overload(*arguments))
         if not torch.is_grad_enabled():
             return self._run(*arguments)
         if self._formula is None:
@@ -119,7 +119,7 @@ class Operator(Generic[P, R]):
 
     def _below_autograd(self, *arguments: Any) -> R:
         with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*arguments)
+            return cast(R, self.overload(*arguments))
 
 
 def operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:

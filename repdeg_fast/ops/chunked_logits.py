@@ -295,7 +295,8 @@ def _rows(tensor: Tensor, heads: int, positions: slice) -> Tensor:
     take rows (`flatten` alone gives a view that skips from head to head where there is one position)."""
     if heads == 1:
         return tensor[positions]
-    return tensor.unflatten(0, (heads, -1))[:, positions].flatten(0, 1).contiguous()
+    by_head: Tensor = tensor.unflatten(0, (heads, -1))
+    return by_head[:, positions].flatten(0, 1).contiguous()
 
 
 def _store(tensor: Tensor, rows: Tensor, heads: int, positions: slice) -> None:
