@@ -6,6 +6,8 @@ from repdeg_fast.analysis.cka import linear_cka
 from repdeg_fast.analysis.cosines import alignment, average_cosine, cosine_histogram, uniformity
 from repdeg_fast.analysis.covariances import Covariances
 from repdeg_fast.analysis.frequency import frequency_bins, rare_against_frequent
+from repdeg_fast.analysis.hidden_states import HiddenStates, collect, stream
+from repdeg_fast.analysis.layers import LayerChange, layer_change, token_influence
 from repdeg_fast.analysis.mutual_information import mutual_information, mutual_information_of_labels
 from repdeg_fast.analysis.neighbours import (
     hubness,
@@ -28,9 +30,12 @@ from repdeg_fast.analysis.spectrum import (
 __all__ = [
     "CanonicalCorrelations",
     "Covariances",
+    "HiddenStates",
+    "LayerChange",
     "alignment",
     "average_cosine",
     "cca",
+    "collect",
     "cone_projection",
     "cosine_histogram",
     "directions_for",
@@ -39,6 +44,7 @@ __all__ = [
     "hubness",
     "isoscore",
     "isotropy",
+    "layer_change",
     "linear_cka",
     "mutual_information",
     "mutual_information_of_labels",
@@ -52,7 +58,9 @@ __all__ = [
     "rare_against_frequent",
     "save_table",
     "singular_values",
+    "stream",
     "svcca",
     "token_identity",
+    "token_influence",
     "uniformity",
 ]

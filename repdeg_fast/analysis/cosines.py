@@ -46,8 +46,9 @@ def cosine_histogram(points: Tensor, bins: int = 100, sample: int | None = None)
 
 
 def uniformity(points: Tensor, t: float = 2.0, sample: int | None = None) -> float:
-    """log mean exp(−t‖x̂ − ŷ‖²) over pairs of different points (Wang and Isola, 2005.10242): 0 where all point one way,
-    lower the more evenly they are spread; near −2t in high dimension. ``sample`` as in :func:`cosine_histogram`."""
+    """log mean exp(−t‖x̂ − ŷ‖²) over pairs of different points (Wang and Isola, 2005.10242): 0 where all point one
+    way, lower the more evenly they are spread; near −2t in high dimension. ``sample`` as in
+    :func:`cosine_histogram`."""
     points = sampled(points, sample)
     if len(points) < 2:
         raise ValueError(f"points: expected at least 2, got {len(points)}")

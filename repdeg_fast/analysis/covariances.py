@@ -22,15 +22,17 @@ class Covariances:
 
     A side is a layer, say, or the same layer of two models. For sides a ≤ b it keeps the one matrix Σ g_a g_bᵀ with
     g = (1, x − o, ‖x − o‖²), a (d + 2)×(e + 2) matrix in float64: sums, products, and what unbiased CKA needs of
-    third and fourth order. The origin o of a side is the mean of its first chunk, so that a large mean costs no digits;
-    to move it is linear in g, which makes merging exact.
+    third and fourth order. The origin o of a side is the mean of its first chunk, so that a large mean costs no
+    digits; to move it is linear in g, which makes merging exact.
 
     Args:
         names: Of the sides, for errors; default x and y, or "side 0" ….
+        band: Pairs of sides further apart than this are not kept: 1 for consecutive layers. Default: all pairs are.
     """
 
-    def __init__(self, names: Sequence[str] | None = None):
+    def __init__(self, names: Sequence[str] | None = None, band: int | None = None):
         self.names = tuple(names) if names is not None else ()
+        self.band = band
         self.points = 0
         self._origins: list[Tensor] = []
         self._moments: dict[tuple[int, int], Tensor] = {}
@@ -62,7 +64,7 @@ class Covariances:
         if not other._origins:
             return self
         if not self._origins:
-            self.names = self.names or other.names
+            self.names, self.band = self.names or other.names, other.band
             self._start([torch.zeros_like(origin) for origin in other._origins])
             self._origins = [origin.clone() for origin in other._origins]
         if [len(origin) for origin in self._origins] != [len(origin) for origin in other._origins]:
@@ -83,7 +85,8 @@ class Covariances:
         out.points, out._origins = self.points, [self._origins[side] for side in sides]
         for i, first in enumerate(sides):
             for j in range(i, len(sides)):
-                out._moments[i, j] = self._block(first, sides[j])
+                if self._is_kept(first, sides[j]):
+                    out._moments[i, j] = self._block(first, sides[j])
         return out
 
     def name(self, side: int) -> str:
@@ -106,7 +109,8 @@ class Covariances:
     def unbiased_hsic(self, first: int, second: int) -> float:
         """n(n − 3) times Song et al.'s unbiased estimate of HSIC with linear kernels, without an n×n matrix.
 
-        tr(K̃L̃) + ΣK̃·ΣL̃/((n−1)(n−2)) − 2/(n−2)·1ᵀK̃L̃1, where K̃ = XXᵀ without its diagonal. Any origin gives the same.
+        tr(K̃L̃) + ΣK̃·ΣL̃/((n−1)(n−2)) − 2/(n−2)·1ᵀK̃L̃1, where K̃ = XXᵀ without its diagonal. Any origin gives the
+        same.
         """
         n, moments = self.points, self._block(first, second)
         sum_x, sum_a = moments[1:-1, 0], moments[-1, 0]  # a = ‖x‖²
@@ -120,13 +124,22 @@ class Covariances:
     def _block(self, first: int, second: int) -> Tensor:
         if not self._origins:
             raise ValueError("covariances: expected points, got none; call update first")
-        return self._moments[first, second] if first <= second else self._moments[second, first].T
+        pair = min(first, second), max(first, second)
+        if pair not in self._moments:
+            raise ValueError(
+                f"sides: {self.name(first)} and {self.name(second)} are further apart than was kept (band)"
+            )
+        return self._moments[pair] if first <= second else self._moments[pair].T
+
+    def _is_kept(self, first: int, second: int) -> bool:
+        return self.band is None or abs(first - second) <= self.band
 
     def _start(self, origins: list[Tensor]) -> None:
         self._origins = origins
         for i, first in enumerate(origins):
             for j in range(i, len(origins)):
-                self._moments[i, j] = first.new_zeros(len(first) + 2, len(origins[j]) + 2)
+                if self._is_kept(i, j):
+                    self._moments[i, j] = first.new_zeros(len(first) + 2, len(origins[j]) + 2)
 
     def _shift(self, other: Covariances, side: int) -> Tensor:
         return self._origins[side] - other._origins[side].to(self._origins[side].device)

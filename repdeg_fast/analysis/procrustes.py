@@ -9,8 +9,8 @@ from repdeg_fast.analysis.covariances import Covariances, check_varies, paired
 
 
 def procrustes(x: Tensor | Covariances, y: Tensor | None = None) -> float:
-    """Orthogonal Procrustes distance (Ding et al., 2108.01661): min over rotations of ‖X − YQ‖², X and Y centred and of
-    Frobenius norm 1. That is 2 − 2‖XᵀY‖_*: 0 for equal representations, at most 2.
+    """Orthogonal Procrustes distance (Ding et al., 2108.01661): min over rotations of ‖X − YQ‖², X and Y centred and
+    of Frobenius norm 1. That is 2 − 2‖XᵀY‖_*: 0 for equal representations, at most 2.
 
     Args:
         x, y: (n, d) and (n, e), row i of both the same point (the narrower side counts as filled with zeros); or one
