@@ -51,7 +51,9 @@ def mutual_information(
     except ImportError as missing:
         raise ImportError("mutual_information needs scikit-learn: pip install 'repdeg-fast[analysis]'") from missing
     clusters = min(clusters, len(representations))
-    means = MiniBatchKMeans(clusters, random_state=seed, batch_size=max(1024, 3 * clusters), n_init=1, max_iter=10)
+    means = MiniBatchKMeans(
+        clusters, random_state=seed, batch_size=max(1024, 3 * clusters), n_init=1, max_iter=10, init="random"
+    )
     assigned = means.fit_predict(representations.detach().float().cpu().numpy())
     return mutual_information_of_labels(torch.from_numpy(assigned), labels)
 

@@ -1,4 +1,4 @@
-"""``repdeg-fast bench | profile | tune | inspect | info``: a file a command."""
+"""``repdeg-fast bench | profile | tune | inspect | analyze | info``: a file a command."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from repdeg_fast import __version__
+from repdeg_fast.cli.analyze import analyze
 from repdeg_fast.cli.bench import bench
 from repdeg_fast.cli.console import clear_errors
 from repdeg_fast.cli.info import info
@@ -39,5 +40,5 @@ def _common(
 
 _BENCH_EPILOG = "Exits with 1 if a value is wrong or one of our own providers fails, with 2 on bad input."
 app.command(epilog=_BENCH_EPILOG)(clear_errors()(bench))
-for command in (profile, tune, inspect, info):
+for command in (profile, tune, inspect, analyze, info):
     app.command()(clear_errors()(command))

@@ -12,6 +12,7 @@ from rich.table import Table
 from repdeg_fast.analysis import inspection, pictures
 from repdeg_fast.analysis import weights as checkpoints
 from repdeg_fast.analysis.inspection import Inspection
+from repdeg_fast.analysis.report import embedding_report, write
 from repdeg_fast.analysis.spectrum import directions_for, effective_rank, participation_ratio
 from repdeg_fast.bench.suite import dtype_name
 from repdeg_fast.cli import outputs
@@ -25,6 +26,9 @@ def inspect(
     out: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Where the picture goes; default: beside you, named after FILE.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the report too: HTML, JSON and PNGs.", show_default=False)
+    ] = None,
 ) -> None:
     """Say how degenerate an embedding is: R, mean cosine, norms, spectrum, and a picture of its cone (PNG).
 
@@ -34,14 +38,22 @@ def inspect(
     path, wanted = checkpoints.parse(file)
     picture = out or Path(f"{path.stem}-cone.png")
     outputs.check_file("out", picture)
+    if report:
+        outputs.check_folder("report", report)
     name, weight = checkpoints.load(path, wanted)
     with progress(len(weight)) as tick:
         found = inspection.inspect_embedding(weight, lambda rows: tick("reading rows", rows))
+        made = embedding_report(name, weight, found, lambda what: tick(what, 0))
+        paths = write(made, report, lambda what: tick(what, 0)) if report else []
     console = stdout()
     if wanted is None:
         console.print(f"tensor: {name} (none was named)", soft_wrap=True, markup=False)
     for table in (_overview(name, found), _spectrum(found)):
         console.print(table)
+    for sentence in made.findings:
+        console.print(f"- {sentence}", soft_wrap=True, markup=False)
+    if report:
+        console.print(f"report: {paths[0]}, {paths[1].name} and pictures", soft_wrap=True, markup=False)
     pictures.plot_cone(name, weight, found, picture)
     console.print(f"picture: {picture}", soft_wrap=True, markup=False)
 

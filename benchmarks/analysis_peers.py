@@ -1,0 +1,196 @@
+"""The measures of repdeg_fast.analysis beside the arithmetic and the packages that people use: time, memory, values.
+
+    python benchmarks/analysis_peers.py [--quick] [--json FILE]
+
+Repeats are interleaved and ratios are medians, for machines that are not quiet. Memory is measured in a process of its
+own: the largest resident set beyond that before the call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repdeg_fast import analysis
+from repdeg_fast.analysis.metrics import representation_metrics
+
+Provider = Callable[..., Any]
+
+
+def published_pwcca(x: Tensor, y: Tensor) -> float:
+    """PWCCA over the points: numpy.linalg.svd of both sides and of the product of their bases, projections of x."""
+    a, b = (z.double().numpy() - z.double().numpy().mean(0) for z in (x, y))
+    u, p = (np.linalg.svd(z, full_matrices=False)[0] for z in (a, b))
+    turn, correlations, _ = np.linalg.svd(u.T @ p, full_matrices=False)
+    weights = np.abs((u @ turn).T @ a).sum(1)
+    return float(weights @ correlations / weights.sum())
+
+
+def gram_cka(*layers: Tensor) -> float:
+    """Unbiased linear CKA of all pairs from N×N Gram matrices, as pytorch-cka has it; the mean over the pairs."""
+    grams = []
+    for layer in layers:
+        gram = layer @ layer.T
+        grams.append(gram.fill_diagonal_(0))
+    n = len(grams[0])
+    sums = [gram.sum(1) for gram in grams]
+
+    def hsic(i: int, j: int) -> Tensor:
+        total = sums[i].sum() * sums[j].sum() / ((n - 1) * (n - 2))
+        return (grams[i] * grams[j]).sum() + total - 2 / (n - 2) * (sums[i] @ sums[j])
+
+    count = range(len(layers))
+    own = [hsic(i, i) for i in count]
+    return float(torch.stack([hsic(i, j) / (own[i] * own[j]).sqrt() for i in count for j in count]).mean())
+
+
+def our_cka(*layers: Tensor) -> float:
+    covariances = analysis.Covariances().update(*layers)
+    count = range(len(layers))
+    return statistics.mean(analysis.linear_cka(covariances.of(i, j), unbiased=True) for i in count for j in count)
+
+
+def chunked_identity(points: Tensor, tokens: Tensor, k: int = 50) -> float:
+    """torch.topk over rows of the cosine matrix, 1,000 rows at a time."""
+    unit, total = torch.nn.functional.normalize(points), 0
+    for start in range(0, len(points), 1000):
+        cosines = unit[start : start + 1000] @ unit.T
+        cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -2
+        nearest = cosines.topk(k).indices
+        total += int((tokens[nearest] == tokens[start : start + len(cosines), None]).sum())
+    return total / (len(points) * k)
+
+
+def faiss_identity(points: Tensor, tokens: Tensor, k: int = 50) -> float:
+    """faiss-cpu's exact index."""
+    import faiss
+
+    unit = torch.nn.functional.normalize(points).numpy()
+    index = faiss.IndexFlatIP(unit.shape[1])
+    index.add(unit)
+    total = 0
+    for start in range(0, len(unit), 10000):
+        found = torch.from_numpy(index.search(unit[start : start + 10000], k + 1)[1])
+        own = found == torch.arange(start, start + len(found))[:, None]
+        same = (tokens[found] == tokens[start : start + len(found), None]) & ~own
+        total += int(same.sum())
+    return total / (len(points) * k)
+
+
+def isoscore_package(points: Tensor) -> float:
+    from IsoScore.IsoScore import IsoScore
+
+    return float(IsoScore(points))
+
+
+def cases(quick: bool) -> dict[str, tuple[Callable[[], tuple[Tensor, ...]], dict[str, Provider], str]]:
+    """name: (inputs, providers, ours first; the package that a peer needs is named like it)."""
+    n, d, wide = (2000, 96, 4000) if quick else (20000, 768, 100000)
+
+    def two() -> tuple[Tensor, ...]:
+        causes = torch.randn(n, d // 2)
+        return tuple(causes @ torch.randn(d // 2, d) / d**0.5 + torch.randn(n, d) for _ in range(2))
+
+    def four() -> tuple[Tensor, ...]:
+        return tuple(torch.randn(4096 if not quick else 512, d) + 0.5 for _ in range(4))
+
+    def vectors() -> tuple[Tensor, ...]:
+        tokens = torch.randint(1000, (wide,))
+        return torch.randn(1000, 384)[tokens] + 1.5 * torch.randn(wide, 384), tokens
+
+    def embedding() -> tuple[Tensor, ...]:
+        return (torch.randn(3000 if quick else 30522, d) + 0.1,)
+
+    return {
+        f"pwcca {n} × {d}": (
+            two,
+            {"ours": lambda x, y: analysis.pwcca(x, y).similarity, "numpy.linalg.svd": published_pwcca},
+            "",
+        ),
+        "unbiased CKA, 4 layers": (four, {"ours": our_cka, "Gram matrices": gram_cka}, ""),
+        f"token_identity {wide} × 384": (
+            vectors,
+            {"ours": analysis.token_identity, "chunked torch.topk": chunked_identity, "faiss": faiss_identity},
+            "faiss",
+        ),
+        "isoscore of an embedding": (embedding, {"ours": analysis.isoscore, "IsoScore": isoscore_package}, "IsoScore"),
+        "callback's metrics": (embedding, {"ours": lambda w: representation_metrics(w)["average_cosine"]}, ""),
+    }
+
+
+def peak_mib(name: str, provider: str, quick: bool, queue: Any) -> None:
+    make, providers, _ = cases(quick)[name]
+    torch.manual_seed(0)
+    inputs = make()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    before = _status("VmRSS")
+    providers[provider](*inputs)
+    queue.put((_status("VmHWM") - before) / 1024)
+
+
+def _status(key: str) -> int:
+    """KiB"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--only", default="", help="cases whose name contains this")
+    options.add_argument("--json", help="write the figures there")
+    given = options.parse_args()
+    rows = []
+    for name, (make, providers, package) in cases(given.quick).items():
+        if given.only not in name:
+            continue
+        torch.manual_seed(0)
+        inputs = make()
+        if package and importlib.util.find_spec(package) is None:
+            print(f"{name}: {package} is not installed")
+            providers.pop(package)
+        times: dict[str, list[float]] = {provider: [] for provider in providers}
+        values = {}
+        for _ in range(given.repeats):
+            for provider, run in providers.items():
+                start = time.perf_counter()
+                values[provider] = run(*inputs)
+                times[provider].append(time.perf_counter() - start)
+        for provider in providers:
+            queue = multiprocessing.get_context("spawn").Queue()
+            process = multiprocessing.get_context("spawn").Process(
+                target=peak_mib, args=(name, provider, given.quick, queue)
+            )
+            process.start()
+            peak = queue.get()
+            process.join()
+            ratio = statistics.median(t / own for t, own in zip(times[provider], times["ours"], strict=True))
+            row = {
+                "case": name,
+                "provider": provider,
+                "seconds": statistics.median(times[provider]),
+                "times ours": ratio,
+                "peak MiB beyond inputs": peak,
+                "value": values[provider],
+            }
+            rows.append(row)
+            print("  ".join(f"{key} {v:.6g}" if isinstance(v, float) else str(v) for key, v in row.items()), flush=True)
+    if given.json:
+        with open(given.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
