@@ -8,6 +8,7 @@ from repdeg_fast.analysis.covariances import Covariances
 from repdeg_fast.analysis.frequency import frequency_bins, rare_against_frequent
 from repdeg_fast.analysis.hidden_states import HiddenStates, collect, stream
 from repdeg_fast.analysis.layers import LayerChange, layer_change, token_influence
+from repdeg_fast.analysis.metrics import representation_metrics
 from repdeg_fast.analysis.mutual_information import mutual_information, mutual_information_of_labels
 from repdeg_fast.analysis.neighbours import (
     hubness,
@@ -56,6 +57,7 @@ __all__ = [
     "procrustes",
     "pwcca",
     "rare_against_frequent",
+    "representation_metrics",
     "save_table",
     "singular_values",
     "stream",
