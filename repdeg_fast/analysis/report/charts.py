@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -61,7 +62,9 @@ Chart = Lines | Bars | Heatmap | Scatter
 
 
 def viridis(share: float) -> str:
-    """A colour for a number in [0, 1]."""
+    """A colour for a number in [0, 1]; grey for NaN."""
+    if math.isnan(share):
+        return "#888888"
     place = min(max(share, 0.0), 1.0) * (len(_VIRIDIS) - 1)
     low = min(int(place), len(_VIRIDIS) - 2)
     mixed = [round(a + (b - a) * (place - low)) for a, b in zip(_VIRIDIS[low], _VIRIDIS[low + 1], strict=True)]
