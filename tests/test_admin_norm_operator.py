@@ -110,6 +110,31 @@ def test_second_derivative_is_a_clear_error():
         grad.sum().backward()
 
 
+def test_a_change_in_place_is_a_clear_error_unless_the_input_is_kept():
+    tensors = inputs(4, 8)
+    options = {"dropout": 0.2, "seed": SEED}
+
+    def gradient(change, save):
+        y = admin_norm(**tensors, **options, save=save)
+        change(y)
+        return torch.autograd.grad(y.sin().sum(), tensors["branch"])[0]
+
+    with pytest.raises(RuntimeError, match=r'admin_norm: y, .*changed in place.* or use save="input".*version 1'):
+        gradient(lambda y: y.add_(1), "auto")
+    allowed = gradient(lambda y: y.add_(1), "input")
+    y = admin_norm(**tensors, **options)
+    torch.testing.assert_close(allowed, torch.autograd.grad((y + 1).sin().sum(), tensors["branch"])[0])
+    with pytest.raises(RuntimeError, match=r"admin_norm: x, branch or a parameter was changed in place"):
+        gradient(lambda y: tensors["weight"].detach().add_(1), "input")
+
+
+def test_a_graph_is_run_twice_only_where_it_was_asked_for():
+    y = admin_norm(**inputs(4, 8)).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match=r"^Trying to backward through the graph a second time"):
+        y.backward()
+
+
 def test_follows_the_backend_of_its_forward_pass():
     tensors = inputs(4, 8, dtype=torch.float64)
     with repdeg_fast.use_backend("reference"):

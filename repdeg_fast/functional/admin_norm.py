@@ -38,6 +38,8 @@ def admin_norm(
     y = LayerNorm(x ⊙ ω + dropout(branch + branch_bias)) ⊙ weight + bias, over the last dimension.
 
     Differentiable in every tensor but ``seed``. The dropout mask is drawn again in the backward pass, never stored.
+    Unlike PyTorch's, y must not be changed in place (y += 1, ``relu_``) before its backward pass, unless
+    ``save="input"``: the backward pass then raises an error that says so.
 
     Args:
         x: (..., d), the residual stream; float32, bfloat16, float16, or float64 on a CPU.

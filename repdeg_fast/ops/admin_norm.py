@@ -121,6 +121,7 @@ def _wanted(made: tuple[Tensor, ...], wanted: list[bool]) -> Gradients:
 class _Options(NamedTuple):
     dropout: float
     center: bool
+    save_input: bool
     wanted: list[bool]
     backend: str
 
@@ -147,7 +148,7 @@ class _Formula(Formula):
         parameters = (omega, weight, bias, branch_bias)
         y, mean, rstd = run(x, branch, *parameters, seed, dropout, eps, center, save_input, backend)
         _, _, *wanted, _, _, _, _, _, _ = ctx.needs_input_grad  # not of run and x
-        ctx.options = _Options(dropout, center, wanted, backend)
+        ctx.options = _Options(dropout, center, save_input, wanted, backend)
         if save_input:
             saved = Saved(None, x, branch, omega, weight, None, branch_bias, mean, rstd)
         else:
@@ -163,10 +164,27 @@ class _Formula(Formula):
         no_gradient = (None,) * 6  # of seed, dropout, eps, center, save_input, backend
         if grad_y is None:
             return (None,) * 7 + no_gradient
-        # unpacked once: a checkpointed block is run again for it, and only once
-        y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed = ctx.saved_tensors
-        dropout, center, wanted, backend = ctx.options
+        y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed = _unpack(ctx)
+        dropout, center, _, wanted, backend = ctx.options
         made = admin_norm_backward(
             grad_y, y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed, dropout, center, wanted, backend
         )
         return None, *_wanted(made, wanted), *no_gradient
+
+
+def _unpack(ctx: Any) -> tuple[Tensor, ...]:
+    """Once a pass: a checkpointed block is run again for it, and only once."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        changed, instead = (
+            ("x, branch or a parameter", 'x = x + 1 for x += 1, or use save="output", which keeps y')
+            if ctx.options.save_input
+            else ("y, a parameter, or x where omega gets a gradient,", 'y = y + 1 for y += 1, or use save="input"')
+        )
+        raise RuntimeError(
+            f"admin_norm: {changed} was changed in place after the forward pass, and the backward pass starts from it; "
+            f"write {instead}. PyTorch says: {error}"
+        ) from error
