@@ -172,7 +172,7 @@ class _Formula(Formula):
         return None, *_wanted(made, wanted), *no_gradient
 
 
-def _unpack(ctx: Any) -> tuple[Tensor, ...]:
+def _unpack(ctx: Any) -> Any:
     """Once a pass: a checkpointed block is run again for it, and only once."""
     try:
         return ctx.saved_tensors
