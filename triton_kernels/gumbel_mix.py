@@ -23,7 +23,7 @@ from .tuning import PADDING, Specialization, choose, padded_columns, padded_vect
 
 _PROGRAMS = 8  # a multiprocessor, of which one or two are resident: the last round is then a small part of all
 _COMBINE_ROWS = 32
-_DOT_BLOCK = 1024
+_DOT_BLOCK = 512
 _LOGITS_COLUMNS, _LOGITS_WARPS = 4096, 8  # 16 a thread: noise takes about four registers each while it is made
 _BUFFER_BYTES = 64 << 20  # y and y (F·r − origin) of one chunk of the vocabulary, in padded rows
 
@@ -44,7 +44,7 @@ class Tile:
 # other one multiplies. fp32 products run without matrix units, from registers, and get smaller tiles.
 TILES = {
     16: (Tile(64, 128, 32, 8, 4), Tile(64, 64, 32, 8, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)),
-    32: (Tile(32, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
+    32: (Tile(32, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2)),
 }
 
 
