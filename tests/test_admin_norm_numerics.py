@@ -38,7 +38,8 @@ def errors(function, x, branch, upstream, exact):
 @pytest.mark.parametrize("kind", ["usual", "rms", "mean 1000", "upstream 1000", "constant rows", "1e-15", "1e15"])
 @pytest.mark.parametrize("d", WIDTHS)
 def test_as_near_to_float64_as_pytorch(place, d, kind):
-    rows = 3 if (place.backend, place.device) == ("triton", "cpu") else 40  # the interpreter is slow
+    # The interpreter is slow. Rounding 1/σ moves a whole row, by up to an ulp, and three rows do not average that out.
+    rows, least = (3, 2.0**-23) if (place.backend, place.device) == ("triton", "cpu") else (40, 0.0)
     x, branch, upstream = values(kind, rows, d)
     upstream = upstream.to(place.device)
     norm, normalize = ("rms", F.rms_norm) if kind == "rms" else ("layer", F.layer_norm)
@@ -49,7 +50,7 @@ def test_as_near_to_float64_as_pytorch(place, d, kind):
     theirs = errors(pytorch, x, branch, upstream, exact)
     for save in ("output", "input"):
         ours = errors(lambda x, branch: admin_norm(x, branch, norm=norm, save=save), x, branch, upstream, exact)  # noqa: B023
-        assert all(error <= 1.25 * own for error, own in zip(ours, theirs, strict=True)), (save, ours, theirs)
+        assert all(error <= max(1.25 * own, least) for error, own in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
