@@ -137,11 +137,11 @@ class TestTuning:
 
         right = cosreg.forward
 
-        def forward(weight, row_weight, eps):
-            tile = tuning.choose("cosreg.forward", cosreg._tiles(cosreg._FORWARD, 24), weight, n=40, d=24)
+        def forward(rows):
+            tile = tuning.choose("cosreg.forward", cosreg._tiles(cosreg._FORWARD, 24), rows.weight, n=40, d=24)
             if tile == cosreg._tiles(cosreg._FORWARD, 24)[1]:
                 raise RuntimeError("out of resource: shared memory")
-            value, *rest = right(weight, row_weight, eps)
+            value, *rest = right(rows)
             return (value * 2 if tile == cosreg._tiles(cosreg._FORWARD, 24)[2] else value, *rest)
 
         monkeypatch.setattr(cosreg, "forward", forward)
