@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from repdeg_fast._checks import check_finite, check_flag
+from repdeg_fast.data.words import continuation_token_ids
 
 IGNORE_INDEX = -100
 
@@ -30,7 +31,8 @@ class MaskingCollator:
     Args:
         mask_token_id, pad_token_id: as the vocabulary has them.
         special_token_ids: tokens that are never masked.
-        continuation_token_ids: tokens that go on with the word before them ("##" in WordPiece). Where they are given,
+        continuation_token_ids: tokens that go on with the word before them ("##" in WordPiece;
+            :func:`repdeg_fast.data.words.continuation_token_ids` finds them). Where they are given,
             words are masked whole: all tokens of a word or none, again a fraction ``probability`` of all tokens on
             average.
         probability: 0.15 in BERT, ELECTRA and AMOS.
@@ -68,23 +70,18 @@ class MaskingCollator:
         """For a tokenizer of transformers; ``options`` are ``probability`` and ``generator``.
 
         Raises:
-            ValueError: it has no mask or padding token, or, for ``whole_words``, none that starts with "##".
+            ValueError: it has no mask or padding token, or, for ``whole_words``, no marks of words.
         """
         check_flag("whole_words", whole_words)
         for name in ("mask_token_id", "pad_token_id"):
             if getattr(tokenizer, name, None) is None:
                 raise ValueError(f"tokenizer: expected one with a {name}, got {type(tokenizer).__name__} without")
-        continuations = [index for token, index in tokenizer.get_vocab().items() if token.startswith("##")]
-        if whole_words and not continuations:
-            raise ValueError(
-                "whole_words: expected a WordPiece tokenizer, whose tokens inside words start with '##', "
-                f"got {type(tokenizer).__name__} without such tokens"
-            )
+        continuations = continuation_token_ids(tokenizer) if whole_words else None
         return cls(
             mask_token_id=tokenizer.mask_token_id,
             pad_token_id=tokenizer.pad_token_id,
             special_token_ids=tokenizer.all_special_ids,
-            continuation_token_ids=continuations if whole_words else None,
+            continuation_token_ids=continuations,
             **options,
         )
 

@@ -11,6 +11,7 @@ Example::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -220,7 +221,7 @@ class _FusedMaskedLM(PreTrainedModel):
         head = HuggingFaceHead.of(self)
         skips = labels is not None and self._skips_logits(skip_logits, as_tuple)
         output = MaskedLMOutput(
-            loss=None if labels is None else _loss(head, hidden_states, labels),
+            loss=None if labels is None else mlm_losses(head, [hidden_states], labels)[0],
             logits=None if skips else head.logits(hidden_states),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -234,16 +235,19 @@ class _FusedMaskedLM(PreTrainedModel):
         return self.logits_beside_loss == "never" or (self.logits_beside_loss == "auto" and only_loss)
 
 
-def _loss(head: HuggingFaceHead, hidden_states: Tensor, labels: Tensor) -> Tensor:
-    """No ``padding_idx``: the row of the padding word is a word like others to a decoder of Hugging Face."""
+def mlm_losses(head: HuggingFaceHead, layers: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """(K,): the mean loss of each of K layers' outputs (B, T, d) through one head, at the positions that have a label.
+
+    No ``padding_idx``: the row of the padding word is a word like others to a decoder of Hugging Face.
+    """
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
         given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels: expected a tensor of token ids, int64 or int32, got {given}")
-    positions = hidden_states.shape[:-1]
+    positions = layers[0].shape[:-1]
     if labels.numel() != positions.numel():
         raise ValueError(f"labels: expected shape {tuple(positions)}, a token a position, got {tuple(labels.shape)}")
-    labels = labels.to(hidden_states.device).reshape(positions)
-    return masked_lm_losses([hidden_states], labels, head.transform, head.decoder.weight, head.decoder.bias)[0]
+    labels = labels.to(layers[0].device).reshape(positions)
+    return masked_lm_losses(layers, labels, head.transform, head.decoder.weight, head.decoder.bias)
 
 
 class FusedBertForMaskedLM(_FusedMaskedLM, BertForMaskedLM):
