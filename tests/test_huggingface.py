@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from helpers import relative_error
+from huggingface_cases import batch, loss_and_gradients, tiny
 
 import repdeg_fast
 from repdeg_fast import MultiLayerMLMHead
@@ -19,33 +20,12 @@ from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForM
 
 from repdeg_fast.integrations import huggingface  # noqa: E402
 
-SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"intermediate_size": 64, "max_position_embeddings": 40, "pad_token_id": 1}
 MODELS = [(BertForMaskedLM, BertConfig), (RobertaForMaskedLM, RobertaConfig)]
 
 
 @pytest.fixture(params=MODELS, ids=["bert", "roberta"])
 def model(request):
-    """Tiny, and away from where its initialization puts it: with biases, say."""
-    cls, config = request.param
-    model = cls(config(**SIZES))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def batch(rows=3, columns=11, vocabulary=99):
-    words = torch.randint(5, vocabulary, (rows, columns))
-    return {"input_ids": words, "labels": words.masked_fill(torch.rand(rows, columns) > 0.3, -100)}
-
-
-def loss_and_gradients(model, inputs):
-    model.zero_grad()
-    torch.manual_seed(1)  # dropout
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return tiny(*request.param)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -333,7 +313,7 @@ def test_heads_that_do_not_fit(model):
         huggingface.write_mlm_head(MultiLayerMLMHead(32, model.get_input_embeddings(), bias=False), model)
     with pytest.raises(TypeError, match="head: expected a MultiLayerMLMHead, got Linear"):
         huggingface.write_mlm_head(torch.nn.Linear(2, 2), model)
-    with pytest.raises(TypeError, match=r"model_or_head: expected BertForMaskedLM or RobertaForMaskedLM.* got Linear"):
+    with pytest.raises(TypeError, match=r"model_or_head: expected a masked-language model of .* got Linear"):
         huggingface.read_mlm_head(torch.nn.Linear(2, 2))
 
 
@@ -342,7 +322,9 @@ def test_models_that_are_not_supported(model):
         pass
 
     for other in (torch.nn.Linear(2, 2), Mine(model.config), model.base_model):
-        with pytest.raises(TypeError, match="expected a BertForMaskedLM or RobertaForMaskedLM of transformers, got "):
+        with pytest.raises(
+            TypeError, match=r"expected one of BertForMaskedLM, .*, ModernBertForMaskedLM of transformers, got "
+        ):
             huggingface.apply(other)
     with pytest.raises(ValueError, match="logits: expected one of 'auto', 'always', 'never', got 'sometimes'"):
         huggingface.apply(model, logits="sometimes")

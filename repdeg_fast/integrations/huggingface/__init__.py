@@ -1,0 +1,91 @@
+"""Hugging Face models with the fused masked-language-model loss, and with ADMIN's residual blocks. Needs transformers 5
+(``pip install 'repdeg-fast[hf]'``).
+
+Example::
+
+    from repdeg_fast.integrations import huggingface
+
+    model = huggingface.apply(BertForMaskedLM.from_pretrained("bert-base-uncased"))
+    Trainer(model, ...).train()
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from repdeg_fast._checks import check_choice, check_flag
+
+try:
+    from repdeg_fast.integrations.huggingface.admin import hand_back_sub_layers, take_over_sub_layers
+    from repdeg_fast.integrations.huggingface.heads import HuggingFaceHead, mlm_losses, read_mlm_head, write_mlm_head
+    from repdeg_fast.integrations.huggingface.masked_lm import FUSED, FusedMaskedLM
+except ImportError as error:
+    raise ImportError(
+        f"repdeg_fast.integrations.huggingface needs transformers 5 ({error}): pip install 'repdeg-fast[hf]'"
+    ) from error
+
+__all__ = ["HuggingFaceHead", "apply", "mlm_losses", "read_mlm_head", "revert", "write_mlm_head"]
+
+LOGITS = ("auto", "always", "never")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply(model: Model, *, logits: str = "auto", admin_norm: bool = False) -> Model:
+    """Give a masked-language model of transformers the fused head and loss, in place, and return it:
+    ``BertForMaskedLM``, ``RobertaForMaskedLM``, ``DistilBertForMaskedLM``, ``ElectraForMaskedLM`` (the generator) or
+    ``ModernBertForMaskedLM`` (also with flattened batches).
+
+    The weights, their names and tying, the signature of ``forward`` and the loss stay as they are, so ``Trainer``,
+    ``save_pretrained`` and checkpoints work as before; a saved model is an ordinary one. What changes: with ``labels``,
+    the head runs on masked positions only and the (B, T, V) logits are not made. The mean loss is in float32, and 0
+    for a batch without masks, where Hugging Face has NaN.
+
+    Apply it before ``torch.compile``, ``DistributedDataParallel`` and the like. A model that has it already takes over
+    the options.
+
+    Args:
+        logits: whether logits are computed beside a loss. ``"auto"``: in eval mode only, so that ``Trainer.evaluate``
+            with ``compute_metrics`` and ``Trainer.predict`` have them, and with ``return_dict=False``, in whose tuple
+            they have a place; ``"always"``; ``"never"``. Without ``labels`` they always are.
+            ``model(..., skip_logits=True)``, or ``False``, decides for one call: the argument that ``Trainer`` passes
+            with ``use_liger_kernel`` where it needs the loss only. A ``logits`` that was not computed is ``None``, and
+            left out of a tuple.
+        admin_norm: of BERT, RoBERTa and ELECTRA: also replace dropout, residual sum and LayerNorm of each layer by one
+            :class:`~repdeg_fast.AdminNorm`, with the same weight and bias and a new parameter ω of ones
+            (``...LayerNorm.omega``; make the optimizer afterwards). Outputs stay the same until ω changes, but for the
+            dropout masks, which are others. An ordinary model has no place for ω: ``from_pretrained`` reports it as
+            unexpected and leaves it out.
+
+    Raises:
+        TypeError: for any other model, subclasses of these included (their ``forward`` might do something else).
+        ValueError: for an unknown ``logits``, or ``admin_norm`` for a model without such sub-layers.
+    """
+    check_choice("logits", logits, LOGITS)
+    check_flag("admin_norm", admin_norm)
+    if not isinstance(model, FusedMaskedLM) and type(model) not in FUSED:
+        supported = ", ".join(cls.__name__ for cls in FUSED)
+        raise TypeError(f"model: expected one of {supported} of transformers, got {type(model).__name__}")
+    if admin_norm:
+        take_over_sub_layers(model)
+    if not isinstance(model, FusedMaskedLM):
+        # The class is what is exchanged, not an attribute `forward` of the object: unlike that, it is copied, pickled
+        # and wrapped (accelerate) like any model's.
+        model.__class__ = FUSED[type(model)]
+    model.logits_beside_loss = logits  # type: ignore[assignment]
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo :func:`apply`, in place, and return the model. One that it was not applied to is left as it is.
+
+    Raises:
+        ValueError: an ω of ``admin_norm`` is no longer 1, so that the outputs would change.
+    """
+    if isinstance(model, FusedMaskedLM):
+        hand_back_sub_layers(model)
+        vars(model).pop("logits_beside_loss", None)
+        model.__class__ = next(original for original, fused in FUSED.items() if fused is type(model))
+    return model
