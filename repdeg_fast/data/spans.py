@@ -16,26 +16,8 @@ from repdeg_fast.data.words import continuation_token_ids
 Span = Sequence[int] | Tensor  # token ids without special tokens
 
 
-class SpanCollator:
-    """A span a row: cut to length, words masked whole, special tokens put around it, padded.
-
-    Of a span of n tokens max(1, round(probability·n)) are chosen, as far as words in random order fill that number (a
-    word that would exceed it is passed over). Of the chosen, 80 % become the mask token, 10 % a random token, and 10 %
-    stay; labels are the tokens they were, −100 elsewhere. A span that is too long is cut at a random place, before its
-    words are chosen.
-
-    Example::
-
-        collator = SpanCollator(tokenizer, max_length=128)
-        loader = DataLoader(spans, batch_size=32, collate_fn=collator)
-
-    Args:
-        tokenizer: of transformers. Word boundaries are known for WordPiece, byte-level BPE (RoBERTa) and SentencePiece.
-        max_length: T at most, special tokens included.
-        probability: of the tokens, to be chosen.
-        generator: of random numbers, on the CPU; torch's own unless given. Do not give one where a ``DataLoader`` has
-            workers: each would draw the same numbers.
-    """
+class _Collator:
+    """What the two collators share: rows from spans."""
 
     def __init__(
         self,
@@ -61,18 +43,6 @@ class SpanCollator:
             raise ValueError(f"max_length: expected room for a token beside the special ones, got {max_length}")
         self._continuations = torch.tensor(continuation_token_ids(tokenizer), dtype=torch.int64)
         self._vocabulary = len(tokenizer)
-
-    def __call__(self, examples: Sequence[Mapping[str, Any] | Span]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` and ``labels``, (B, T) each, T the longest row's length.
-
-        Args:
-            examples: spans, or mappings with one under ``"text"``.
-
-        Raises:
-            TypeError, ValueError: saying which example, what was given and expected.
-        """
-        spans = [example["text"] if isinstance(example, Mapping) else example for example in _some(examples)]
-        return self._batch([_tokens(span, f"examples[{i}]") for i, span in enumerate(spans)])
 
     def _batch(self, spans: list[Tensor]) -> dict[str, Tensor]:
         rows = [self._row(self._cut(span)) for span in spans]
@@ -121,7 +91,41 @@ class SpanCollator:
         return int(torch.randint(below, (), generator=self.generator))
 
 
-class SpanPairCollator(SpanCollator):
+class SpanCollator(_Collator):
+    """A span a row: cut to length, words masked whole, special tokens put around it, padded.
+
+    Of a span of n tokens max(1, round(probability·n)) are chosen, as far as words in random order fill that number (a
+    word that would exceed it is passed over). Of the chosen, 80 % become the mask token, 10 % a random token, and 10 %
+    stay; labels are the tokens they were, −100 elsewhere. A span that is too long is cut at a random place, before its
+    words are chosen.
+
+    Example::
+
+        collator = SpanCollator(tokenizer, max_length=128)
+        loader = DataLoader(spans, batch_size=32, collate_fn=collator)
+
+    Args:
+        tokenizer: of transformers. Word boundaries are known for WordPiece, byte-level BPE (RoBERTa) and SentencePiece.
+        max_length: T at most, special tokens included.
+        probability: of the tokens, to be chosen.
+        generator: of random numbers, on the CPU; torch's own unless given. Do not give one where a ``DataLoader`` has
+            workers: each would draw the same numbers.
+    """
+
+    def __call__(self, examples: Sequence[Mapping[str, Any] | Span]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` and ``labels``, (B, T) each, T the longest row's length.
+
+        Args:
+            examples: spans, or mappings with one under ``"text"``.
+
+        Raises:
+            TypeError, ValueError: saying which example, what was given and expected.
+        """
+        spans = [example["text"] if isinstance(example, Mapping) else example for example in _some(examples)]
+        return self._batch([_tokens(span, f"examples[{i}]") for i, span in enumerate(spans)])
+
+
+class SpanPairCollator(_Collator):
     """Two different spans of each document, in rows 2i and 2i + 1: coCondenser's batches, 2N rows for N documents.
 
     Options are those of :class:`SpanCollator`.

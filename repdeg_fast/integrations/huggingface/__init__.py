@@ -73,7 +73,7 @@ def apply(model: Model, *, logits: str = "auto", admin_norm: bool = False) -> Mo
     if not isinstance(model, FusedMaskedLM):
         # The class is what is exchanged, not an attribute `forward` of the object: unlike that, it is copied, pickled
         # and wrapped (accelerate) like any model's.
-        model.__class__ = FUSED[type(model)]
+        model.__class__ = FUSED[type(model)]  # type: ignore[assignment]
     model.logits_beside_loss = logits  # type: ignore[assignment]
     return model
 
@@ -87,5 +87,6 @@ def revert(model: Model) -> Model:
     if isinstance(model, FusedMaskedLM):
         hand_back_sub_layers(model)
         vars(model).pop("logits_beside_loss", None)
-        model.__class__ = next(original for original, fused in FUSED.items() if fused is type(model))
+        original = next(original for original, fused in FUSED.items() if fused is type(model))
+        model.__class__ = original
     return model

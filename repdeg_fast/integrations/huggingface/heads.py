@@ -25,7 +25,17 @@ class _Names(NamedTuple):
     decoder: str
 
     def below(self, *places: str) -> list[_Names]:
-        return [_Names(*(name and f"{place}.{name}" for name in self)) for place in places] + [self]
+        """The same names below each of ``places``, and as they are."""
+        activation = self.activation
+        return [
+            _Names(
+                f"{place}.{self.dense}",
+                activation and f"{place}.{activation}",
+                f"{place}.{self.layer_norm}",
+                f"{place}.{self.decoder}",
+            )
+            for place in places
+        ] + [self]
 
 
 _BERT = _Names("transform.dense", "transform.transform_act_fn", "transform.LayerNorm", "decoder")
