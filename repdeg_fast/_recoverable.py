@@ -27,8 +27,9 @@ _FLOOR = 2.0**-8
 _GPU_INTERVAL = 16  # updates of the parameters between two looks: each is several small kernels, and γ moves slowly
 
 
-def smallest_ratio(weight: Tensor | None, bias: Tensor | None) -> float:
-    """The smallest |γ| / max(|β|, 2⁻⁸) over the columns; γ = 1 and β = 0 where absent.
+def smallest_ratio(weight: Tensor | None, bias: Tensor | None) -> float | None:
+    """The smallest |γ| / max(|β|, 2⁻⁸) over the columns; γ = 1 and β = 0 where absent. ``None``: nobody knows, for the
+    first look of all would wait for the stream, and that is being captured.
 
     As last seen. Another look is taken when the parameters have changed, as their version counters tell, which writes
     through ``.data`` do not move; on a GPU every few changes, copied to the host on the side and used once it is there
@@ -45,6 +46,8 @@ def smallest_ratio(weight: Tensor | None, bias: Tensor | None) -> float:
     version = measured._version + last._version
     look = _looks.get(id(measured))
     if look is None or look.measured() is not measured or look.last() is not last or look.place != place:
+        if measured.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
         ratio = _ratio(weight, bias).item()
         forget = partial(_looks.pop, id(measured))  # called with the dead reference, as the default
         look = _Look(weakref.ref(measured, forget), weakref.ref(last), place, version, version, ratio)

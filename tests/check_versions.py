@@ -36,7 +36,6 @@ def main() -> int:
 def compiles_against_torch(version: str, wheels: Path, folder: Path) -> bool:
     options = ["--platform", _PLATFORM, "--python-version", "3.12"]
     headers = unpack(wheel(f"torch=={version}", wheels, *options), folder / version, "torch/include/")
-    includes = [headers / "torch" / "include", sysconfig.get_path("include"), folder]
     (folder / "build_config.h").write_text('#define REPDEG_FAST_FLAGS ""\n#define REPDEG_FAST_CUDA_ARCHITECTURES ""\n')
     sources = [*build.sources("cpu"), *sorted(build.source_root().glob("cuda/*.cu"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -81,8 +80,12 @@ def wheel(requirement: str, wheels: Path, *options: str) -> Path:
 
 
 def unpack(archive: Path, folder: Path, prefix: str = "") -> Path:
+    """With their permissions, which ``extractall`` leaves out: Triton runs programs that its wheel brings."""
     with zipfile.ZipFile(archive) as file:
-        file.extractall(folder, [name for name in file.namelist() if name.startswith(prefix)])
+        for member in file.infolist():
+            if member.filename.startswith(prefix) and not member.is_dir():
+                path = Path(file.extract(member, folder))
+                path.chmod(path.stat().st_mode | member.external_attr >> 16 & 0o111)
     return folder
 
 

@@ -9,6 +9,7 @@ from helpers import TOLERANCE, relative_error, saved_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repdeg_fast import _recoverable, admin_norm, backends
+from repdeg_fast.functional.admin_norm import _save_input
 from repdeg_fast.ops.admin_norm import admin_norm as operator
 
 
@@ -97,6 +98,19 @@ class TestWhatIsKept:
             before = _recoverable.smallest_ratio(weight, tensors["bias"])
             change()
             assert _recoverable.smallest_ratio(weight, tensors["bias"]) != before
+
+    @pytest.mark.parametrize(("save", "kept"), [("auto", True), ("output", False), ("input", True)])
+    def test_no_look_while_a_graph_is_captured(self, monkeypatch, save, kept):
+        """The first one would wait for the stream, which ends the capture: what is not known is taken to be bad."""
+
+        class OnCuda(torch.nn.Parameter):
+            is_cuda = True
+
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(_recoverable, "_ratio", lambda *_: pytest.fail("looked"))
+        weight = OnCuda(torch.ones(8))
+        assert _save_input(save, weight, None, torch.float32) is kept
+        assert not any(look.measured() is weight for look in _recoverable._looks.values())
 
     def test_no_look_without_gradients(self):
         tensors = inputs(5, 8)

@@ -167,6 +167,8 @@ def _save_input(save: str, weight: Tensor | None, bias: Tensor | None, dtype: to
     if save == "input":
         return True
     ratio, needed = smallest_ratio(weight, bias), SMALLEST_RATIO[dtype]
+    if ratio is None:
+        return save == "auto"
     if ratio >= needed:
         return False
     problem = f"weight has an entry near zero: min |weight|/max(|bias|, 2⁻⁸) is below {needed:g}, too small for {dtype}"
