@@ -17,6 +17,7 @@ SUITE = suites()["cosreg"]
 TINY = Case("tiny", {"N": 300, "d": 24})
 KEYS = {
     *("op", "case", "provider", "pass", "device", "dtype", "ms_median", "ms_p20", "ms_p80", "bytes", "flops"),
+    *("timing", "host_us", "floor"),
     *("percent_of_roof", "peak_bytes", "saved_bytes", "speedup_vs_eager", "times_floor", "versions", "value", "reason"),
 }
 

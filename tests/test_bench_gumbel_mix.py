@@ -50,6 +50,24 @@ def test_ours_is_held_to_the_sample_of_the_seed(rows):
     assert facts["error"] > 0.1
 
 
+@pytest.mark.parametrize(("within", "settled"), [(1.01, True), (0.99, False)])
+def test_a_token_that_scores_as_well_within_rounding_is_right(monkeypatch, within, settled):
+    inputs = SUITE.make_inputs(Case("tiny", {**SIZES, "M": 200}), CPU)
+    exact = SUITE.exact(inputs)
+    mixed = reference.mix(inputs["hidden_states"], inputs["mixture_logits"]).double()
+    noise = philox.gumbel(inputs["seed"], range(200), range(301), dtype=torch.float64)
+    (best, second), tokens = (mixed @ inputs["weight"].double().T + noise)[7].topk(2)
+    monkeypatch.setitem(suite.TOLERANCE, torch.float32, within * (best - second).item())
+    output = exact.float()
+    assert torch.equal(output[7], inputs["weight"][tokens[0]])
+    output[7] = inputs["weight"][tokens[1]]
+    assert (SUITE.error(inputs, output, exact) == 0) is settled
+    output[7, 3] += 1e-3  # the embedding of no token
+    assert SUITE.error(inputs, output, exact) > 0
+    output[9], output[11] = 0, float("nan")  # too many for near-ties
+    assert not SUITE.error(inputs, output, exact) < 0.1
+
+
 def test_noise_of_its_own_is_measured_but_not_compared(rows):
     eager = [row for row in rows if row.provider.name == "eager"]
     assert all(row.samples and row.saved_bytes and row.peak_bytes for row in eager)

@@ -100,7 +100,7 @@ class TestTuning:
     def timer(faster):
         """A step takes 10 ms, less where it launches the kernel ``faster[0]`` in configuration ``faster[1]``."""
 
-        def time(step):
+        def time(steps):
             ms, answer = [10.0], tuning._answer
 
             def watch(question, configurations):
@@ -110,7 +110,7 @@ class TestTuning:
                 return chosen
 
             with tuning.answering(watch):
-                step.run()
+                steps[0].run()
             return ms[0]
 
         return time

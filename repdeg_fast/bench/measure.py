@@ -1,4 +1,4 @@
-"""Time: interleaved repeats on the CPU, ``triton.testing.do_bench`` on a GPU, and the roof that both are held to."""
+"""Time: interleaved repeats on the CPU, :mod:`gpu_timing` on a GPU, and the roof that both are held to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repdeg_fast.bench.suite import FORWARD, Case, Inputs, Provider, Work, leaves
+from repdeg_fast.bench import gpu_timing
+from repdeg_fast.bench.suite import FORWARD, Case, Inputs, Provider, Suite, Work, leaves
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 _LONGEST_STEP = 10.0  # seconds that one step of a wasteful provider may take, by its own count of operations
@@ -82,12 +83,36 @@ class Step:
         return output
 
 
+def rotation(suite: Suite, case: Case, inputs: Inputs, device: torch.device) -> list[Inputs]:
+    """``inputs``, and on a GPU as many copies as it takes for none to be in its cache when its turn comes again."""
+    if device.type != "cuda":
+        return [inputs]
+    size = gpu_timing.bytes_on(device, inputs.values())
+    count = gpu_timing.sets_needed(size, gpu_timing.cache_bytes(device), free_bytes(device))
+    return [inputs, *(suite.make_inputs(case, device) for _ in range(count - 1))]
+
+
+def steps(provider: Provider, sets: Sequence[Inputs]) -> list[Step]:
+    """The provider's longest pass on each set of inputs."""
+    return [Step(provider, provider.prepare(inputs), inputs, provider.passes[-1]) for inputs in sets]
+
+
+def lost(device: torch.device) -> str | None:
+    """Why nothing more can run on ``device`` in this process: after an illegal address, say, every call fails."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as failure:
+        return describe(failure)
+    return None
+
+
 def time_steps(
-    steps: Sequence[Step], device: torch.device, seconds: float, done: Callable[[int], None]
+    steps: Sequence[Step], seconds: float, done: Callable[[int], None] = lambda i: None
 ) -> list[list[float]]:
-    """Milliseconds of each repeat of each step; about ``seconds`` a step. ``done(i)`` after step i's last repeat."""
-    if device.type == "cuda":
-        return [_time_on_gpu(step, seconds, done, i) for i, step in enumerate(steps)]
+    """Milliseconds of each repeat of each step on a CPU; about ``seconds`` a step. ``done(i)`` after step i's last
+    repeat."""
     samples = [[_once(step)] for step in steps]  # warm: each ran when it was checked, and when its memory was counted
     rounds = [min(MAX_ROUNDS, max(MIN_ROUNDS, int(1e3 * seconds / first))) for (first,) in samples]
     for turn in range(1, max(rounds, default=0)):
@@ -109,18 +134,6 @@ def _once(step: Step) -> float:
     elapsed = time.perf_counter() - start
     del output  # freeing a graph is not part of the pass
     return 1e3 * elapsed
-
-
-def _time_on_gpu(step: Step, seconds: float, done: Callable[[int], None], i: int) -> list[float]:
-    """do_bench empties the L2 cache before each repeat and times with CUDA events."""
-    from triton.testing import do_bench
-
-    step.reset()
-    fresh = None if step.graph_free else step.leaves
-    samples = do_bench(step.run, warmup=100, rep=max(100, int(100 * seconds)), grad_to_none=fresh, return_mode="all")
-    clear_gradients(step.leaves)
-    done(i)
-    return list(samples)
 
 
 def clear_gradients(tensors: Sequence[Tensor]) -> None:
@@ -165,9 +178,7 @@ def roof(device: torch.device, dtype: torch.dtype) -> Roof:
 
 def _median_seconds(function: Callable[[], Tensor], device: torch.device) -> float:
     if device.type == "cuda":
-        from triton.testing import do_bench
-
-        return 1e-3 * do_bench(function, return_mode="median")
+        return 1e-3 * statistics.median(gpu_timing.turn_times(function, gpu_timing.gpu(device), seconds=0.1))
     function()
     samples = []
     for _ in range(9):

@@ -35,7 +35,8 @@ class Peer:
 
     def provider(self, prepare: Callable[[Inputs], Callable[[], Tensor]], **options: Any) -> Provider:
         """It as one of a suite's providers; ``options`` are those of :class:`Provider`."""
-        return Provider(self.name, prepare, unavailable=self.unavailable, **options)
+        peer = "" if self.module == "torch" else self.package
+        return Provider(self.name, prepare, unavailable=self.unavailable, peer=peer, **options)
 
     @property
     def version(self) -> str | None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from repdeg_fast.bench.gpu_timing import GRAPH
 from repdeg_fast.bench.measure import speedup
 from repdeg_fast.bench.runner import Row
 from repdeg_fast.bench.suite import dtype_name
@@ -39,14 +40,17 @@ def table(rows: Sequence[Row]) -> Table:
     """The rows of one case; below it our speedups, and who was not measured and why."""
     first = rows[0]
     with_tokens = first.case.tokens is not None
+    with_host = any(row.host_us is not None for row in rows)
     title = f"{first.suite.op} · {first.case} on {first.device}"
-    facts = [f"{first.suite.value_name} in float64 = {first.exact:.12f}", *_verdicts(rows)]
+    exact = [] if first.exact is None else [f"{first.suite.value_name} in float64 = {first.exact:.12f}"]
+    facts = [*exact, *_verdicts(rows), *_timed_otherwise(rows)]
     caption = "\n".join([escape("\n".join(facts)), *_left_out(rows)])
     out = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     out.add_column("provider", no_wrap=True)
     out.add_column("pass", no_wrap=True)
     out.add_column("ms (p20–p80)", justify="right", no_wrap=True)
-    for name in (["tokens/s"] if with_tokens else []) + ["GB/s", "TFLOP/s", "% roof", "peak", "saved"]:
+    sometimes = ["host µs"] * with_host + ["tokens/s"] * with_tokens
+    for name in (*sometimes, "GB/s", "TFLOP/s", "% roof", "peak", "saved"):
         out.add_column(name, justify="right", no_wrap=True)
     floor = next((row.provider.name for row in rows if row.times_floor), None)
     for name in ("vs eager", "vs best rival", *([f"time ÷ {floor}"] if floor else [])):
@@ -55,7 +59,7 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         if row.samples:
             style = "bold" if row.provider.ours else None
-            out.add_row(*_figures(row, with_tokens, floor is not None), style=style)
+            out.add_row(*_figures(row, with_host, with_tokens, floor is not None), style=style)
     return out
 
 
@@ -63,6 +67,15 @@ def _left_out(rows: Sequence[Row]) -> list[str]:
     """A line for each provider without figures, once for all its passes."""
     left_out = [row for row in rows if not row.samples and row.pass_ == row.provider.passes[0]]
     return [f"not measured: {row.provider.name}: {_reason(row)}" for row in left_out]
+
+
+def _timed_otherwise(rows: Sequence[Row]) -> list[str]:
+    """Who on a GPU could not be timed as a graph is, and why."""
+    return [
+        f"timed with {row.timing}: {row.provider.name}, {row.pass_}"
+        for row in rows
+        if row.timing and not row.timing.startswith(GRAPH)
+    ]
 
 
 def _verdicts(rows: Sequence[Row]) -> list[str]:
@@ -119,7 +132,7 @@ def _reason(row: Row) -> str:
     return f"[{'red' if row.failed else 'dim'}]{escape(row.reason or '')}[/]"
 
 
-def _figures(row: Row, with_tokens: bool, with_floor: bool) -> list[str]:
+def _figures(row: Row, with_host: bool, with_tokens: bool, with_floor: bool) -> list[str]:
     assert row.ms is not None
     seconds = row.ms / 1e3
     value = f"[dim]{row.provider.unchecked}[/]" if row.value is None else f"{row.value:.12f}"
@@ -128,6 +141,7 @@ def _figures(row: Row, with_tokens: bool, with_floor: bool) -> list[str]:
         row.provider.name,
         short_pass(row.pass_),
         f"{_ms(row.ms)} ({_ms(row.percentile(0.2))}–{_ms(row.percentile(0.8))})",
+        *(["–" if row.host_us is None else f"{row.host_us:,.0f}"] if with_host else []),
         *tokens,
         f"{row.bytes / seconds / 1e9:.1f}",
         f"{row.flops / seconds / 1e12:.3f}",
@@ -158,7 +172,9 @@ def print_notes(console: Console, rows: Sequence[Row]) -> None:
             " ratio of the medians shown. Our C++ kernels for CosReg and ADMIN ask for 2 MiB pages for what they write"
             " (madvise); THP_MEM_ALLOC_ENABLE=1 gives them to every provider."
             if rows[0].device == "cpu"
-            else ""
+            else " ms: one CUDA graph of the step on several sets of inputs, which together are a few times as large as"
+            " the L2 cache; where a step cannot be captured, events around it. host µs: until a call on an idle GPU"
+            " returns."
         )
         + "[/]"
     )

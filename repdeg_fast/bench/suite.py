@@ -69,6 +69,7 @@ class Provider:
     in_sweeps: bool = True  # False: grows too fast to be part of one
     floor: str = ""
     own_noise: bool = False
+    peer: str = ""  # the package that it is, where that is neither ours nor PyTorch
 
     @property
     def unchecked(self) -> str:
@@ -78,6 +79,13 @@ class Provider:
     @property
     def rival(self) -> bool:
         return not self.ours and not self.floor
+
+
+def relative_error(output: Tensor, exact: Tensor) -> float:
+    """‖output − exact‖ / ‖exact‖, in double: PyTorch's fp32 norm of a large tensor is itself off by more than the
+    tolerance."""
+    difference = float(torch.linalg.vector_norm(output.double() - exact))
+    return 0.0 if difference == 0 else difference / max(float(torch.linalg.vector_norm(exact)), 1e-300)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +102,7 @@ class Suite:
     size_label: str
     value_name: str
     case_of_weights: Callable[[str, Tensor], Case]  # for --weights
+    error: Callable[[Inputs, Tensor, Tensor], float] = lambda inputs, *outputs: relative_error(*outputs)  # exact: last
 
 
 @functools.cache

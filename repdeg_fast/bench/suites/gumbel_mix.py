@@ -19,7 +19,18 @@ from torch.nn import functional as F
 
 import repdeg_fast
 from repdeg_fast.bench import products
-from repdeg_fast.bench.suite import FORWARD, Case, Inputs, Provider, Suite, Work, compiled, per_backend
+from repdeg_fast.bench.suite import (
+    FORWARD,
+    TOLERANCE,
+    Case,
+    Inputs,
+    Provider,
+    Suite,
+    Work,
+    compiled,
+    per_backend,
+    relative_error,
+)
 from repdeg_fast.bench.suites.linear_cross_entropy import case_of_weights, heads, operands
 from repdeg_fast.ops.gumbel_mix import operation
 from repdeg_fast.reference import philox
@@ -27,6 +38,7 @@ from repdeg_fast.reference.cosreg import arithmetic_dtype
 from repdeg_fast.reference.gumbel_mix import mix
 
 _COLUMNS = 4096  # logits a row of the exact value that are in float64 at a time
+_NEAR_TIES = 0.01  # of all rows: if more got another token, something is wrong
 TEMPERATURE = 0.3
 SEED = 2204_03243
 
@@ -61,6 +73,28 @@ def exact(inputs: Inputs) -> Tensor:
         token_ids = torch.where(value > best, first + column, token_ids)
         best = torch.maximum(value, best)
     return weight[token_ids].double()
+
+
+@torch.no_grad()
+def error(inputs: Inputs, output: Tensor, exact: Tensor) -> float:
+    """Relative, of the rows that got the best token or another one that scores less than the best one: a single row of
+    4,915 whose token went the other way at a near-tie would be an error of √(2/4,915) = 0.02."""
+    other = (output.double() != exact).any(dim=1).nonzero().flatten().tolist()
+    if len(other) > _NEAR_TIES * len(exact):
+        return relative_error(output, exact)
+    settled = [row for row in other if _drawn_within_rounding(inputs, row, output[row])]
+    exact = exact.index_copy(0, torch.tensor(settled, device=exact.device, dtype=torch.long), output[settled].double())
+    return relative_error(output, exact)
+
+
+def _drawn_within_rounding(inputs: Inputs, row: int, embedding: Tensor) -> bool:
+    """Whether it is that of a token whose score is the best one to within the tolerance."""
+    weight = inputs["weight"]
+    mixed = mix(inputs["hidden_states"][:, row : row + 1], inputs["mixture_logits"][row : row + 1]).double()
+    noise = philox.gumbel(inputs["seed"], range(row, row + 1), range(len(weight)), dtype=torch.float64)
+    scores = (noise + mixed @ weight.double().T).squeeze(0)
+    candidates = weight[scores >= scores.max() - TOLERANCE[weight.dtype]]
+    return bool((candidates == embedding).all(dim=1).any())
 
 
 def work(case: Case, pass_: str, graph_free: bool) -> Work:
@@ -148,4 +182,5 @@ SUITE = Suite(
     size_label="V",
     value_name="mean embedding",
     case_of_weights=case_of_weights,
+    error=error,
 )
