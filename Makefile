@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
 STAGE ?= all
+PYTEST := $(BIN)/python -m pytest tests -n auto --dist worksteal -p no:benchmark
 
 .PHONY: help bench test versions lint gpu tables clean
 
@@ -30,10 +31,10 @@ bench: $(INSTALLED)
 	$(BIN)/repdeg-fast bench $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest tests $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m interpreter $(ARGS)
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter $(ARGS)
 ifeq ($(shell uname -m),x86_64)  # the C++ kernels once more, as machines with AVX2 alone have them
-	REPDEG_FAST_MARCH=x86-64-v3 $(BIN)/python -m pytest tests -m cpp $(ARGS)
+	REPDEG_FAST_MARCH=x86-64-v3 $(PYTEST) -m cpp $(ARGS)
 endif
 
 versions: $(INSTALLED)

@@ -3,13 +3,14 @@ memory, the width of loads and stores, matrix instructions; and how many of its 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel needs, and how often each instruction stands in its code.
+    """What one compiled kernel needs, and how often each instruction stands in its code, which is disassembled when
+    asked for: that takes as long as compiling did.
 
     ``spilled`` is in bytes a thread (on AMD: spilled registers). ``threads`` is the size of a block, the largest one
     allowed where the launcher chooses. Shared memory that a CUDA launcher asks for beside it is not known here.
@@ -39,7 +41,11 @@ class Resources:
     spilled: int
     shared_bytes: int
     threads: int
-    instructions: Mapping[str, int]
+    count_instructions: Callable[[], Mapping[str, int]]
+
+    @functools.cached_property
+    def instructions(self) -> Mapping[str, int]:
+        return self.count_instructions()
 
     @property
     def matrix(self) -> dict[str, int]:
@@ -150,7 +156,7 @@ def _amd_resources(assembly: str, shared: int, threads: int) -> Resources:
         return int(found.group(1)) if found else 0
 
     instructions = Counter(re.findall(r"^\s+((?:v|s|ds|global|buffer)_\w+)", assembly, re.MULTILINE))
-    return Resources(count("vgpr_count"), count("vgpr_spill_count"), shared, threads, instructions)
+    return Resources(count("vgpr_count"), count("vgpr_spill_count"), shared, threads, lambda: instructions)
 
 
 def compile_cuda(source: Path, target: str, folder: Path) -> dict[str, Resources]:
@@ -170,18 +176,30 @@ def compile_cuda(source: Path, target: str, folder: Path) -> dict[str, Resources
 def _read_cubin(cubin: Path) -> dict[str, Resources]:
     """What each kernel of a cubin needs. Spills are the stack and local memory: our kernels ask for none themselves."""
     usage = _cuobjdump("-res-usage", cubin)
-    code = re.split(r"^\s*Function : (\S+)", _cuobjdump("-sass", cubin), flags=re.MULTILINE)
     threads = re.split(r"^\.nv\.info\.(\S+)", _cuobjdump("-elf", cubin), flags=re.MULTILINE)
-    instructions = {
-        name: Counter(_INSTRUCTION.findall(text)) for name, text in zip(code[1::2], code[2::2], strict=True)
-    }
     blocks = {name: _block_threads(text) for name, text in zip(threads[1::2], threads[2::2], strict=True)}
+    content = cubin.read_bytes()
     found = {}
     for name, line in re.findall(r"Function (\S+):\s*\n(.*)", usage):
         used = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
         spilled = used["STACK"] + used["LOCAL"]
-        found[name] = Resources(used["REG"], spilled, used["SHARED"], blocks[name], instructions[name])
+        count = functools.partial(_instructions, content, name)
+        found[name] = Resources(used["REG"], spilled, used["SHARED"], blocks[name], count)
     return found
+
+
+def _instructions(cubin: bytes, kernel: str) -> Mapping[str, int]:
+    return _disassembled(cubin)[kernel]
+
+
+@functools.lru_cache(1)  # for all kernels of a file
+def _disassembled(cubin: bytes) -> dict[str, Counter[str]]:
+    """How often each instruction stands in each kernel of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = re.split(r"^\s*Function : (\S+)", _cuobjdump("-sass", Path(file.name)), flags=re.MULTILINE)
+    return {name: Counter(_INSTRUCTION.findall(text)) for name, text in zip(code[1::2], code[2::2], strict=True)}
 
 
 def _block_threads(attributes: str) -> int:

@@ -1,7 +1,9 @@
 """Which backend is tested where. ``make test`` runs this suite plainly; with TRITON_INTERPRET=1 and ``-m interpreter``,
 because Triton decides at import whether its kernels run on the CPU; and with REPDEG_FAST_MARCH=x86-64-v3 and
 ``-m cpp``, because numerics that hold for one instruction set may not for another. What cannot run here is not
-collected; one line at the end says how much that is, and why."""
+collected; one line at the end says how much that is, and why.
+
+With ``-n`` (pytest-xdist) each worker is a process of one thread: as many as there are cores with ``-n auto``."""
 
 import os
 from collections import Counter
@@ -45,11 +47,11 @@ def place(request):
 
 
 @pytest.fixture(scope="session")
-def emulated_cuda(tmp_path_factory):
+def emulated_cuda():
     """A backend ``cuda-emulated`` that takes CPU tensors: the CUDA kernels in emulation."""
     from repdeg_fast import backends
 
-    emulate_cuda.load(tmp_path_factory.mktemp("emulated_cuda"))
+    emulate_cuda.load()
 
     class Emulated(backends.Backend):
         def unavailable(self, device):
@@ -84,6 +86,17 @@ class Place:
         return [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One for each core that this process may use; psutil would say how many there are without hyperthreads."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):  # before the workers start, which inherit it
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 _left_out = pytest.StashKey()  # reason -> how many tests
 
 
@@ -101,6 +114,17 @@ def _cannot_run(item):
     if item.get_closest_marker("interpreter") and os.environ.get("TRITON_INTERPRET") != "1":
         return "need TRITON_INTERPRET=1 (the second run of `make test`)"
     return None
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_left_out, {}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Each worker collects the same tests: one of them tells what it left out."""
+    node.config.stash[_left_out] = getattr(node, "workeroutput", {}).get("left_out", {})
 
 
 def pytest_terminal_summary(terminalreporter, config):

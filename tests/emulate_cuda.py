@@ -3,33 +3,57 @@ without a GPU tests their indexing and arithmetic. The sources are the shipped o
 not C++, is rewritten."""
 
 import functools
+import hashlib
 import re
+import tempfile
 from pathlib import Path
 
-from repdeg_fast.native import build
+import torch
+
+from repdeg_fast.native import build, cache
 
 HERE = Path(__file__).parent
 NAMESPACE = "repdeg_fast_emulated"
 
 
 @functools.cache
-def load(folder):
-    """Compile every ``.cu`` file for the CPU; the operators are then in ``torch.ops.repdeg_fast_emulated``."""
+def load():
+    """Load the kernels, compiled by whichever process came first and kept in a folder of the cache that is named after
+    everything that decides their code; the operators are then in ``torch.ops.repdeg_fast_emulated``."""
+    sources, flags = _sources(), [*build.compile_flags(), "-O1", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+    headers = {path.name: path.read_text() for path in sorted((HERE / "cuda_emulation").iterdir())}
+    facts = repr((sources, headers, flags, torch.__version__))
+    library = cache.cache_root() / f"emulated-{hashlib.sha256(facts.encode()).hexdigest()[:16]}" / f"{NAMESPACE}.so"
+    cache.make_folder(library.parent)
+    with cache.exclusive(library.parent / "lock"):
+        if cache.is_whole(library):
+            torch.ops.load_library(library)
+        else:
+            _compile_and_load(sources, flags, library)
+
+
+def _sources():
+    """The files to compile by their names, and what they include."""
+    root = build.source_root()
+    paths = [*root.glob("cuda/*.cuh"), *root.glob("cuda/*.cu"), *root.glob("*.h"), root / "registration.cpp"]
+    names = {path: path.name if path.suffix != ".cu" else f"{path.stem}_cuda.cpp" for path in sorted(paths)}
+    return {name: _as_cpp(path.read_text()) for path, name in names.items()}
+
+
+def _compile_and_load(sources, flags, library):
     from torch.utils import cpp_extension
 
-    root = build.source_root()
-    sources = []
-    for path in [*root.glob("cuda/*.cuh"), *root.glob("cuda/*.cu"), *root.glob("*.h"), root / "registration.cpp"]:
-        target = folder / (path.name if path.suffix != ".cu" else f"{path.stem}_cuda.cpp")
-        target.write_text(_as_cpp(path.read_text()))
-        if target.suffix == ".cpp":
-            sources.append(str(target))
-    flags = [*build.compile_flags(), "-O1", f"-I{HERE / 'cuda_emulation'}", "-Wno-unknown-pragmas"]
-    objects = folder / "build"
-    objects.mkdir()
-    cpp_extension.load(
-        "repdeg_fast_emulated", sources, extra_cflags=flags, build_directory=str(objects), is_python_module=False
-    )
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        for name, text in sources.items():
+            Path(folder, name).write_text(text)
+        cpp_extension.load(
+            NAMESPACE,
+            [str(Path(folder, name)) for name in sources if name.endswith(".cpp")],
+            extra_cflags=[*flags, f"-I{HERE / 'cuda_emulation'}"],
+            build_directory=folder,
+            is_python_module=False,
+        )
+        cache.keep(Path(folder, library.name), library)
 
 
 def _as_cpp(source):

@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 #include <math.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -50,15 +51,17 @@ struct Barrier {
   int size = 0, arrived = 0, generation = 0;
 };
 
+// Entered by its context, left and entered again by jumps: swapcontext would ask the system for signal masks each time.
 struct Fiber {
   ucontext_t context;
+  jmp_buf state;
   std::unique_ptr<char[]> stack{new char[kStack]};
   dim3 thread;
-  bool done = false;
+  bool started, done;
 };
 
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline std::vector<Fiber> fibers;  // as many as the largest block had
+inline jmp_buf scheduler;
 inline Fiber* current = nullptr;
 inline dim3 block, block_size, grid_size;
 inline std::vector<Barrier> warp_barriers;
@@ -67,7 +70,9 @@ inline std::vector<uint64_t> exchange;        // one value a thread, for shuffle
 inline std::vector<char> dynamic_shared;
 inline std::function<void()> body;
 
-inline void yield() { swapcontext(&current->context, &scheduler); }
+inline void yield() {
+  if (!_setjmp(current->state)) _longjmp(scheduler, 1);
+}
 
 inline void wait(Barrier& barrier) {
   const int mine = barrier.generation;
@@ -86,9 +91,17 @@ inline void enter() {
   yield();
 }
 
+inline void resume(Fiber& fiber) {
+  current = &fiber;
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.state, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
 inline void run_block() {
   const int threads = block_size.x;
-  fibers = std::vector<Fiber>(threads);
+  if (int(fibers.size()) < threads) fibers = std::vector<Fiber>(threads);
   warp_barriers.assign((threads + 31) / 32, Barrier{});
   for (int t = 0; t < threads; ++t) ++warp_barriers[t / 32].size;
   block_barrier = Barrier{threads};
@@ -96,6 +109,7 @@ inline void run_block() {
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
     fiber.thread = dim3(t, 0, 0);
+    fiber.started = fiber.done = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
@@ -104,10 +118,9 @@ inline void run_block() {
   }
   for (bool running = true; running;) {
     running = false;
-    for (Fiber& fiber : fibers) {
-      if (fiber.done) continue;
-      current = &fiber;
-      swapcontext(&scheduler, &fiber.context);
+    for (int t = 0; t < threads; ++t) {
+      if (fibers[t].done) continue;
+      resume(fibers[t]);
       running = true;
     }
   }
