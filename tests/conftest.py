@@ -93,6 +93,10 @@ def pytest_xdist_auto_num_workers():
 
 
 def pytest_configure(config):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import fast_interpreter
+
+        fast_interpreter.install()
     if getattr(config.option, "numprocesses", None):  # before the workers start, which inherit it
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
