@@ -173,12 +173,12 @@ def _admin_norm() -> Iterator[Launch]:
             label = f"{_name(dtype)} d={d}" + " everything" * everything
             residual, affine = admin_norm.Residual(x, x, option, option), admin_norm.Affine(parameter, parameter)
             yield Launch(label, partial(kernels.forward, residual, affine, dropout, admin_norm.Norm(1e-5, True)))
-            gradients = admin_norm.Gradients(x, x, option, parameter, parameter, option)
+            wanted = admin_norm.Wanted(True, everything, True, True, everything)
             rstd = _empty(n)
             output = admin_norm.Saved(
                 x, x if everything else None, None, option, parameter, parameter, None, None, rstd
             )
             inputs = admin_norm.Saved(None, x, x, option, parameter, None, option, rstd, rstd)
             for origin, saved in (("output", output), ("input", inputs)):
-                backward = partial(kernels.backward, gradients, x, saved, dropout, center=True)
+                backward = partial(kernels.backward, wanted, x, saved, dropout, center=True)
                 yield Launch(f"{label} from {origin}", backward)

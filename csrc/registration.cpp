@@ -40,8 +40,9 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
       "admin_norm_forward(Tensor x, Tensor branch, Tensor? omega, Tensor? weight, Tensor? bias, Tensor? branch_bias,"
       " Tensor? seed, float dropout, float eps, bool center) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
-      "admin_norm_backward(Tensor(a!) grad_x, Tensor(b!)? grad_branch, Tensor(c!)? grad_omega,"
-      " Tensor(d!)? grad_weight, Tensor(e!)? grad_bias, Tensor(f!)? grad_branch_bias, Tensor grad_y, Tensor? y,"
-      " Tensor? x, Tensor? branch, Tensor? omega, Tensor? weight, Tensor? bias, Tensor? branch_bias, Tensor? seed,"
-      " Tensor? mean, Tensor rstd, float dropout, bool center) -> ()");
+      "admin_norm_backward(Tensor grad_y, Tensor? y, Tensor? x, Tensor? branch, Tensor? omega, Tensor? weight,"
+      " Tensor? bias, Tensor? branch_bias, Tensor? seed, Tensor? mean, Tensor rstd, float dropout, bool center,"
+      " bool wants_branch, bool wants_omega, bool wants_weight, bool wants_bias, bool wants_branch_bias)"
+      " -> (Tensor grad_x, Tensor grad_branch, Tensor grad_omega, Tensor grad_weight, Tensor grad_bias,"
+      " Tensor grad_branch_bias)");
 }

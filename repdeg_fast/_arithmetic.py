@@ -15,6 +15,8 @@ def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What matrices are multiplied in under autocast on ``device``; ``None`` where it is off, or unknown (meta)."""
+    if not torch._C._is_any_autocast_enabled():  # at once: a name of a device is slow to come by
+        return None
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,18 @@ def check_floating(name: str, value: Tensor) -> None:
     check_dense(name, value)
 
 
+def is_plain(value: object, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
+    """Whether ``value`` is a strided tensor of that dtype there: what a check may pass at once."""
+    return (
+        isinstance(value, Tensor)
+        and type(value) in _PLAIN
+        and value.dtype is dtype
+        and value.device == device
+        and value.layout is torch.strided
+        and not value.is_nested
+    )
+
+
 def is_dtensor(value: Tensor) -> bool:
     """Whether ``value`` is cut up over processes; without importing torch's class, which takes its time."""
     return type(value) not in _PLAIN and type(value).__module__.startswith("torch.distributed.tensor")
@@ -48,6 +61,8 @@ def check_dense(name: str, value: Tensor) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """``value`` is a finite number above 0."""
+    if type(value) is float and 0 < value < math.inf:
+        return
     _check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
@@ -119,6 +134,8 @@ def check_dtype(name: str, value: torch.dtype | None) -> None:
 
 def check_dropout(name: str, value: float) -> None:
     """``value`` is a probability of dropping a value that leaves some."""
+    if type(value) is float and 0 <= value < 1:
+        return
     _check_number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")

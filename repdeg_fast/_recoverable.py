@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,16 +35,19 @@ def smallest_ratio(weight: Tensor | None, bias: Tensor | None) -> float | None:
     (the first look of all waits for the stream). The answer changes with a parameter only, so that a checkpointed
     forward pass that runs again saves the same tensors.
     """
-    measured, last = (weight, bias) if weight is not None else (bias, bias)
-    if measured is None or measured.is_meta or isinstance(measured, FakeTensor):  # no values to look at
+    measured = bias if weight is None else weight
+    last = measured if bias is None else bias
+    if measured is None or last is None:
         return 1 / _FLOOR
-    if torch._C._are_functorch_transforms_active():  # likewise
+    look = _looks.get(id(measured))
+    known = look is not None and look.measured() is measured and look.last() is last
+    if not known and (measured.is_meta or isinstance(measured, FakeTensor)):  # no values to look at
         return 1 / _FLOOR
-    last = measured if last is None else last
+    if not known and torch._C._are_functorch_transforms_active():  # likewise
+        return 1 / _FLOOR
     place = measured.data_ptr(), last.data_ptr()
     version = measured._version + last._version
-    look = _looks.get(id(measured))
-    if look is None or look.measured() is not measured or look.last() is not last or look.place != place:
+    if look is None or not known or look.place != place:
         if measured.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         ratio = _ratio(weight, bias).item()
@@ -86,7 +88,7 @@ class _Look:
             self.begun, self.arriving = self.version, (on_host, arrived)
 
 
-_looks: dict[int, Any] = {}  # by id, as long as the parameter lives
+_looks: dict[int, _Look] = {}  # by id, as long as the parameter lives
 
 
 @torch.no_grad()

@@ -56,16 +56,24 @@ class Operation(Generic[K]):
         self.name, self.reference, self.native, self.triton = name, reference, native, triton
         self.limits: Mapping[str, Limit] = {"reference": no_limit, **limits}
         self._found: dict[tuple[str, str], K | _Unavailable] = {}
+        self._unlimited: dict[tuple[str, torch.device], K] = {}  # those that serve every call there
         _operations[name] = self
 
     def kernels(self, backend: str, *tensors: Tensor) -> K:
         """Those that serve this call; ``backend`` is a name or ``"auto"``."""
+        kernels = self._unlimited.get((backend, tensors[0].device))
+        return self._serving(backend, tensors) if kernels is None else kernels
+
+    def _serving(self, backend: str, tensors: tuple[Tensor, ...]) -> K:
         device = tensors[0].device.type
-        for name in PREFERENCE.get(device, ("reference",)) if backend == "auto" else (backend,):
-            found = self._find(name, device)
-            if not isinstance(found, _Unavailable) and self.limits[_backends[name].kernels_of](*tensors) is None:
+        order = PREFERENCE.get(device, ("reference",)) if backend == "auto" else (backend,)
+        for name in order:
+            found, limit = self._find(name, device), self.limits.get(_backends[name].kernels_of, no_limit)
+            if not isinstance(found, _Unavailable) and limit(*tensors) is None:
                 if name != backend and name == "reference":
                     self._announce_fallback(device, *tensors)
+                elif limit is no_limit and name == order[0]:  # whatever the tensors are
+                    self._unlimited[backend, tensors[0].device] = found
                 return found
         reason = self.unavailable(backend, device, *tensors)
         raise RuntimeError(f"backend {backend!r} cannot serve {self.name} on {device}: {reason}")
@@ -188,6 +196,7 @@ def forget() -> None:
     """Look anew which kernels there are, at the next call of each operation."""
     for operation in _operations.values():
         operation._found.clear()
+        operation._unlimited.clear()
 
 
 for _backend in (Reference("reference"), Native("cpu"), Triton("triton"), Native("cuda")):

@@ -23,7 +23,7 @@ from .philox import dropout_mask
 from .tuning import RowTile, choose, persistent_programs
 
 if TYPE_CHECKING:
-    from repdeg_fast.contracts.admin_norm import Affine, Dropout, Gradients, Norm, Residual, Saved
+    from repdeg_fast.contracts.admin_norm import Affine, Dropout, Gradients, Norm, Residual, Saved, Wanted
 
 _FORWARD_WHOLE = 8192  # columns; longer rows spill
 _BACKWARD_WHOLE = 4096
@@ -315,13 +315,13 @@ def forward(residual: Residual, affine: Affine, dropout: Dropout, norm: Norm) ->
     return y, mean, rstd
 
 
-def backward(gradients: Gradients, grad_y: Tensor, saved: Saved, dropout: Dropout, *, center: bool) -> None:
+def backward(wanted: Wanted, grad_y: Tensor, saved: Saved, dropout: Dropout, *, center: bool) -> Gradients:
     """One kernel over rows (two for long ones) and a small reduction."""
     *inputs, mean, rstd = saved
     x, branch, p = saved.x, saved.branch, dropout.p
-    grad_x, grad_branch, *parameters = gradients
-    grad_omega, grad_weight, grad_bias, grad_branch_bias = parameters
     n, d = grad_y.shape
+    grad_x, grad_branch = torch.empty_like(grad_y), torch.empty_like(grad_y) if wanted.branch else None
+    parameters = [rstd.new_empty(d) if make else None for make in wanted[1:]]
     whole = d <= _BACKWARD_WHOLE
     tiles = _tiles(_BACKWARD, d if whole else _SPLIT_COLUMNS)
     tile = choose("admin_norm.backward", tiles, grad_y, n=n, d=d)
@@ -334,13 +334,18 @@ def backward(gradients: Gradients, grad_y: Tensor, saved: Saved, dropout: Dropou
         _means_kernel[(n,)](means, *arguments, COLUMNS=_CHUNK, num_warps=_CHUNK // 256)
     _backward_kernel[(programs, column_blocks)](
         grad_x, grad_branch, partial, means, *arguments, CENTER=center, WHOLE=whole,
-        SUM_OMEGA=grad_omega is not None, SUM_AFFINE=grad_weight is not None or grad_bias is not None,
-        SUM_BRANCH_BIAS=grad_branch_bias is not None, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
+        SUM_OMEGA=wanted.omega, SUM_AFFINE=wanted.weight or wanted.bias, SUM_BRANCH_BIAS=wanted.branch_bias,
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
     )  # fmt: skip
     _reduce_kernel[(triton.cdiv(d, _REDUCE_COLUMNS), 4)](
         *parameters, partial, programs, d,
         PROGRAMS=_REDUCE_PROGRAMS, COLUMNS=_REDUCE_COLUMNS,
     )  # fmt: skip
+    grad_omega, grad_weight, grad_bias, grad_branch_bias = [
+        rstd.new_empty(0) if gradient is None else gradient for gradient in parameters
+    ]
+    grad_branch = grad_y.new_empty(0) if grad_branch is None else grad_branch
+    return grad_x, grad_branch, grad_omega, grad_weight, grad_bias, grad_branch_bias
 
 
 def _tiles(table: Sequence[tuple[int, int]], d: int) -> list[RowTile]:

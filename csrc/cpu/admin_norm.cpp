@@ -24,13 +24,19 @@ constexpr int64_t kMaxBlocks = 128;  // partial sums: at most this many rows of 
 constexpr int64_t kMinRows = 32;     // a block
 constexpr int64_t kRun = 1024;       // values of a row added up in their own precision; runs are in double
 
-// A parameter's d values; `absent` throughout where it is not given.
+// A parameter's d values, where they lie; `absent` throughout where it is not given.
 template <typename A>
-Buffer<A> parameter(const MaybeTensor& given, int64_t d, A absent) {
-  if (!given) return Buffer<A>(d, absent);
-  const A* data = static_cast<const A*>(given->data_ptr());
-  return Buffer<A>(data, data + d);
-}
+class Parameter {
+ public:
+  Parameter(const MaybeTensor& given, int64_t d, A absent)
+      : absent_(given ? 0 : d, absent), data_(given ? static_cast<const A*>(given->data_ptr()) : absent_.data()) {}
+  const A* data() const { return data_; }
+  A operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  Buffer<A> absent_;
+  const A* data_;
+};
 
 // One row's dropout: 1/(1−p) where a value is kept, 0 where it is dropped; all ones without dropout.
 template <typename A>
@@ -185,8 +191,8 @@ void forward(Tensor& y_tensor, Tensor& mean, Tensor& rstd, const Tensor& x_tenso
              const MaybeTensor& branch_bias_tensor, const MaybeTensor& seed, double dropout, double eps, bool center) {
   using A = typename Arithmetic<T>::type;
   const int64_t n = x_tensor.size(0), d = x_tensor.size(1);
-  const Buffer<A> omega = parameter(omega_tensor, d, A(1)), weight = parameter(weight_tensor, d, A(1)),
-                  bias = parameter(bias_tensor, d, A(0)), branch_bias = parameter(branch_bias_tensor, d, A(0));
+  const Parameter<A> omega(omega_tensor, d, 1), weight(weight_tensor, d, 1), bias(bias_tensor, d, 0),
+      branch_bias(branch_bias_tensor, d, 0);
   A *means = static_cast<A*>(mean.data_ptr()), *rstds = static_cast<A*>(rstd.data_ptr());
   torch::stable::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
     InputRows<T> x_rows(x_tensor, d), f_rows(branch, d);
@@ -227,6 +233,7 @@ class ParameterSums {
   int64_t first_row(int64_t block) const { return std::min(rows_, block * step_); }
   A* of(int64_t block, Sum which) { return partial_.data() + (block * kCount + which) * d_; }
 
+  // Nothing, if there is no gradient.
   void write(const MaybeTensor& gradient, Sum which) {
     if (!gradient) return;
     std::vector<double> sum(d_);
@@ -295,18 +302,22 @@ void row_gradients(A* __restrict dx, A* __restrict df, const A* __restrict n, co
   }
 }
 
+// Made where wanted, else not there.
+struct Gradients {
+  Tensor x;
+  MaybeTensor branch, omega, weight, bias, branch_bias;
+};
+
 template <typename T>
-void backward(Tensor& grad_x, const MaybeTensor& grad_branch, const MaybeTensor& grad_omega,
-              const MaybeTensor& grad_weight, const MaybeTensor& grad_bias, const MaybeTensor& grad_branch_bias,
-              const Tensor& grad_y, const MaybeTensor& y, const MaybeTensor& x, const MaybeTensor& branch,
-              const MaybeTensor& omega_tensor, const MaybeTensor& weight_tensor, const MaybeTensor& bias_tensor,
-              const MaybeTensor& branch_bias_tensor, const MaybeTensor& seed, const MaybeTensor& mean_tensor,
-              const Tensor& rstd_tensor, double dropout, bool center) {
+void backward(const Gradients& gradients, const Tensor& grad_y, const MaybeTensor& y, const MaybeTensor& x,
+              const MaybeTensor& branch, const MaybeTensor& omega_tensor, const MaybeTensor& weight_tensor,
+              const MaybeTensor& bias_tensor, const MaybeTensor& branch_bias_tensor, const MaybeTensor& seed,
+              const MaybeTensor& mean_tensor, const Tensor& rstd_tensor, double dropout, bool center) {
   using A = typename Arithmetic<T>::type;
   using Sums = ParameterSums<A>;
   const int64_t rows = grad_y.size(0), d = grad_y.size(1);
-  const Buffer<A> omega = parameter(omega_tensor, d, A(1)), weight = parameter(weight_tensor, d, A(1)),
-                       bias = parameter(bias_tensor, d, A(0)), branch_bias = parameter(branch_bias_tensor, d, A(0));
+  const Parameter<A> omega(omega_tensor, d, 1), weight(weight_tensor, d, 1), bias(bias_tensor, d, 0),
+      branch_bias(branch_bias_tensor, d, 0);
   Buffer<A> inverse_weight(d);  // 0 where γ is 0 and y says nothing of n
   for (int64_t i = 0; i < d; ++i) inverse_weight[i] = weight[i] == 0 ? A(0) : 1 / weight[i];
   const A* mean = mean_tensor ? static_cast<const A*>(mean_tensor->data_ptr()) : nullptr;
@@ -315,7 +326,7 @@ void backward(Tensor& grad_x, const MaybeTensor& grad_branch, const MaybeTensor&
 
   torch::stable::parallel_for(0, sums.blocks(), 1, [&](int64_t begin, int64_t end) {
     InputRows<T> dy_rows(grad_y, d), y_rows(y, d), x_rows(x, d), f_rows(branch, d);
-    OutputRows<T> dx_rows(grad_x, d), df_rows(grad_branch, d);
+    OutputRows<T> dx_rows(gradients.x, d), df_rows(gradients.branch, d);
     Keep<A> keep_rows(seed, dropout, d);
     Buffer<A> n(d);
     for (int64_t block = begin; block < end; ++block) {
@@ -337,10 +348,10 @@ void backward(Tensor& grad_x, const MaybeTensor& grad_branch, const MaybeTensor&
       }
     }
   });
-  sums.write(grad_omega, Sums::kOmega);
-  sums.write(grad_weight, Sums::kWeight);
-  sums.write(grad_bias, Sums::kBias);
-  sums.write(grad_branch_bias, Sums::kBranchBias);
+  sums.write(gradients.omega, Sums::kOmega);
+  sums.write(gradients.weight, Sums::kWeight);
+  sums.write(gradients.bias, Sums::kBias);
+  sums.write(gradients.branch_bias, Sums::kBranchBias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> admin_norm_forward(const Tensor& x, const Tensor& branch, const MaybeTensor& omega,
@@ -349,8 +360,7 @@ std::tuple<Tensor, Tensor, Tensor> admin_norm_forward(const Tensor& x, const Ten
                                                       double dropout, double eps, bool center) {
   const auto type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const int64_t n = x.size(0);
-  Tensor y = torch::stable::new_empty(x, {n, x.size(1)});
-  Tensor mean = torch::stable::new_empty(x, {n}, type), rstd = torch::stable::new_empty(x, {n}, type);
+  Tensor y = empty({n, x.size(1)}, x.scalar_type()), mean = empty({n}, type), rstd = empty({n}, type);
   advise_huge_pages(y);
   dispatch_floating(x.scalar_type(), "admin_norm_forward", [&](auto t) {
     forward<decltype(t)>(y, mean, rstd, x, branch, omega, weight, bias, branch_bias, seed, dropout, eps, center);
@@ -358,18 +368,35 @@ std::tuple<Tensor, Tensor, Tensor> admin_norm_forward(const Tensor& x, const Ten
   return {y, mean, rstd};
 }
 
-void admin_norm_backward(Tensor grad_x, MaybeTensor grad_branch, MaybeTensor grad_omega, MaybeTensor grad_weight,
-                         MaybeTensor grad_bias, MaybeTensor grad_branch_bias, const Tensor& grad_y,
-                         const MaybeTensor& y, const MaybeTensor& x, const MaybeTensor& branch,
-                         const MaybeTensor& omega, const MaybeTensor& weight, const MaybeTensor& bias,
-                         const MaybeTensor& branch_bias, const MaybeTensor& seed, const MaybeTensor& mean,
-                         const Tensor& rstd, double dropout, bool center) {
-  advise_huge_pages(grad_x);
-  if (grad_branch) advise_huge_pages(*grad_branch);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> admin_norm_backward(
+    const Tensor& grad_y, const MaybeTensor& y, const MaybeTensor& x, const MaybeTensor& branch,
+    const MaybeTensor& omega, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& branch_bias,
+    const MaybeTensor& seed, const MaybeTensor& mean, const Tensor& rstd, double dropout, bool center,
+    bool wants_branch, bool wants_omega, bool wants_weight, bool wants_bias, bool wants_branch_bias) {
+  const int64_t n = grad_y.size(0), d = grad_y.size(1);
+  const auto matrix = [&] {
+    const Tensor t = empty({n, d}, grad_y.scalar_type());
+    advise_huge_pages(t);
+    return t;
+  };
+  const auto parameter = [&](bool wanted) { return wanted ? MaybeTensor(empty({d}, rstd.scalar_type())) : std::nullopt; };
+  const Gradients made{matrix(),
+                       wants_branch ? MaybeTensor(matrix()) : std::nullopt,
+                       parameter(wants_omega),
+                       parameter(wants_weight),
+                       parameter(wants_bias),
+                       parameter(wants_branch_bias)};
   dispatch_floating(grad_y.scalar_type(), "admin_norm_backward", [&](auto t) {
-    backward<decltype(t)>(grad_x, grad_branch, grad_omega, grad_weight, grad_bias, grad_branch_bias, grad_y, y, x,
-                          branch, omega, weight, bias, branch_bias, seed, mean, rstd, dropout, center);
+    backward<decltype(t)>(made, grad_y, y, x, branch, omega, weight, bias, branch_bias, seed, mean, rstd, dropout,
+                          center);
   });
+  const auto or_empty = [&](const MaybeTensor& t) { return t ? *t : empty({0}, rstd.scalar_type()); };
+  return {made.x,
+          made.branch ? *made.branch : empty({0}, grad_y.scalar_type()),
+          or_empty(made.omega),
+          or_empty(made.weight),
+          or_empty(made.bias),
+          or_empty(made.branch_bias)};
 }
 
 }  // namespace

@@ -4,14 +4,17 @@
 // thread count, so that a result does not change with the number of threads.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 #include <vector>
 
@@ -98,6 +101,16 @@ inline const A* read_row(const T* row, int64_t stride, int64_t d, A* buffer) {
     for (int64_t i = 0; i < d; ++i) buffer[i] = static_cast<A>(row[i * stride]);
   }
   return buffer;
+}
+
+// A new tensor on the CPU, contiguous. Past the dispatcher, which is slower than a small kernel.
+inline Tensor empty(std::initializer_list<int64_t> size, ScalarType type) {
+  std::vector<int64_t> strides(size.size(), 1);
+  for (size_t i = size.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(size.begin()[i], 1);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.begin(), strides.data(), int32_t(type),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 // Call f with a value of the C++ type of `dtype`.

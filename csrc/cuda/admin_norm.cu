@@ -300,14 +300,26 @@ const T* pointer(const MaybeTensor& t) {
   return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
 }
 
+// Parameters are read 16 bytes at a time; a view into a flat buffer may start anywhere.
+MaybeTensor aligned(const MaybeTensor& parameter) {
+  const bool there = parameter && reinterpret_cast<uintptr_t>(parameter->data_ptr()) % sizeof(uint4);
+  return there ? MaybeTensor(torch::stable::clone(*parameter)) : parameter;
+}
+
+struct Parameters {
+  MaybeTensor omega, weight, bias, branch_bias;
+  Parameters(const MaybeTensor& omega, const MaybeTensor& weight, const MaybeTensor& bias,
+             const MaybeTensor& branch_bias)
+      : omega(aligned(omega)), weight(aligned(weight)), bias(aligned(bias)), branch_bias(aligned(branch_bias)) {}
+};
+
 template <typename T>
-Block<T> block_of(const MaybeTensor& x, const MaybeTensor& branch, const MaybeTensor& omega, const MaybeTensor& weight,
-                  const MaybeTensor& bias, const MaybeTensor& branch_bias, const MaybeTensor& seed, double dropout,
-                  bool center) {
+Block<T> block_of(const MaybeTensor& x, const MaybeTensor& branch, const Parameters& parameters,
+                  const MaybeTensor& seed, double dropout, bool center) {
   Block<T> b{};
   b.x = pointer<T>(x), b.branch = pointer<T>(branch);
-  b.omega = pointer<float>(omega), b.weight = pointer<float>(weight), b.bias = pointer<float>(bias);
-  b.branch_bias = pointer<float>(branch_bias);
+  b.omega = pointer<float>(parameters.omega), b.weight = pointer<float>(parameters.weight);
+  b.bias = pointer<float>(parameters.bias), b.branch_bias = pointer<float>(parameters.branch_bias);
   b.seed = pointer<int64_t>(seed);
   b.x_stride = x ? x->stride(0) : 0, b.branch_stride = branch ? branch->stride(0) : 0;
   b.dropout = float(dropout), b.scale = float(1 / (1 - dropout));
@@ -325,9 +337,10 @@ std::tuple<Tensor, Tensor, Tensor> admin_norm_forward(const Tensor& x, const Ten
   Tensor y = torch::stable::new_empty(x, {n, d}), mean = torch::stable::new_empty(x, {n}, ScalarType::Float);
   Tensor rstd = torch::stable::new_empty(x, {n}, ScalarType::Float);
   float *mu = static_cast<float*>(mean.data_ptr()), *r = static_cast<float*>(rstd.data_ptr());
+  const Parameters parameters(omega, weight, bias, branch_bias);
   dispatch_floating(x.scalar_type(), "admin_norm_forward", [&](auto type) {
     using T = decltype(type);
-    Block<T> b = block_of<T>(x, branch, omega, weight, bias, branch_bias, seed, dropout, center);
+    Block<T> b = block_of<T>(x, branch, parameters, seed, dropout, center);
     b.n = n, b.d = int(d);
     T* out = static_cast<T*>(y.data_ptr());
     const bool whole = dispatch_packs<T>(d, [&](auto packs) {
@@ -347,16 +360,9 @@ std::tuple<Tensor, Tensor, Tensor> admin_norm_forward(const Tensor& x, const Ten
   return {y, mean, rstd};
 }
 
-struct Outputs {
-  Tensor grad_x;
-  MaybeTensor grad_branch;
-  ParameterGradients parameters;
-};
-
 template <typename T, bool kFromOutput>
-void backward(const Block<T>& b, const Outputs& outputs, const Tensor& like, cudaStream_t stream) {
-  T* grad_x = static_cast<T*>(outputs.grad_x.data_ptr());
-  T* grad_branch = outputs.grad_branch ? static_cast<T*>(outputs.grad_branch->data_ptr()) : nullptr;
+void backward(const Block<T>& b, T* grad_x, T* grad_branch, const ParameterGradients& gradients, const Tensor& like,
+              cudaStream_t stream) {
   const auto launch = [&](auto packs, const Layout& layout, int64_t column_blocks, const float2* means) {
     const auto kernel = backward_kernel<T, packs.value, kFromOutput>;
     const size_t shared = Prefetch<T, packs.value, 3>::bytes(layout.block());
@@ -365,13 +371,12 @@ void backward(const Block<T>& b, const Outputs& outputs, const Tensor& like, cud
     const int64_t size[] = {blocks, kParameters, b.d};  // nvcc's front end makes nonsense of a list in the call
     const Tensor partial_tensor = torch::stable::new_empty(like, size, ScalarType::Float);
     float* partial = static_cast<float*>(partial_tensor.data_ptr());
-    const bool sum_omega = outputs.parameters.omega, sum_branch_bias = outputs.parameters.branch_bias;
+    const bool sum_omega = gradients.omega, sum_branch_bias = gradients.branch_bias;
     const dim3 grid(blocks, column_blocks), reduce_grid((b.d + kReduceColumns - 1) / kReduceColumns, kParameters);
     kernel<<<grid, layout.block(), shared, stream>>>(b, grad_x, grad_branch, partial, means, sum_omega, sum_branch_bias,
                                                      layout.threads);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    reduce_kernel<<<reduce_grid, kReduceColumns * kReduceLanes, 0, stream>>>(outputs.parameters, partial, int(blocks),
-                                                                             b.d);
+    reduce_kernel<<<reduce_grid, kReduceColumns * kReduceLanes, 0, stream>>>(gradients, partial, int(blocks), b.d);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   };
   const bool whole = dispatch_packs<T>(b.d, [&](auto packs) {
@@ -390,30 +395,39 @@ void backward(const Block<T>& b, const Outputs& outputs, const Tensor& like, cud
   launch(std::integral_constant<int, 1>{}, layout, (b.d + columns - 1) / columns, means);
 }
 
-void admin_norm_backward(Tensor grad_x, MaybeTensor grad_branch, MaybeTensor grad_omega, MaybeTensor grad_weight,
-                         MaybeTensor grad_bias, MaybeTensor grad_branch_bias, const Tensor& grad_y,
-                         const MaybeTensor& y, const MaybeTensor& x, const MaybeTensor& branch,
-                         const MaybeTensor& omega, const MaybeTensor& weight, const MaybeTensor& bias,
-                         const MaybeTensor& branch_bias, const MaybeTensor& seed, const MaybeTensor& mean,
-                         const Tensor& rstd, double dropout, bool center) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> admin_norm_backward(
+    const Tensor& grad_y, const MaybeTensor& y, const MaybeTensor& x, const MaybeTensor& branch,
+    const MaybeTensor& omega, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& branch_bias,
+    const MaybeTensor& seed, const MaybeTensor& mean, const Tensor& rstd, double dropout, bool center,
+    bool wants_branch, bool wants_omega, bool wants_weight, bool wants_bias, bool wants_branch_bias) {
   const torch::stable::accelerator::DeviceGuard guard(grad_y.get_device_index());
-  const auto gradient = [](const MaybeTensor& t) { return t ? static_cast<float*>(t->data_ptr()) : nullptr; };
-  const Outputs outputs{grad_x,
-                        grad_branch,
-                        {gradient(grad_omega), gradient(grad_weight), gradient(grad_bias), gradient(grad_branch_bias)}};
+  const int64_t n = grad_y.size(0), d = grad_y.size(1);
+  const auto matrix = [&](bool wanted) {
+    return wanted ? torch::stable::new_empty(grad_y, {n, d}) : torch::stable::new_empty(grad_y, {0});
+  };
+  const auto parameter = [&](bool wanted) { return torch::stable::new_empty(rstd, {wanted ? d : 0}); };
+  Tensor grad_x = matrix(true), grad_branch = matrix(wants_branch), grad_omega = parameter(wants_omega);
+  Tensor grad_weight = parameter(wants_weight), grad_bias = parameter(wants_bias);
+  Tensor grad_branch_bias = parameter(wants_branch_bias);
+  const auto target = [](const Tensor& t, bool wanted) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; };
+  const ParameterGradients gradients{target(grad_omega, wants_omega), target(grad_weight, wants_weight),
+                                     target(grad_bias, wants_bias), target(grad_branch_bias, wants_branch_bias)};
+  const Parameters parameters(omega, weight, bias, branch_bias);
   dispatch_floating(grad_y.scalar_type(), "admin_norm_backward", [&](auto type) {
     using T = decltype(type);
-    Block<T> b = block_of<T>(x, branch, omega, weight, bias, branch_bias, seed, dropout, center);
+    Block<T> b = block_of<T>(x, branch, parameters, seed, dropout, center);
     b.grad_y = static_cast<const T*>(grad_y.data_ptr());
     b.y = pointer<T>(y);
     b.mean = pointer<float>(mean), b.rstd = static_cast<const float*>(rstd.data_ptr());
-    b.n = grad_y.size(0), b.d = int(grad_y.size(1));
+    b.n = n, b.d = int(d);
+    T *dx = static_cast<T*>(grad_x.data_ptr()), *df = wants_branch ? static_cast<T*>(grad_branch.data_ptr()) : nullptr;
     if (y) {
-      backward<T, true>(b, outputs, rstd, current_stream(grad_y));
+      backward<T, true>(b, dx, df, gradients, rstd, current_stream(grad_y));
     } else {
-      backward<T, false>(b, outputs, rstd, current_stream(grad_y));
+      backward<T, false>(b, dx, df, gradients, rstd, current_stream(grad_y));
     }
   });
+  return {grad_x, grad_branch, grad_omega, grad_weight, grad_bias, grad_branch_bias};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 """The contract of ADMIN's residual block. Mathematics: :mod:`repdeg_fast.reference.admin_norm`.
 
-Matrices are (N, d) with rows of unit stride in one dtype; parameters are (d,), contiguous, in the arithmetic dtype and
-start on 16 bytes; ``None`` stands for 1 (ω, γ) or 0 (β, branch bias).
+Matrices are (N, d) with rows of unit stride in one dtype; parameters are (d,), contiguous, in the arithmetic dtype;
+``None`` stands for 1 (ω, γ) or 0 (β, branch bias).
 """
 
 from __future__ import annotations
@@ -52,15 +52,18 @@ class Saved(NamedTuple):
     rstd: Tensor  # 1/σ (N,)
 
 
-class Gradients(NamedTuple):
-    """Where gradients are written, each in memory of its own; ``None``: not wanted."""
+class Wanted(NamedTuple):
+    """Which gradients are wanted beside that of x."""
 
-    x: Tensor
-    branch: Tensor | None
-    omega: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    branch_bias: Tensor | None
+    branch: bool
+    omega: bool
+    weight: bool
+    bias: bool
+    branch_bias: bool
+
+
+# Of x, the branch, ω, γ, β and the branch bias, each in memory of its own; one that is not wanted is empty.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Kernels(Protocol):
@@ -69,5 +72,5 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """y (N, d) in the dtype of x; μ (N,), 0 for RMSNorm, and 1/σ (N,) in fp32 (float64 for float64)."""
 
-    def backward(self, gradients: Gradients, grad_y: Tensor, saved: Saved, dropout: Dropout, *, center: bool) -> None:
-        """Write the gradients that are wanted. ``grad_y``: contiguous."""
+    def backward(self, wanted: Wanted, grad_y: Tensor, saved: Saved, dropout: Dropout, *, center: bool) -> Gradients:
+        """``grad_y``: contiguous."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from repdeg_fast import backends
 from repdeg_fast._arithmetic import arithmetic_dtype, autocast_dtype
-from repdeg_fast._checks import check_dropout, check_floating, check_positive
+from repdeg_fast._checks import check_dropout, check_floating, check_positive, is_plain
 from repdeg_fast._recoverable import SMALLEST_RATIO, smallest_ratio
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.ops.admin_norm import admin_norm as _admin_norm
@@ -69,13 +70,12 @@ def admin_norm(
     x, branch = _under_autocast(x), _under_autocast(branch)
     _check_activations(x, branch)
     check_options(dropout, eps, norm, save)
-    omega = _omega(omega, x)
-    weight = _parameter("weight", weight, x)
-    bias = _parameter("bias", bias, x)
-    branch_bias = _parameter("branch_bias", branch_bias, x)
+    omega, weight, bias, branch_bias = _parameters(x, omega, weight, bias, branch_bias)
     dropout = float(dropout) if training else 0.0
     seed = seed_tensor(seed, x.device) if dropout > 0 else None
-    differentiated = torch.is_grad_enabled() and _any_requires_grad(x, branch, omega, weight, bias, branch_bias)
+    differentiated = torch.is_grad_enabled() and (
+        x.requires_grad or branch.requires_grad or _any_requires_grad(omega, weight, bias, branch_bias)
+    )
     save_input = differentiated and _save_input(save, weight, bias, x.dtype)
     y, _, _ = _admin_norm(
         _rows(x), _rows(branch), omega, weight, bias, branch_bias, seed, dropout, float(eps), norm == "layer",
@@ -88,23 +88,27 @@ def check_options(dropout: float, eps: float, norm: str, save: str) -> None:
     """The options that the module shares."""
     check_dropout("dropout", dropout)
     check_positive("eps", eps)
-    for name, value, choices in (("norm", norm, NORMS), ("save", save, SAVES)):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    if save not in SAVES:
+        raise ValueError(f"save: expected one of {', '.join(map(repr, SAVES))}, got {save!r}")
 
 
 def _under_autocast(value: Tensor) -> Tensor:
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-        autocast = autocast_dtype(value.device)
-        return value if autocast is None else value.to(autocast)
-    return value
+    if not torch._C._is_any_autocast_enabled() or not isinstance(value, Tensor):
+        return value
+    autocast = autocast_dtype(value.device)
+    there = autocast is not None and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(autocast) if there else value
 
 
 def _check_activations(x: Tensor, branch: Tensor) -> None:
     check_floating("x", x)
-    check_floating("branch", branch)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., d) with d of at least 1, got {tuple(x.shape)}")
+    if is_plain(branch, x.dtype, x.device) and branch.shape == x.shape:
+        return
+    check_floating("branch", branch)
     if branch.shape != x.shape:
         raise ValueError(f"branch: expected shape {tuple(x.shape)} like x, got {tuple(branch.shape)}")
     if branch.dtype != x.dtype:
@@ -116,46 +120,59 @@ def _check_activations(x: Tensor, branch: Tensor) -> None:
 def _rows(value: Tensor) -> Tensor:
     """(N, d) with the values of a row side by side, without a copy where memory allows."""
     rows = value if value.dim() == 2 else value.reshape(-1, value.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    beside = rows.is_contiguous() or rows.stride(1) == 1 or rows.shape[1] == 1
+    return rows if beside else rows.contiguous()
 
 
-def _parameter(name: str, value: Tensor | None, x: Tensor) -> Tensor | None:
-    """``value`` as the kernels take it: (d,), contiguous, in the arithmetic dtype."""
-    if value is None:
-        return None
-    dtype = _check_parameter(name, value, x)
+def _parameters(
+    x: Tensor, omega: Tensor | float | None, weight: Tensor | None, bias: Tensor | None, branch_bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """As the kernels take them: (d,), contiguous, in the arithmetic dtype."""
+    dtype, device, shape = arithmetic_dtype(x), x.device, x.shape[-1:]
+    given = omega, weight, bias, branch_bias
+    for value in given:
+        fits = value is None or (is_plain(value, dtype, device) and value.shape == shape and value.is_contiguous())
+        if not fits:
+            break
+    else:  # the usual case, at once
+        return cast("tuple[Tensor | None, ...]", given)
+    return (
+        None if omega is None else _parameter("omega", _omega(omega, x, dtype), x, dtype),
+        None if weight is None else _parameter("weight", weight, x, dtype),
+        None if bias is None else _parameter("bias", bias, x, dtype),
+        None if branch_bias is None else _parameter("branch_bias", branch_bias, x, dtype),
+    )
+
+
+def _omega(omega: Tensor | float, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(d,): one value is spread over the columns."""
+    if not isinstance(omega, Tensor):
+        if isinstance(omega, bool) or not isinstance(omega, (int, float)) or not math.isfinite(omega):
+            raise TypeError(f"omega: expected a tensor, a finite number or None, got {omega!r}")
+        omega = torch.full((1,), float(omega), dtype=dtype, device=x.device)
+    if omega.dim() < 2 and omega.numel() == 1:
+        _check_parameter("omega", omega, x, dtype)
+        return omega.expand(x.shape[-1])
+    if omega.shape != x.shape[-1:]:
+        expected = f"({x.shape[-1]},), one value a column, or one value"
+        raise ValueError(f"omega: expected shape {expected}, got {tuple(omega.shape)}")
+    return omega
+
+
+def _parameter(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_parameter(name, value, x, dtype)
     if value.shape != x.shape[-1:]:
         raise ValueError(f"{name}: expected shape ({x.shape[-1]},), one value a column, got {tuple(value.shape)}")
     return value if value.dtype == dtype and value.is_contiguous() else value.to(dtype).contiguous()
 
 
-def _omega(omega: Tensor | float | None, x: Tensor) -> Tensor | None:
-    """(d,), contiguous, in the arithmetic dtype. One value is spread over the columns."""
-    if omega is None:
-        return None
-    if not isinstance(omega, Tensor):
-        if isinstance(omega, bool) or not isinstance(omega, (int, float)) or not math.isfinite(omega):
-            raise TypeError(f"omega: expected a tensor, a finite number or None, got {omega!r}")
-        omega = torch.full((1,), float(omega), dtype=arithmetic_dtype(x), device=x.device)
-    if omega.dim() < 2 and omega.numel() == 1:
-        _check_parameter("omega", omega, x)
-        omega = omega.expand(x.shape[-1])
-    elif omega.shape != x.shape[-1:]:
-        expected = f"({x.shape[-1]},), one value a column, or one value"
-        raise ValueError(f"omega: expected shape {expected}, got {tuple(omega.shape)}")
-    return _parameter("omega", omega, x)
-
-
-def _check_parameter(name: str, value: Tensor, x: Tensor) -> torch.dtype:
-    """Returns the arithmetic dtype."""
+def _check_parameter(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> None:
     check_floating(name, value)
-    dtype = arithmetic_dtype(x)
     if value.dtype not in (dtype, x.dtype):
         expected = dict.fromkeys((str(dtype), str(x.dtype)))
         raise TypeError(f"{name}: expected {' or '.join(expected)} for x of {x.dtype}, got {value.dtype}")
     if value.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} like x, got {value.device}")
-    return dtype
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

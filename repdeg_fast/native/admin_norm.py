@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from repdeg_fast.contracts.admin_norm import Affine, Dropout, Gradients, Norm, Residual, Saved
+from repdeg_fast.contracts.admin_norm import Affine, Dropout, Gradients, Norm, Residual, Saved, Wanted
 from repdeg_fast.native import Namespace
 
 
@@ -16,9 +16,10 @@ class Kernels:
         self, residual: Residual, affine: Affine, dropout: Dropout, norm: Norm
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, branch, omega, branch_bias = residual
-        y, mean, rstd = self._forward(x, branch, omega, *affine, branch_bias, *dropout, *norm)
-        return y, mean, rstd
+        made: tuple[Tensor, Tensor, Tensor] = self._forward(x, branch, omega, *affine, branch_bias, *dropout, *norm)
+        return made
 
-    def backward(self, gradients: Gradients, grad_y: Tensor, saved: Saved, dropout: Dropout, *, center: bool) -> None:
-        *inputs, mean, rstd = saved
-        self._backward(*gradients, grad_y, *inputs, dropout.seed, mean, rstd, dropout.p, center)
+    def backward(self, wanted: Wanted, grad_y: Tensor, saved: Saved, dropout: Dropout, *, center: bool) -> Gradients:
+        seed, p = dropout
+        made: Gradients = self._backward(grad_y, *saved[:-2], seed, saved.mean, saved.rstd, p, center, *wanted)
+        return made

@@ -31,7 +31,7 @@ from types import NoneType
 from typing import Any, ClassVar, Generic, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -62,6 +62,7 @@ class Operator(Generic[P, R]):
     def __init__(self, body: Callable[P, R], mutates: tuple[str, ...]) -> None:
         self.name, self._body = body.__name__, body
         self._formula: type[Formula] | None = None
+        self._apply: Callable[..., Any] = self._run_without_gradients
         schema = torch.library.infer_schema(body, mutates_args=mutates)
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
@@ -70,13 +71,7 @@ class Operator(Generic[P, R]):
     def __call__(self, *arguments: P.args, **_: P.kwargs) -> R:
         if _watched() or not _PLAIN.issuperset(map(type, arguments)) or _first_tensor(arguments).is_meta:
             return cast(R, self.overload(*arguments))
-        if not torch.is_grad_enabled():
-            return self._run(*arguments)
-        if self._formula is None:
-            with torch.no_grad():
-                return self._run(*arguments)
-        # Function.apply looks at signatures first, for the function transforms that are not at work here
-        return cast(R, super(torch.autograd.Function, self._formula).apply(self._run, *arguments))  # type: ignore[misc]
+        return cast(R, self._apply(self._run, *arguments) if is_grad_enabled() else self._run(*arguments))
 
     def register_fake(self, fake: Callable[..., R]) -> None:
         torch.library.register_fake(f"repdeg_fast::{self.name}", fake, lib=_library)
@@ -86,6 +81,8 @@ class Operator(Generic[P, R]):
 
         def register(formula: type[Formula]) -> None:
             self._formula = formula.named(public_name)
+            # Function.apply looks at signatures first, for the function transforms that are not at work in a plain call
+            self._apply = super(torch.autograd.Function, self._formula).apply  # type: ignore[misc]
             _library.impl(self.name, self._differentiable, "Autograd")
 
         return register
@@ -109,6 +106,11 @@ class Operator(Generic[P, R]):
             with torch.cuda.device(first.device):  # kernels are launched on the current device
                 return self._body(*arguments)  # type: ignore[call-arg]
         return self._body(*arguments)  # type: ignore[call-arg]
+
+    def _run_without_gradients(self, run: Callable[..., R], *arguments: Any) -> R:
+        """Of an operator without a formula."""
+        with torch.no_grad():
+            return run(*arguments)
 
     def _differentiable(self, *arguments: Any) -> R:
         """The Autograd key: the formula around the operator's other keys."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from repdeg_fast._arithmetic import arithmetic_dtype
 from repdeg_fast.backends import Operation, aligned_rows, no_float64, no_limit
-from repdeg_fast.contracts.admin_norm import Affine, Dropout, Gradients, Kernels, Norm, Residual, Saved
+from repdeg_fast.contracts.admin_norm import Affine, Dropout, Gradients, Kernels, Norm, Residual, Saved, Wanted
 from repdeg_fast.native import admin_norm as native
 from repdeg_fast.ops._operator import Formula, operator
 from repdeg_fast.reference import admin_norm as reference
@@ -49,8 +48,7 @@ def admin_norm(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, d), μ (N,) and 1/σ (N,); ``seed`` where ``dropout`` > 0. ``save_input``: what the backward pass keeps."""
-    residual = Residual(x, branch, _aligned(omega), _aligned(branch_bias))
-    affine = Affine(_aligned(weight), _aligned(bias))
+    residual, affine = Residual(x, branch, omega, branch_bias), Affine(weight, bias)
     return operation.kernels(backend, x, branch).forward(residual, affine, Dropout(seed, dropout), Norm(eps, center))
 
 
@@ -78,44 +76,21 @@ def admin_norm_backward(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Gradients. ``wanted``: which of all but the first to make; one that is not is empty."""
+    """Gradients. ``wanted``: the fields of Wanted."""
     grad_y = grad_y if grad_y.is_contiguous() else grad_y.contiguous()
-    made = _empty_gradients(grad_y, rstd, wanted)
-    parameters = (_aligned(omega), _aligned(weight), _aligned(bias), _aligned(branch_bias))
-    inputs = (y,) if x is None else (x, branch) if y is None else (y, x)
-    kernels = operation.kernels(backend, grad_y, *inputs)
-    saved = Saved(y, x, branch, *parameters, mean, rstd)
-    kernels.backward(_wanted(made, wanted), grad_y, saved, Dropout(seed, dropout), center=center)
-    return made
+    saved = Saved(y, x, branch, omega, weight, bias, branch_bias, mean, rstd)
+    matrices = (grad_y, y) if x is None else (grad_y, x, branch) if y is None else (grad_y, y, x)
+    kernels = operation.kernels(backend, *matrices)
+    return kernels.backward(Wanted(*wanted), grad_y, saved, Dropout(seed, dropout), center=center)
 
 
 @admin_norm_backward.register_fake
-def _(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(grad_y: Tensor, *arguments: Any) -> Gradients:
     *_, rstd, _seed, _dropout, _center, wanted, _backend = arguments
-    return _empty_gradients(grad_y.contiguous(), rstd, wanted)
+    return reference.empty_gradients(Wanted(*wanted), grad_y.contiguous(), rstd)
 
 
 admin_norm_backward.forbid_second_derivative("admin_norm")
-
-
-def _aligned(parameter: Tensor | None) -> Tensor | None:
-    """Kernels read parameters 16 bytes at a time; a view into a flat buffer may start anywhere."""
-    return parameter if parameter is None or parameter.data_ptr() % 16 == 0 else parameter.clone()
-
-
-def _empty_gradients(
-    grad_y: Tensor, rstd: Tensor, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    branch, *parameters = wanted
-    d = grad_y.shape[1]
-    grad_branch = torch.empty_like(grad_y) if branch else grad_y.new_empty(0)
-    omega, weight, bias, branch_bias = [rstd.new_empty(d if make else 0) for make in parameters]
-    return torch.empty_like(grad_y), grad_branch, omega, weight, bias, branch_bias
-
-
-def _wanted(made: tuple[Tensor, ...], wanted: list[bool]) -> Gradients:
-    x, *others = made
-    return Gradients(x, *[gradient if make else None for gradient, make in zip(others, wanted, strict=True)])
 
 
 class _Options(NamedTuple):
@@ -145,31 +120,31 @@ class _Formula(Formula):
         save_input: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parameters = (omega, weight, bias, branch_bias)
-        y, mean, rstd = run(x, branch, *parameters, seed, dropout, eps, center, save_input, backend)
-        _, _, *wanted, _, _, _, _, _, _ = ctx.needs_input_grad  # not of run and x
+        y, mean, rstd = run(
+            x, branch, omega, weight, bias, branch_bias, seed, dropout, eps, center, save_input, backend
+        )
+        wanted = list(ctx.needs_input_grad[2:7])  # from branch to branch_bias
         ctx.options = _Options(dropout, center, save_input, wanted, backend)
-        if save_input:
-            saved = Saved(None, x, branch, omega, weight, None, branch_bias, mean, rstd)
+        if save_input:  # the fields of Saved, and the seed
+            ctx.save_for_backward(None, x, branch, omega, weight, None, branch_bias, mean, rstd, seed)
         else:
-            x_of_omega = x if ctx.needs_input_grad[3] else None
-            saved = Saved(y, x_of_omega, None, omega, weight, bias, None, None, rstd)
-        ctx.save_for_backward(*saved, seed)
+            x_of_omega = x if wanted[1] else None
+            ctx.save_for_backward(y, x_of_omega, None, omega, weight, bias, None, None, rstd, seed)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         return y, mean, rstd
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        no_gradient = (None,) * 6  # of seed, dropout, eps, center, save_input, backend
         if grad_y is None:
-            return (None,) * 7 + no_gradient
+            return (None,) * 13
         y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed = _unpack(ctx)
         dropout, center, _, wanted, backend = ctx.options
-        made = admin_norm_backward(
+        grad_x, *others = admin_norm_backward(
             grad_y, y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed, dropout, center, wanted, backend
         )
-        return None, *_wanted(made, wanted), *no_gradient
+        gradients = [gradient if make else None for gradient, make in zip(others, wanted, strict=True)]
+        return None, grad_x, *gradients, None, None, None, None, None, None  # of run; from the seed on
 
 
 def _unpack(ctx: Any) -> Any:

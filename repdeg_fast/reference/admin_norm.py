@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from repdeg_fast._arithmetic import arithmetic_dtype
-from repdeg_fast.contracts.admin_norm import Affine, Dropout, Gradients, Norm, Residual, Saved
+from repdeg_fast.contracts.admin_norm import Affine, Dropout, Gradients, Norm, Residual, Saved, Wanted
 from repdeg_fast.reference._blocks import block_size, cut
 from repdeg_fast.reference.philox import dropout_mask
 
@@ -79,14 +79,23 @@ def forward(residual: Residual, affine: Affine, dropout: Dropout, norm: Norm) ->
     return y, mean, rstd
 
 
-def backward(gradients: Gradients, grad_y: Tensor, saved: Saved, dropout: Dropout, *, center: bool) -> None:
+def empty_gradients(wanted: Wanted, grad_y: Tensor, rstd: Tensor) -> Gradients:
+    """In the arithmetic dtype, which is that of ``rstd``, for the parameters."""
+    d = grad_y.shape[1]
+    branch = torch.empty_like(grad_y) if wanted.branch else grad_y.new_empty(0)
+    omega, weight, bias, branch_bias = [rstd.new_empty(d if make else 0) for make in wanted[1:]]
+    return torch.empty_like(grad_y), branch, omega, weight, bias, branch_bias
+
+
+def backward(wanted: Wanted, grad_y: Tensor, saved: Saved, dropout: Dropout, *, center: bool) -> Gradients:
     """A column with γ = 0 takes n from ``y`` as 0."""
     y, x, branch, omega, weight, bias, branch_bias, mean, rstd = saved
+    gradients = empty_gradients(wanted, grad_y, rstd)
+    grad_x, grad_branch, *parameters = gradients
     dtype = rstd.dtype
     inverse_weight = None if weight is None else weight.reciprocal().masked_fill_(weight == 0, 0)
     keep = _keep(dropout, grad_y)
     blocks = list(_blocks(grad_y))
-    parameters = gradients[2:]
     partial = rstd.new_zeros(len(parameters), len(blocks), grad_y.shape[1])
     for block, rows in enumerate(blocks):
         k, r = keep(rows), rstd[rows, None]
@@ -105,17 +114,18 @@ def backward(gradients: Gradients, grad_y: Tensor, saved: Saved, dropout: Dropou
         g = g - g.mean(1, keepdim=True) if center else g
         dz = r * (g - c2 * n)
         df = dz if k is None else dz * k
-        gradients.x[rows] = dz if omega is None else dz * omega
-        if gradients.branch is not None:
-            gradients.branch[rows] = df
-        for gradient, sums, (a, b) in zip(
-            parameters, partial[:, block], ((dz, x_rows), (dy, n), (dy, None), (df, None)), strict=True
+        grad_x[rows] = dz if omega is None else dz * omega
+        if wanted.branch:
+            grad_branch[rows] = df
+        for make, sums, (a, b) in zip(
+            wanted[1:], partial[:, block], ((dz, x_rows), (dy, n), (dy, None), (df, None)), strict=True
         ):
-            if gradient is not None:
+            if make:
                 torch.sum(a if b is None else a * b, 0, out=sums)
-    for gradient, sums in zip(parameters, partial, strict=True):
-        if gradient is not None:
+    for make, gradient, sums in zip(wanted[1:], parameters, partial, strict=True):
+        if make:
             torch.sum(sums, 0, out=gradient)
+    return gradients
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
