@@ -76,6 +76,18 @@ def test_strides(place, view):
     assert max(relative_error(gradients[name], true_gradients[name]) for name in tensors) <= 1e-5
 
 
+@pytest.mark.parametrize("mode", MODES[1:3], ids=str)
+@pytest.mark.parametrize("d", [96, LONG_ROWS[-1]])
+def test_rows_of_x_and_branch_lie_apart_by_different_strides(place, d, mode):
+    norm, dropout, save = mode
+    tensors = inputs(3, d, device=place.device)
+    for name, stride in (("x", 2 * d), ("branch", 3 * d)):
+        wide = tensors[name].new_zeros(3, stride)
+        wide[:, :d] = tensors[name].detach()
+        tensors[name] = wide[:, :d].requires_grad_()
+    assert_matches(tensors, norm, dropout, save=save)
+
+
 def test_parameters_that_are_views_into_a_flat_buffer(place):
     tensors = inputs(6, 64, device=place.device)
     flat = torch.rand(4 * 64 + 1, device=place.device) + 0.5

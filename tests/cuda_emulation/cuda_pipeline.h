@@ -3,6 +3,12 @@
 
 #include <cstring>
 
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+#include "cuda_runtime.h"
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  emulation::check_aligned(to, bytes);
+  emulation::check_aligned(from, bytes);
+  std::memcpy(to, from, bytes);
+}
 inline void __pipeline_commit() {}
 inline void __pipeline_wait_prior(int) {}

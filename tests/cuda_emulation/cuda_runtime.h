@@ -19,6 +19,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -29,10 +30,44 @@
 #define __restrict__
 #define __shared__ static
 
-struct uint4 { uint32_t x, y, z, w; };
-struct uint2 { uint32_t x, y; };
-struct float4 { float x, y, z, w; };
-struct float2 { float x, y; };
+namespace emulation {
+
+// An address that a GPU would refuse to move so many bytes to or from at once. The launch that did it fails at its end:
+// a fiber has no stack to throw through.
+inline bool misaligned = false;
+inline void check_aligned(const void* address, size_t bytes) {
+  asm volatile("" : "+r"(address));  // or the compiler concludes from the type that it is aligned
+  if (reinterpret_cast<uintptr_t>(address) % bytes) misaligned = true;
+}
+
+// A type of kBytes that is read and written as one.
+#define EMULATED_VECTOR(Name, kBytes)                                         \
+  struct alignas(kBytes) Name : Name##_values {                               \
+    Name() = default;                                                         \
+    template <typename... Values>                                             \
+    Name(Values... values) : Name##_values{values...} {}                      \
+    Name(const Name& other) : Name##_values(checked(other)) {}                \
+    Name& operator=(const Name& other) {                                      \
+      ::emulation::check_aligned(this, kBytes);                               \
+      Name##_values::operator=(checked(other));                               \
+      return *this;                                                           \
+    }                                                                         \
+    static const Name& checked(const Name& other) {                           \
+      ::emulation::check_aligned(&other, kBytes);                             \
+      return other;                                                           \
+    }                                                                         \
+  }
+
+}  // namespace emulation
+
+struct uint4_values { uint32_t x, y, z, w; };
+struct uint2_values { uint32_t x, y; };
+struct float4_values { float x, y, z, w; };
+struct float2_values { float x, y; };
+EMULATED_VECTOR(uint4, 16);
+EMULATED_VECTOR(uint2, 8);
+EMULATED_VECTOR(float4, 16);
+EMULATED_VECTOR(float2, 8);
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -141,6 +176,7 @@ auto launch(Kernel kernel, dim3 grid, dim3 threads, size_t shared_bytes = 0, cud
           body = [&] { kernel(arguments...); };
           run_block();
         }
+    STD_TORCH_CHECK(!std::exchange(misaligned, false), "a kernel moved a vector from or to where it is not aligned");
   };
 }
 

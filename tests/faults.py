@@ -1,0 +1,330 @@
+"""Faults that the tests must see: ``python tests/faults.py [-k WORD]`` puts each into a copy of the tree, by hand as it
+were, and runs the few tests that should fail. A fault that none sees is a missing test. Not collected: it compiles the
+C++ kernels once for each of their faults."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results")
+CPU, CUDA, TRITON = "csrc/cpu/", "csrc/cuda/", "triton_kernels/"
+
+
+class Fault(NamedTuple):
+    what: str
+    file: str
+    text: str  # occurs once
+    replacement: str
+    tests: str  # arguments of pytest
+
+    @property
+    def interpreted(self) -> bool:
+        return self.file.startswith(TRITON)
+
+
+FAULTS = [
+    Fault(
+        "1/τ lost where a chunk of the vocabulary rescales the sum",
+        CPU + "gumbel_mix.cpp",
+        "sum *= std::exp((before - zero) * inverse_temperature);",
+        "sum *= std::exp(before - zero);",
+        "tests/test_gumbel_mix_numerics.py -k several_chunks",
+    ),
+    Fault(
+        "the soft value of the last chunk alone",
+        CPU + "gumbel_mix.cpp",
+        "multiply(value, vocabulary.columns_of_logits(z.columns), f, z.first > 0);",
+        "multiply(value, vocabulary.columns_of_logits(z.columns), f, false);",
+        "tests/test_gumbel_mix_numerics.py -k several_chunks",
+    ),
+    Fault(
+        "a token above the drawn one weighs more",
+        CPU + "gumbel_mix.cpp",
+        "return x > A(0) ? broadcast(A(0)) : x;",
+        "return x;",
+        "tests/test_gumbel_mix_numerics.py -k 'token_above and cpu'",
+    ),
+    Fault(
+        "noise of a chunk begins at the vocabulary's start",
+        CPU + "gumbel_mix.cpp",
+        "uint32_t((first + block) / 4), n);",
+        "uint32_t(block / 4), n);",
+        "tests/test_gumbel_mix_numerics.py -k several_chunks",
+    ),
+    Fault(
+        "a row shorter than eps counts as of length 1",
+        CPU + "cosreg.cpp",
+        "(inv * eps < 1 ? 1 : double(length) * inv)",
+        "1",
+        "tests/test_cosreg.py -k 'shorter_than_eps and cpu'",
+    ),
+    Fault(
+        "an overflowing norm looks like a long row",
+        CPU + "cosreg.cpp",
+        "if (std::isinf(squared)) return std::numeric_limits<A>::quiet_NaN();",
+        "",
+        "tests/test_cosreg.py -k 'not_masked and cpu'",
+    ),
+    Fault(
+        "the gradient that is there is overwritten, in rows of unit stride",
+        CPU + "cosreg.cpp",
+        "accumulate ? load(out + i) + g : g",
+        "g",
+        "tests/test_cosreg.py -k 'add_to_gradient and cpu'",
+    ),
+    Fault(
+        "label smoothing scales with the log-sum-exp's gradient",
+        CPU + "linear_cross_entropy.cpp",
+        "const A smooth = g * smoothing",
+        "const A smooth = (g + u) * smoothing",
+        "tests/test_linear_cross_entropy.py -k 'pairs and cpu and streaming'",
+    ),
+    Fault(
+        "the label's gradient without the softcap's derivative",
+        CPU + "linear_cross_entropy.cpp",
+        "if (inverse) gradient *=",
+        "if (false) gradient *=",
+        "tests/test_linear_cross_entropy.py -k 'pairs and cpu'",
+    ),
+    Fault(
+        "a mean that lost digits stays as it is",
+        CPU + "admin_norm.cpp",
+        "A(origin + shift)",
+        "origin",
+        "tests/test_admin_norm_numerics.py -k cpu",
+    ),
+    Fault(
+        "every row has the mask of the first",
+        CPU + "admin_norm.cpp",
+        "uint32_t(i), kDropoutStream",
+        "0, kDropoutStream",
+        "tests/test_admin_norm.py -k 'mask_is_philox and cpu'",
+    ),
+    Fault(
+        "no dropout in the branch's sum",
+        CPU + "admin_norm.cpp",
+        "z[i] = x[i] * omega[i] + (f[i] + branch_bias[i]) * keep[i];",
+        "z[i] = x[i] * omega[i] + f[i] * keep[i] + branch_bias[i];",
+        "tests/test_admin_norm.py -k 'value_and_gradients and cpu'",
+    ),
+    Fault(
+        "nine rounds of Philox",
+        "csrc/philox.h",
+        "round < 10",
+        "round < 9",
+        "tests/test_philox.py",
+    ),
+    Fault(
+        "row weights where eps divides",
+        CUDA + "cosreg.cu",
+        "inverse >= largest_inverse ? p : product * inverse",
+        "inverse >= largest_inverse ? 1 : product * inverse",
+        "tests/test_cosreg.py -k 'shorter_than_eps and emulated'",
+    ),
+    Fault(
+        "Σ p² is Σ p",
+        CUDA + "cosreg.cu",
+        "self_sum += p * p * unit * unit;",
+        "self_sum += p * unit * unit;",
+        "tests/test_cosreg.py -k 'value_and_gradient and emulated'",
+    ),
+    Fault(
+        "the gradient has the weight's row stride",
+        CUDA + "cosreg.cu",
+        "T* out = grad_weight + row * grad_row_stride;",
+        "T* out = grad_weight + row * row_stride;",
+        "tests/test_cosreg.py -k '(strides or layout) and emulated'",
+    ),
+    Fault(
+        "a long row of the branch has x's stride, forward",
+        CUDA + "admin_norm.cu",
+        "const auto branch = Pack<T>::load(b.branch + row * b.branch_stride + column);\n        f(",
+        "const auto branch = Pack<T>::load(b.branch + row * b.x_stride + column);\n        f(",
+        "tests/test_admin_norm.py -k 'different_strides and emulated'",
+    ),
+    Fault(
+        "a long row of the branch has x's stride, in the means",
+        CUDA + "admin_norm.cu",
+        "Pack<T>{} : Pack<T>::load(b.branch + row * b.branch_stride + column);",
+        "Pack<T>{} : Pack<T>::load(b.branch + row * b.x_stride + column);",
+        "tests/test_admin_norm.py -k 'different_strides and emulated'",
+    ),
+    Fault(
+        "a row of the branch has x's stride, backward",
+        CUDA + "admin_norm.cu",
+        "if (!kFromOutput) prefetch.copy(2, b.branch + row * b.branch_stride,",
+        "if (!kFromOutput) prefetch.copy(2, b.branch + row * b.x_stride,",
+        "tests/test_admin_norm.py -k 'different_strides and emulated'",
+    ),
+    Fault(
+        "only the last group of a block adds to the parameters' gradients",
+        CUDA + "admin_norm.cu",
+        "if (g > 0) {",
+        "if (false) {",
+        "tests/test_admin_norm.py -k 'value_and_gradients and emulated'",
+    ),
+    Fault(
+        "the reduction over blocks leaves some out",
+        CUDA + "admin_norm.cu",
+        "for (int r = lane; r < partials; r += kReduceLanes)",
+        "for (int r = lane; r < partials && r < kReduceLanes; r += kReduceLanes)",
+        "tests/test_admin_norm.py -k '(same_bits or mask or value_and_gradients) and emulated'",
+    ),
+    Fault(
+        "parameters that do not start on 16 bytes reach the kernels",
+        "repdeg_fast/ops/admin_norm.py",
+        "return parameter if parameter is None or parameter.data_ptr() % 16 == 0 else parameter.clone()",
+        "return parameter",
+        "tests/test_admin_norm.py -k 'flat_buffer and emulated'",
+    ),
+    Fault(
+        "matrices that do not start on 16 bytes reach the kernels",
+        "repdeg_fast/backends.py",
+        "matrix.data_ptr() % 16 or any",
+        "any",
+        "tests/test_cosreg.py -k 'strides and emulated'",
+    ),
+    Fault(
+        "label smoothing scales with the log-sum-exp's gradient",
+        TRITON + "linear_cross_entropy.py",
+        "- g * (label_smoothing / vocabulary)",
+        "- both * (label_smoothing / vocabulary)",
+        "tests/test_linear_cross_entropy.py -k 'pairs and smoothing and lse and streaming'",
+    ),
+    Fault(
+        "logits of a part stay relative to its own maximum",
+        TRITON + "linear_cross_entropy.py",
+        " + (origin(each_most) - zero[None, :]) * columns",
+        "",
+        "tests/test_linear_cross_entropy.py -k '(pairs or several_chunks) and smoothing and streaming'",
+    ),
+    Fault(
+        "a running sum of exponentials is not rescaled",
+        TRITON + "tile.py",
+        "sum_exp * tl.exp(most - new)",
+        "sum_exp",
+        "tests/test_linear_cross_entropy.py -k 'several_chunks and streaming and plain'",
+    ),
+    Fault(
+        "row weights where eps divides",
+        TRITON + "cosreg.py",
+        "tl.where(inverse >= largest_inverse, p,",
+        "tl.where(inverse >= largest_inverse, 1.0,",
+        "tests/test_cosreg.py -k shorter_than_eps",
+    ),
+    Fault(
+        "tiny rows are zero rows",
+        TRITON + "cosreg.py",
+        "norm = tl.where(squared < TINY, enlarged, norm)",
+        "norm = norm",
+        "tests/test_cosreg.py -k squares_leave",
+    ),
+    Fault(
+        "a row of the branch has x's stride, forward",
+        TRITON + "admin_norm.py",
+        "z += (_block(branch, rows, columns, n, d, branch_stride)",
+        "z += (_block(branch, rows, columns, n, d, x_stride)",
+        "tests/test_admin_norm.py -k 'different_strides and 96'",
+    ),
+    Fault(
+        "dropout counts in eval mode",
+        "repdeg_fast/nn/admin/profile.py",
+        "kept = 1 - norm.dropout if norm.training else 1.0",
+        "kept = 1 - norm.dropout",
+        "tests/test_admin_init.py -k while_training_only",
+    ),
+    Fault(
+        "nine rounds of Philox",
+        "repdeg_fast/reference/philox.py",
+        "_ROUNDS = 10",
+        "_ROUNDS = 9",
+        "tests/test_philox.py",
+    ),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-k", default="", metavar="WORD", help="only faults with this in their file or description")
+    word = parser.parse_args().k
+    faults = sorted((f for f in FAULTS if word in f"{f.file} {f.what}"), key=lambda fault: fault.file)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = shutil.copytree(ROOT, Path(folder) / "tree", ignore=NOT_COPIED)
+        (tree / "repdeg_fast" / "triton_kernels").symlink_to(tree / "triton_kernels")  # as installed
+        if not all(_passes_without(tree, faults, interpreted) for interpreted in (False, True)):
+            return 2
+        caught = [_is_caught(tree, fault) for fault in faults]
+    print(f"caught {sum(caught)} of {len(faults)}")
+    return 0 if all(caught) else 1
+
+
+def _passes_without(tree: Path, faults: list[Fault], interpreted: bool) -> bool:
+    selections = sorted({fault.tests for fault in faults if fault.interpreted == interpreted})
+    failing = [tests for tests in selections if _pytest(tree, tests, interpreted).returncode != 0]
+    for tests in failing:
+        print(f"fails without a fault, or there is no such test: {tests}")
+    return not failing
+
+
+def _is_caught(tree: Path, fault: Fault) -> bool:
+    path = tree / fault.file
+    before = path.read_text()
+    if before.count(fault.text) != 1:
+        raise SystemExit(f"{fault.file}: expected once, found {before.count(fault.text)} times: {fault.text}")
+    path.write_text(before.replace(fault.text, fault.replacement))
+    done = _pytest(tree, fault.tests, fault.interpreted)
+    path.write_text(before)
+    if "error: " in done.stdout + done.stderr and "ninja" in done.stdout + done.stderr:
+        raise SystemExit(f"{fault.file}: {fault.what}: does not compile\n{done.stdout[-3000:]}")
+    caught = done.returncode == 1 and " failed" in done.stdout.splitlines()[-1]
+    print(f"{'caught ' if caught else 'ESCAPED'}  {fault.file}: {fault.what}", flush=True)
+    return caught
+
+
+def _pytest(tree: Path, tests: str, interpreted: bool) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}",
+        "PYTHONDONTWRITEBYTECODE": "1",  # two faults of one second would share their bytecode
+        "REPDEG_FAST_CACHE_DIR": str(tree / "cache"),
+        "TRITON_INTERPRET": str(int(interpreted)),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "faults",
+        *shlex.split(tests),
+    ]
+    command += ["-m", "interpreter"] * interpreted
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def pytest_configure() -> None:
+    """As a plugin of the runs above: what was compiled of files without the fault is used again."""
+    from repdeg_fast.native import build
+
+    def compile_what_changed(library: str, path: Path) -> object:
+        folder = path.parent.parent / "objects"
+        folder.mkdir(exist_ok=True)
+        return build._run_compiler(library, path.stem, folder)
+
+    build._compile = compile_what_changed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
