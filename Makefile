@@ -14,7 +14,8 @@ help:
 	@echo "make bench              set up .venv and run the benchmarks (ARGS='--ops cosreg ...' to choose)"
 	@echo "make test               set up .venv, lint, and run all tests"
 	@echo "make versions           compile all kernels against the oldest torch and Triton that are supported (downloads 350 MB)"
-	@echo "make gpu [STAGE=check]  on a machine with a GPU and its own torch: check, bench, tune, profile (offline); STAGE=sanitize, STAGE=batch"
+	@echo "make gpu OUT=folder     on a machine with a GPU and its own torch, offline: check, compile, headline, bench, tune, profile;"
+	@echo "                        [STAGE=check,headline] [MINUTES=8] [WHEELS=folder] [DRY_RUN=1]; STAGE=sanitize, STAGE=batch"
 	@echo "make tables             write benchmarks/KERNELS.md, benchmarks/BUDGET.md and the README's tables anew"
 	@echo "make clean              remove .venv and build files"
 
@@ -46,7 +47,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py --stage $(STAGE)
+	$(PYTHON) benchmarks/gpu.py --stage $(STAGE) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(OUT),--out $(abspath $(OUT))) \
+	  $(if $(WHEELS),--wheels $(abspath $(WHEELS))) $(if $(DRY_RUN),--dry-run)
 
 tables: $(INSTALLED)
 	$(BIN)/python benchmarks/kernels.py

@@ -168,7 +168,7 @@ class Roof:
 @functools.cache
 def roof(device: torch.device, dtype: torch.dtype) -> Roof:
     large = device.type == "cuda"
-    source = torch.zeros((2**31 if large else 2**27) // 4, device=device)
+    source = torch.zeros((2**30 if large else 2**27) // 4, device=device)
     target = torch.zeros_like(source)
     copy = 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device)
     n = 8192 if large else 1536

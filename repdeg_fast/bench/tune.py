@@ -128,4 +128,6 @@ def fastest(trials: Sequence[Trial]) -> Any:
 
 
 def median_timer(device: torch.device, seconds: float) -> Timer:
-    return lambda steps: statistics.median(gpu_timing.time_in_turn(steps, gpu_timing.gpu(device), seconds).samples)
+    if device.type == "cuda":
+        return lambda steps: statistics.median(gpu_timing.time_in_turn(steps, gpu_timing.gpu(device), seconds).samples)
+    return lambda steps: statistics.median(measure.time_steps(steps[:1], seconds)[0])
