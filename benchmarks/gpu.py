@@ -85,7 +85,7 @@ def _forget(visit: Visit, stages: list[str]) -> None:
     """What an earlier run found must not pass for the figures of this one; those of a stage that is not run stay."""
     for stage in {*stages} & {*MEASURING}:
         (visit.results / f"{visit.name}.json").unlink(missing_ok=True)
-        for old in visit.parts.glob(f"{stage}-*.json"):
+        for old in gpu_stages.parts_of(stage, visit):
             old.unlink()
 
 

@@ -140,54 +140,52 @@ def _compile(visit: Visit) -> list[Command]:
     for command in [*_headline(visit), *_bench(visit)]:
         words = [word for word in command.words if not word.startswith(("--plot=", "--json="))]
         quick.append(Command(["env", "TORCHINDUCTOR_COMPILE_THREADS=2", *words, "--seconds", "0"]))
-    return quick
+    return quick[:3] if visit.dry else quick
 
 
 def _headline(visit: Visit) -> list[Command]:
     """Ours beside PyTorch's forms, operation by operation; then each other package in a process of its own."""
-    there = plan(visit)
-    named = [op for op in HEADLINE if op in there]
-    ours = [_measure(visit, "headline-1", op, there[op]["cases"], there[op]["own"]) for op in named]
-    others = [
-        _measure(visit, "headline-2", op, there[op]["cases"], [peer], peer)
-        for op in named
-        for peer in there[op]["peers"]
-    ]
-    return [*ours, *others]
+    there = {op: found for op, found in plan(visit).items() if op in HEADLINE}
+    ops = sorted(there, key=HEADLINE.index)
+    ours = [(op, there[op]["cases"], there[op]["own"]) for op in ops]
+    others = [(op, there[op]["cases"], [peer]) for op in ops for peer in there[op]["peers"]]
+    return _measure("headline", [*ours, *others], visit)
 
 
 def _bench(visit: Visit) -> list[Command]:
     """The other operations, whole models, sweeps, and the host's time."""
     there = plan(visit)
-    rest = [op for op in there if op not in (*HEADLINE, *MODELS)]
-    ops = [*rest, *(op for op in MODELS if op in there)]
-    found = []
-    for op in ops:
-        sizes = there[op]
-        found.append(_measure(visit, f"bench-{ops.index(op):02}", op, sizes["cases"], sizes["own"]))
-        found += [_measure(visit, f"bench-{ops.index(op):02}", op, sizes["cases"], [p], p) for p in sizes["peers"]]
-    swept = [op for op in there if there[op]["sweeps"] and not visit.dry]
-    found += [
-        _measure(visit, "bench-sweep", op, there[op]["sweeps"], [*there[op]["own"], *there[op]["peers"]])
-        for op in swept
+    rest = sorted((op for op in there if op not in HEADLINE), key=lambda op: op in MODELS)
+    measured = [
+        (op, there[op]["cases"], providers)
+        for op in rest
+        for providers in (there[op]["own"], *([peer] for peer in there[op]["peers"]))
     ]
-    return [*found, Command([*PYTHON, "repdeg_fast", "bench", "--overhead", "--device", visit.device])]
+    sweeps = [(op, found["sweeps"], [*found["own"], *found["peers"]]) for op, found in there.items() if found["sweeps"]]
+    overhead = Command([*PYTHON, "repdeg_fast", "bench", "--overhead", "--device", visit.device])
+    return [*_measure("bench", [*measured, *([] if visit.dry else sweeps)], visit), overhead]
 
 
-def _measure(visit: Visit, part: str, op: str, cases: list[str], providers: list[str], peer: str = "") -> Command:
-    if visit.dry:
-        providers = [provider for provider in providers if not provider.startswith("compile")]
-    name = "-".join(filter(None, [part, f"{_position(op)}{op}", peer]))
-    words = [*PYTHON, "repdeg_fast", "bench", "--device", visit.device, "--ops", op]
-    words += ["--providers", ",".join(providers), f"--json={visit.parts / name}.json"]
-    words += ["--weights", str(visit.weights)] if visit.dry else ["--cases", ",".join(cases)]
-    if _can_plot() and not peer:
-        words.append(f"--plot={visit.results / visit.name}")
-    return Command(words, share=0.5)
+def _measure(stage: str, wanted: list[tuple[str, list[str], list[str]]], visit: Visit) -> list[Command]:
+    """A process for each operation, cases and providers, with its figures in a file of its own: see `parts_of`."""
+    commands = []
+    for i, (op, cases, providers) in enumerate(wanted):
+        words = [*PYTHON, "repdeg_fast", "bench", "--device", visit.device, "--ops", op]
+        words.append(f"--json={visit.parts / f'{MEASURING.index(stage)}-{stage}-{i:02}.json'}")
+        if visit.dry:
+            words += ["--weights", str(visit.weights)]
+            providers = [provider for provider in providers if not provider.startswith("compile")]
+        else:
+            words += ["--cases", ",".join(cases)]
+        if _can_plot() and len(providers) > 1:
+            words.append(f"--plot={visit.results / visit.name}")
+        commands.append(Command([*words, "--providers", ",".join(providers)], share=0.5))
+    return commands
 
 
-def _position(op: str) -> str:
-    return f"{HEADLINE.index(op)}-" if op in HEADLINE else ""
+def parts_of(stage: str, visit: Visit) -> list[Path]:
+    """The files that processes of a stage wrote. In the order of all such names, the headline is first."""
+    return sorted(visit.parts.glob(f"*-{stage}-*.json"))
 
 
 def _tune(visit: Visit) -> list[Command]:
@@ -201,7 +199,7 @@ def _tune(visit: Visit) -> list[Command]:
 def _profile(visit: Visit) -> list[Command]:
     words = [*PYTHON, "repdeg_fast", "profile", "--device", visit.device, "--out", str(visit.results / visit.name)]
     if visit.dry:
-        words += ["--weights", str(visit.weights), "--provider", "eager,ours-cpu,ours-chunked-cpu"]
+        words += ["--weights", str(visit.weights), "--provider", "eager"]
     return [Command([*words, "--op", op], share=0.5) for op in PROFILED if _can_plot()]
 
 

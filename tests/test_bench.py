@@ -160,6 +160,14 @@ def test_names_choose_cases_groups_and_providers():
     assert "gemma" not in [case.name for case in default.cases]
 
 
+def test_an_operation_without_a_case_here_takes_one_of_the_callers():
+    with pytest.raises(InputError, match="no chosen operation has both"):
+        select(["training_step"], [], [], CPU)
+    (chosen,) = select(["training_step"], [], [], CPU, one_more=True)
+    assert chosen.cases == []
+    assert "training_step" not in [s.suite.op for s in select([], [], [], CPU, one_more=True)]
+
+
 @pytest.mark.parametrize(
     ("ops", "cases", "providers", "names"),
     [

@@ -120,7 +120,8 @@ def packed(stages):
 
 def write_figures(stages, stage, *rows):
     """Code that writes figures as a process of that stage does."""
-    return f"open({str(stages['visit'].parts / stage)!r} + '-1.json', 'w').write({json.dumps(rows)!r})"
+    number = gpu_stages.MEASURING.index(stage)
+    return f"open({str(stages['visit'].parts / f'{number}-{stage}-00.json')!r}, 'w').write({json.dumps(rows)!r})"
 
 
 def test_all_stages_in_turn(stages):
@@ -197,7 +198,7 @@ def test_an_interrupted_run_hands_over_what_it_has_and_no_figures_of_an_earlier_
     visit = stages["visit"]
     visit.parts.mkdir(parents=True)
     visit.results.mkdir()
-    for old in (visit.parts / "headline-1.json", visit.results / "GPU.json"):
+    for old in (visit.parts / "0-headline-07.json", visit.results / "GPU.json"):
         old.write_text(json.dumps([row(case="earlier")]))
 
     def interrupted(stage, _):
@@ -217,7 +218,7 @@ def test_figures_of_stages_that_are_not_run_stay(stages):
     stages["headline"], stages["bench"] = (write_figures(stages, s, row(case=s)) for s in ("headline", "bench"))
     for wanted in (["bench"], ["headline"], ["check"]):
         assert run(stages, wanted) == 0
-    assert [found["case"] for found in json.loads(packed(stages)["GPU.json"])] == ["bench", "headline"]
+    assert [found["case"] for found in json.loads(packed(stages)["GPU.json"])] == ["headline", "bench"]
 
 
 def test_a_signal_from_outside_ends_all_and_leaves_the_archive(tmp_path):
@@ -362,7 +363,7 @@ def test_figures_of_each_process_are_in_a_file_of_their_stage(there):
         words = [word for command in gpu_stages.commands(stage, Visit("GPU")) for word in command.words]
         files = [Path(word).name for word in words if word.startswith("--json=")]
         assert len(set(files)) == len(files) >= 5
-        assert all(name.startswith(f"{stage}-") for name in files)
+        assert all(f"-{stage}-" in name for name in files)
 
 
 def test_what_is_measured_is_compiled_before_and_leaves_no_figures(there):

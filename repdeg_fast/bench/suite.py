@@ -123,8 +123,11 @@ class Selection:
     providers: list[Provider]
 
 
-def select(ops: Sequence[str], cases: Sequence[str], providers: Sequence[str], device: torch.device) -> list[Selection]:
+def select(
+    ops: Sequence[str], cases: Sequence[str], providers: Sequence[str], device: torch.device, one_more: bool = False
+) -> list[Selection]:
     """What the names stand for; no names: every operation, the cases that are default on ``device``, every provider.
+    ``one_more``: there will be a case of the caller's, for operations that are named and have none here, too.
 
     Raises:
         InputError: a name that no chosen operation knows (lists what there is), or a case that cannot run here.
@@ -141,7 +144,7 @@ def select(ops: Sequence[str], cases: Sequence[str], providers: Sequence[str], d
         )
         for suite in chosen
     ]
-    selections = [selection for selection in selections if selection.cases and selection.providers]
+    selections = [s for s in selections if s.providers and (s.cases or (one_more and ops))]
     if not selections:
         raise InputError("no chosen operation has both one of the cases and one of the providers")
     return selections

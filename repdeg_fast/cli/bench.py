@@ -45,7 +45,9 @@ def bench(
         outputs.check_folder("plot", plot)
         plots.pyplot()  # a missing matplotlib must not show after minutes of measuring
     selections = options.with_weights(
-        select(options.names(ops), options.names(cases), options.names(providers), target), weights, cases
+        select(options.names(ops), options.names(cases), options.names(providers), target, bool(weights)),
+        weights,
+        cases,
     )
     selections = [options.with_dtype(selection, dtype) for selection in selections]
     rows = _run(selections, target, seconds, json)

@@ -36,7 +36,9 @@ def profile(
     target = options.device_of(device)
     outputs.check_folder("out", out)
     plots.pyplot()
-    selections = options.with_weights(select([op], options.names(case), options.names(provider), target), weights, case)
+    selections = options.with_weights(
+        select([op], options.names(case), options.names(provider), target, bool(weights)), weights, case
+    )
     selection = options.with_dtype(selections[0], dtype)
     out.mkdir(parents=True, exist_ok=True)
     console = stdout(170)
