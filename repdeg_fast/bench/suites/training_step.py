@@ -1,4 +1,4 @@
-"""A whole step of AMOS, forward and backward without the optimizer: the model of ``models/amos.py`` with the heads of
+"""A whole step of AMOS, forward and backward without the optimizer: the model of ``models/amos`` with the heads of
 published code (K tensors of logits, mixed and sampled), in eager PyTorch and compiled, and as it is.
 
 The case's dtype is that of autocast; parameters are in float32. Dropout is 0, so that the loss can be compared; the

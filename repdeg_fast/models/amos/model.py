@@ -1,116 +1,24 @@
-"""AMOS (arXiv 2204.03243): a discriminator trained on what a mixture of masked language models puts in place of masked
-tokens, the mixture trained against the discriminator. On Hugging Face's BERT blocks; needs transformers 5.
-
-Generator: one stack of layers with a language-model head, the same one, after layers such as 4, 6 and 8; no gradient
-flows from one block of layers into the block below. Losses ℓ_k, k = 1 … K, one a head.
-Mixture: α = softmax_k(v·f^(k)), f^(k) the output of block k; a token is sampled from the α-weighted sum of the K
-logits.
-Discriminator: sees the sampled tokens where masks were, and says of each position whether its token was replaced.
-
-    loss = Σ_k ℓ_k + λ·RTD, λ = 50; v gets the reversed gradient of RTD, through the straight-through Gumbel-softmax
-"""
+"""The model of AMOS: :mod:`repdeg_fast.models.amos`."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
 
 from repdeg_fast._arithmetic import autocast_dtype
-from repdeg_fast._checks import check_choice, check_finite, check_flag, check_integer, check_positive
 from repdeg_fast.data import IGNORE_INDEX
 from repdeg_fast.functional import mlm_losses_and_sample
+from repdeg_fast.models.amos.config import AmosConfig
+from repdeg_fast.models.amos.encoders import backbone_of, make_generator, make_model
 from repdeg_fast.nn import GumbelMixture, MultiLayerMLMHead
-
-try:
-    from transformers import BertConfig, BertModel, BertPreTrainedModel
-    from transformers.activations import ACT2FN
-    from transformers.masking_utils import create_bidirectional_mask
-    from transformers.utils import ModelOutput
-except ImportError as error:
-    raise ImportError(
-        f"repdeg_fast.models.amos needs transformers 5 ({error}): pip install 'repdeg-fast[hf]'"
-    ) from error
-
-MIXTURES = ("learned", "equal", "random", "switch")
-
-
-class AmosConfig(BertConfig):
-    """The fields of ``BertConfig``, which describe the discriminator, and:
-
-    Args:
-        mlm_layers: the layers of the generator with a language-model head, increasing; the last is its depth. One
-            layer makes ELECTRA.
-        rtd_weight: λ, the weight of the discriminator's loss.
-        gumbel_temperature: τ.
-        gradient_scale: −1 trains the mixture against the discriminator, 1 with it, 0 not at all.
-        mixture: α is ``"learned"``; ``"equal"``; one layer, drawn anew for every masked position (``"random"``); or
-            one layer, from the first to the last as training goes on (``"switch"``): set ``model.progress``.
-        detach_mixture: the mixture's gradient goes into v only. Else it flows on into the generator, as in the
-            published code.
-        stop_gradient: between the generator's blocks.
-        generator_dropout: the discriminator's dropout in the generator also; without any in the published code.
-    """
-
-    model_type = "amos"
-
-    mlm_layers: tuple[int, ...] = (4, 6, 8)
-    rtd_weight: float | int = 50.0
-    gumbel_temperature: float | int = 0.3
-    gradient_scale: float | int = -1.0
-    mixture: str = "learned"
-    detach_mixture: bool = False
-    stop_gradient: bool = True
-    generator_dropout: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if not isinstance(self.mlm_layers, (tuple, list)):
-            raise TypeError(f"mlm_layers: expected a tuple of numbers of layers, got {self.mlm_layers!r:.60}")
-        self.mlm_layers = tuple(self.mlm_layers)  # JSON has lists
-        for place, layer in enumerate(self.mlm_layers):
-            check_integer(f"mlm_layers[{place}]", layer)
-        self._check()
-
-    def _check(self) -> None:
-        layers, depth = self.mlm_layers, self.num_hidden_layers
-        if not layers or list(layers) != sorted({*layers}) or layers[0] < 1 or layers[-1] > depth:
-            raise ValueError(
-                f"mlm_layers: expected increasing numbers of layers from 1 to num_hidden_layers = {depth}, got {layers}"
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size: expected a multiple of num_attention_heads = {self.num_attention_heads}, "
-                f"got {self.hidden_size}"
-            )
-        check_positive("gumbel_temperature", self.gumbel_temperature)
-        check_finite("gradient_scale", self.gradient_scale)
-        check_finite("rtd_weight", self.rtd_weight)
-        if self.rtd_weight < 0:
-            raise ValueError(f"rtd_weight: expected a number of at least 0, got {self.rtd_weight}")
-        check_choice("mixture", self.mixture, MIXTURES)
-        for name in ("detach_mixture", "stop_gradient", "generator_dropout"):
-            check_flag(name, getattr(self, name))
-        if self.is_decoder or not self.tie_word_embeddings:
-            raise ValueError("is_decoder and tie_word_embeddings: expected False and True, AMOS has no other form")
-
-    def discriminator_config(self) -> BertConfig:
-        return self._bert_config()
-
-    def generator_config(self) -> BertConfig:
-        changes: dict[str, Any] = {"num_hidden_layers": self.mlm_layers[-1]}
-        if not self.generator_dropout:
-            changes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        return self._bert_config(**changes)
-
-    def _bert_config(self, **changes: Any) -> BertConfig:
-        values = {field.name: getattr(self, field.name) for field in fields(BertConfig)}
-        values |= {"architectures": None, "attn_implementation": self._attn_implementation}
-        return BertConfig(**(values | changes))
 
 
 @dataclass
@@ -137,29 +45,7 @@ class AmosOutput(ModelOutput):
     sampled_ids: Tensor | None = None
 
 
-class AmosGenerator(BertModel):
-    """A BERT encoder that returns the outputs of some layers and stops the gradient behind each."""
-
-    def __init__(self, config: BertConfig, mlm_layers: tuple[int, ...], stop_gradient: bool) -> None:
-        super().__init__(config, add_pooling_layer=False)
-        self.mlm_layers, self.stop_gradient = mlm_layers, stop_gradient
-
-    def forward(self, input_ids: Tensor, mask: Any, **inputs: Tensor | None) -> list[Tensor]:
-        """K of (B, T, d); ``mask`` as the attention takes it."""
-        hidden_states = self.embeddings(input_ids, **inputs)
-        outputs = []
-        for number, layer in enumerate(self.encoder.layer, start=1):
-            hidden_states = layer(hidden_states, mask)
-            if number in self.mlm_layers:
-                outputs.append(hidden_states)
-                if self.stop_gradient:
-                    hidden_states = hidden_states.detach()
-                    # a reentrant checkpoint trains the layer behind only if what goes in asks for a gradient
-                    hidden_states.requires_grad_(bool(layer.gradient_checkpointing) and torch.is_grad_enabled())
-        return outputs
-
-
-class AmosForPreTraining(BertPreTrainedModel):
+class AmosForPreTraining(PreTrainedModel):
     """Generator, mixture and discriminator, trained together.
 
     Word embeddings are shared by the three; positions and the embedding's LayerNorm are the generator's own, as in the
@@ -180,21 +66,21 @@ class AmosForPreTraining(BertPreTrainedModel):
 
     config_class = AmosConfig
     base_model_prefix = "discriminator"
-    _tied_weights_keys = {  # noqa: RUF012 (as transformers declares it)
-        "generator.embeddings.word_embeddings.weight": "discriminator.embeddings.word_embeddings.weight"
-    }
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: AmosConfig) -> None:
         if not isinstance(config, AmosConfig):
             raise TypeError(f"config: expected an AmosConfig, got {type(config).__name__}")
         super().__init__(config)
-        self.discriminator = BertModel(config.discriminator_config(), add_pooling_layer=False)
-        self.generator = AmosGenerator(config.generator_config(), config.mlm_layers, config.stop_gradient)
+        self.discriminator = make_model(config.discriminator_config())
+        self.generator = make_generator(config.generator_config(), config.mlm_layers, config.stop_gradient)
+        words = _name_of(self.discriminator.get_input_embeddings(), self.discriminator)
+        self._tied_weights_keys = {f"generator.{words}.weight": f"discriminator.{words}.weight"}
+        activation, eps = config.head_of_backbone()
+        embedding: Any = self.get_input_embeddings()
         self.mlm_head = MultiLayerMLMHead(
-            config.hidden_size,
-            self.discriminator.embeddings.word_embeddings,
-            activation=ACT2FN[config.hidden_act],
-            layer_norm_eps=config.layer_norm_eps,
+            config.hidden_size, embedding, activation=ACT2FN[activation], layer_norm_eps=eps
         )
         self.mixture = None
         if config.mixture == "learned" and len(config.mlm_layers) > 1:
@@ -224,6 +110,7 @@ class AmosForPreTraining(BertPreTrainedModel):
         position_ids: Tensor | None = None,  # (B, T)
         labels: Tensor | None = None,  # (B, T)
         seed: int | Tensor | None = None,
+        **attention: Any,
     ) -> AmosOutput:
         """One step of pretraining; without ``labels``, the discriminator's view of ``input_ids``.
 
@@ -231,12 +118,20 @@ class AmosForPreTraining(BertPreTrainedModel):
             input_ids: with mask tokens, as :class:`repdeg_fast.data.MaskingCollator` makes them.
             attention_mask: 0 at padding. Leave it out where there is none: attention is faster without.
             labels: the token at masked positions, −100 elsewhere.
+            position_ids: of ModernBERT: sequences packed into a row begin at position 0 each, and see nothing of one
+                another (``DataCollatorWithFlattening``).
             seed: of the sample, as in :func:`repdeg_fast.gumbel_mix`.
+            attention: what else the encoders' attention takes, such as the lengths of packed sequences.
+
+        Under ``torch.distributed`` the loss in training is weighted by this rank's share of all masked positions, times
+        the number of ranks: averaged gradients are then those of one large batch.
         """
-        inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids}
         _check_inputs(input_ids, attention_mask, token_type_ids, position_ids, labels)
+        inputs = self._encoder_inputs(token_type_ids=token_type_ids, position_ids=position_ids)
         embeddings = self.get_input_embeddings()(input_ids)
-        mask = self._attention_mask(embeddings, attention_mask)
+        encoder = self.discriminator.config
+        mask = backbone_of(encoder).mask(encoder, embeddings, attention_mask, inputs)
+        inputs |= attention
         if labels is None:
             return AmosOutput(rtd_logits=self._discriminate(embeddings, mask, inputs))
 
@@ -252,7 +147,7 @@ class AmosForPreTraining(BertPreTrainedModel):
         replaced = sampled_ids != torch.where(labels == IGNORE_INDEX, input_ids, labels)
         rtd_loss, accuracy, share = _judge(rtd_logits, replaced, attention_mask)
         return AmosOutput(
-            loss=mlm_losses.sum() + self.config.rtd_weight * rtd_loss,
+            loss=(mlm_losses.sum() + self.config.rtd_weight * rtd_loss) * self._weight_of_rank(target),
             mlm_losses=mlm_losses,
             rtd_loss=rtd_loss,
             rtd_accuracy=accuracy,
@@ -262,12 +157,31 @@ class AmosForPreTraining(BertPreTrainedModel):
             sampled_ids=sampled_ids,
         )
 
-    def discriminator_encoder(self, add_pooling_layer: bool = False) -> BertModel:
-        """A copy of the discriminator without its head, for fine-tuning. A pooling layer would be a new one."""
-        encoder = BertModel(self.config.discriminator_config(), add_pooling_layer)
-        encoder.embeddings.load_state_dict(self.discriminator.embeddings.state_dict())
-        encoder.encoder.load_state_dict(self.discriminator.encoder.state_dict())
+    def discriminator_encoder(self, add_pooling_layer: bool = False) -> Any:
+        """A copy of the discriminator without its head, for fine-tuning: a ``BertModel``; an ``AmosBertModel`` where it
+        has relative positions or no token types; or a model of its backbone. A pooling layer, which BERT alone can
+        have, would be a new one."""
+        encoder = make_model(
+            self.config.discriminator_config(), **({"add_pooling_layer": True} if add_pooling_layer else {})
+        )
+        encoder.load_state_dict(self.discriminator.state_dict(), strict=not add_pooling_layer)
         return nn.Module.to(encoder, self.device, self.dtype).train(self.training)
+
+    def _encoder_inputs(self, **inputs: Tensor | None) -> dict[str, Any]:
+        taken = backbone_of(self.discriminator.config).inputs
+        for name, value in inputs.items():
+            if value is not None and name not in taken:
+                raise ValueError(f"{name}: expected None, {type(self.discriminator).__name__} takes none")
+        return {name: inputs[name] for name in taken}
+
+    def _weight_of_rank(self, target: Tensor) -> Tensor | float:
+        """This rank's number of masked positions over the mean of all ranks'."""
+        if not self.training or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return 1.0
+        own = torch.tensor(float(len(target)), device=target.device)
+        total = own.clone()
+        torch.distributed.all_reduce(total)
+        return own * torch.distributed.get_world_size() / total.clamp(min=1)
 
     def _generate(
         self, features: Tensor, target: Tensor, seed: int | Tensor | None
@@ -304,18 +218,15 @@ class AmosForPreTraining(BertPreTrainedModel):
             raise ValueError(f"progress: expected a number from 0 to 1, got {self.progress}")
         return min(int(self.progress * heads), heads - 1)
 
-    def _attention_mask(self, embeddings: Tensor, attention_mask: Tensor | None) -> Any:
-        """As the attention takes it, for both encoders. Made here because each of them would look first whether there
-        is any padding, and a GPU's stream would stop."""
-        if attention_mask is None:
-            return None
-        return create_bidirectional_mask(self.config, embeddings, attention_mask, allow_is_bidirectional_skip=False)
-
     def _discriminate(self, embeddings: Tensor, mask: Any, inputs: dict[str, Any]) -> Tensor:
         """(B, T, d) → (B, T), in float32 at least."""
         output = self.discriminator(inputs_embeds=embeddings, attention_mask=mask, **inputs)
         logits = self.rtd_head(output.last_hidden_state).squeeze(2)
         return _wide(logits)
+
+
+def _name_of(module: nn.Module, model: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
 
 
 def _judge(rtd_logits: Tensor, replaced: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
