@@ -18,6 +18,13 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
   m.def("linear_cross_entropy_multiply(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   m.def("linear_cross_entropy_advise(Tensor(a!) fresh) -> ()");  // contents unchanged: a hint about its pages
   m.def("linear_cross_entropy_add(Tensor(a!) total, Tensor product) -> ()");
+  // Products of rows and columns to the gradient of their similarities, in place; without grad_loss they are left. Row
+  // r's softmax is exp(logit - origin)/total; both are written, or read where softmax_known.
+  m.def(
+      "contrastive_rows(Tensor(a!) scores, Tensor(b!) origin, Tensor(c!) total, Tensor? row_scale, Tensor? column_scale,"
+      " Tensor positive, Tensor? own, Tensor? threshold, Tensor? row_query_ids, Tensor? column_query_ids,"
+      " Tensor? row_document_ids, Tensor? column_document_ids, Tensor? grad_loss, float multiplier, float slope,"
+      " float positive_factor, float own_factor, int period, bool softmax_known, bool has_target) -> ()");
   m.def(
       "philox_words(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
   m.def(

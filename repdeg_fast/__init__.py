@@ -6,16 +6,19 @@ from repdeg_fast.backends import use_backend
 from repdeg_fast.functional import (
     add_cosine_regularization_,
     admin_norm,
+    contrastive_loss,
     cosine_regularization,
     gradient_reversal,
     gumbel_mix,
     linear_cross_entropy,
     mlm_losses_and_sample,
     multi_layer_mlm_loss,
+    span_pair_loss,
 )
 from repdeg_fast.nn import (
     AdminNorm,
     AdminTransformer,
+    ContrastiveLoss,
     CosineRegularization,
     GumbelMixture,
     MultiLayerMLMHead,
@@ -29,12 +32,14 @@ __version__ = "0.1.0"
 __all__ = [  # not `nn`: a star import must not take torch's away
     "AdminNorm",
     "AdminTransformer",
+    "ContrastiveLoss",
     "CosineRegularization",
     "GumbelMixture",
     "MultiLayerMLMHead",
     "add_cosine_regularization_",
     "admin_norm",
     "backends",
+    "contrastive_loss",
     "cosine_regularization",
     "data",
     "fold_admin",
@@ -47,5 +52,6 @@ __all__ = [  # not `nn`: a star import must not take torch's away
     "models",
     "multi_layer_mlm_loss",
     "residual_dependency",
+    "span_pair_loss",
     "use_backend",
 ]

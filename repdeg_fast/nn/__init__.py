@@ -12,6 +12,7 @@ from repdeg_fast.nn.admin.transformer import (
     AdminEncoderLayer,
     AdminTransformer,
 )
+from repdeg_fast.nn.contrastive import ContrastiveLoss
 from repdeg_fast.nn.cosreg import CosineRegularization
 from repdeg_fast.nn.gumbel_mix import GumbelMixture
 from repdeg_fast.nn.mlm_head import MultiLayerMLMHead
@@ -23,6 +24,7 @@ __all__ = [
     "AdminEncoderLayer",
     "AdminNorm",
     "AdminTransformer",
+    "ContrastiveLoss",
     "CosineRegularization",
     "GumbelMixture",
     "MultiLayerMLMHead",
