@@ -20,7 +20,12 @@ OPTIONS = {
     "hard": {"hardness_mode": "hard_negatives", "hardness_strength": 5.0, "directions": DIRECTIONS},
     "all negatives": {"hardness_mode": "all_negatives", "hardness_strength": 3.0},
     "ids": {"ids": True},
-    "ids everywhere": {"ids": True, "directions": DIRECTIONS, "hardness_mode": "all_negatives", "hardness_strength": 2.0},
+    "ids everywhere": {
+        "ids": True,
+        "directions": DIRECTIONS,
+        "hardness_mode": "all_negatives",
+        "hardness_strength": 2.0,
+    },
     "margin": {"false_negative_margin": 0.1},
     "margin everywhere": {"false_negative_margin": 0.05, "directions": DIRECTIONS},
     "margin, in-batch": {

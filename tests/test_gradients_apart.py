@@ -8,12 +8,14 @@ import torch
 import repdeg_fast
 from repdeg_fast import (
     admin_norm,
+    contrastive_loss,
     cosine_regularization,
     gradient_reversal,
     gumbel_mix,
     linear_cross_entropy,
     mlm_losses_and_sample,
     multi_layer_mlm_loss,
+    span_pair_loss,
 )
 
 M, K, V, D = 6, 3, 11, 8
@@ -34,6 +36,10 @@ def _rows(*names):
     return {"x": torch.randn(M, D), "branch": torch.randn(M, D), **{name: torch.rand(D) + 0.5 for name in names}}
 
 
+def _pairs():
+    return {"queries": torch.randn(M, D), "documents": torch.randn(2 * M, D)}
+
+
 def _mixture(**more):
     return _heads(mixture_logits=torch.randn(M, K), embedding=torch.randn(V, D), **more)
 
@@ -48,6 +54,8 @@ CASES = [
     _case(admin_norm, _rows, save="input", norm="rms"),
     _case(admin_norm, lambda: _rows("omega", "weight", "bias", "branch_bias"), norm="layer"),
     _case(admin_norm, lambda: _rows("weight", "bias", "branch_bias"), dropout=0.3, seed=1),
+    *(_case(contrastive_loss, _pairs, reduction=r) for r in ("mean", "none")),
+    _case(span_pair_loss, lambda: {"x": torch.randn(M, D)}),
     _case(cosine_regularization, lambda: {"weight": torch.randn(V, D)}),
     _case(gradient_reversal, lambda: {"x": torch.randn(M, D)}, scale=1.0),
     *(_case(linear_cross_entropy, _head, target=TARGET, strategy=s) for s in ("chunked", "streaming")),

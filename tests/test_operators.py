@@ -26,6 +26,7 @@ OPERATIONS = {
         repdeg_fast.admin_norm,
         [torch.randn(shape, dtype=torch.float64) + 2 for shape in ((4, 8), (4, 8), (8,), (8,), (8,))],
     ),
+    "contrastive_loss": (repdeg_fast.contrastive_loss, [torch.randn(4, 8, dtype=torch.float64) for _ in range(2)]),
     "cosine_regularization": (repdeg_fast.cosine_regularization, _head("weight")),
     "gumbel_mix": (
         lambda mixture_logits, weight: repdeg_fast.gumbel_mix(HIDDEN, mixture_logits, weight, seed=1)[1],

@@ -1,7 +1,7 @@
 """The contract of the contrastive loss. Mathematics: :mod:`repdeg_fast.reference.contrastive`.
 
 Two levels, as in the linear cross entropy. The operator calls :class:`Kernels`, which
-:mod:`repdeg_fast.ops.chunked_scores` makes from :class:`RowKernels`: those of a backend, which know one block of scores.
+:mod:`repdeg_fast.ops.chunked_scores` makes from :class:`RowKernels`: a backend's, which know one block of scores.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+from repdeg_fast.contracts.linear_cross_entropy import Products
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
@@ -102,17 +104,8 @@ class BlockRule(NamedTuple):
     has_target: bool  # the positive is what the loss wants, not one more column
 
 
-class RowKernels(Protocol):
-    """The row kernel of a backend, and its way with the products around it."""
+class RowKernels(Products, Protocol):
+    """The row kernel of a backend, and its products."""
 
     def rows(self, block: ScoreBlock, rule: BlockRule) -> None:
         """See :class:`ScoreBlock`."""
-
-    def multiply(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-        """out = a @ b, or out += a @ b."""
-
-    def add(self, total: Tensor, product: Tensor) -> None:
-        """total += product, where their dtypes differ."""
-
-    def advise(self, fresh: Tensor) -> None:
-        """A hint about memory that will be kept and used again."""

@@ -101,11 +101,8 @@ class LogitBlock(NamedTuple):
     grad_lse: Tensor | None  # (R,)
 
 
-class RowKernels(Protocol):
-    """The row kernel of a backend, and its way with the products around it."""
-
-    def rows(self, block: LogitBlock, columns: Columns, rule: LossRule, *, accumulate_bias: bool) -> None:
-        """See :class:`LogitBlock`."""
+class Products(Protocol):
+    """A backend's way with the products around a row kernel."""
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         """out = a @ b, or out += a @ b."""
@@ -115,3 +112,10 @@ class RowKernels(Protocol):
 
     def advise(self, fresh: Tensor) -> None:
         """A hint about memory that will be kept and used again."""
+
+
+class RowKernels(Products, Protocol):
+    """The row kernel of a backend, and its products."""
+
+    def rows(self, block: LogitBlock, columns: Columns, rule: LossRule, *, accumulate_bias: bool) -> None:
+        """See :class:`LogitBlock`."""

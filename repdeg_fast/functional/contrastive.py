@@ -147,10 +147,11 @@ def _call(
     grad = torch.is_grad_enabled() and reduction != "none" and vectors[0].dtype != torch.float16
     made = [grad and x is not None and x.requires_grad for x in vectors]
     integers = [None if i is None else i.long().contiguous() for i in indices]
-    loss, *_ = _ops.contrastive(
+    arguments: Any = (
         *vectors, *integers, groups, float(scale), cosine, directions, joint, hardness_mode or "",
         float(hardness_strength), None if margin is None else float(margin), reduction, made, backends.requested(),
     )  # fmt: skip
+    loss, *_ = _ops.contrastive(*arguments)
     return loss
 
 

@@ -31,6 +31,7 @@ from repdeg_fast.contracts.linear_cross_entropy import (
     LogitBlock,
     Look,
     LossRule,
+    Products,
     RowKernels,
     Upstream,
     Wanted,
@@ -195,7 +196,7 @@ def chunk_positions(positions: int, heads: int, weight: Tensor, dtype: torch.dty
 class _Sum:
     """A gradient that is a sum of products, held in a wide dtype until the last of `parts` has been added."""
 
-    def __init__(self, kernels: RowKernels, gradient: Tensor | None, wide: torch.dtype, parts: int) -> None:
+    def __init__(self, kernels: Products, gradient: Tensor | None, wide: torch.dtype, parts: int) -> None:
         self.kernels = kernels
         self.gradient = self.total = gradient
         if gradient is not None and parts > 1 and _needs_sum(gradient.dtype, wide):
@@ -254,7 +255,7 @@ def _matrix(like: Tensor, rows: int, columns: int, dtype: torch.dtype, memory: T
     return memory.view(rows, stride)[:, :columns]
 
 
-def _memory(kernels: RowKernels, like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _memory(kernels: Products, like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """For a :func:`_matrix`: on a CPU what :func:`_keep` kept, if it is enough, else in large pages."""
     size = rows * _aligned(columns, dtype)
     kept = _kept.pop(dtype, None) if like.device.type == "cpu" else None  # another thread's call finds none

@@ -1,12 +1,12 @@
 """The contrastive loss as the library's products around a backend's row kernel, on one reused buffer of scores.
 
-A chunk of rows meets all columns of all directions, side by side in the buffer: scores = rows · columnsᵀ, the row kernel
-turns them into their gradient in place, and this times columns and rows is what goes to rows and columns.
+A chunk of rows meets all columns of all directions, side by side in the buffer: scores = rows · columnsᵀ, the row
+kernel turns them into their gradient in place, and this times columns and rows is what goes to rows and columns.
 
-All products take the vectors as they are given. That cosines are meant is in the row kernel alone, which scales rows and
-columns by 1/‖x‖ on the way in and on the way out: Σ_b ∂/∂s(a, b)/(‖a‖‖b‖)·b is ∂â/‖a‖, for a row a and by the transpose
-for a column, so that contributions of either kind are summed in one place, and at the end have their part along x taken
-away. No normalized copy is made.
+All products take the vectors as they are given. That cosines are meant is in the row kernel alone, which scales rows
+and columns by 1/‖x‖ on the way in and on the way out: Σ_b ∂/∂s(a, b)/(‖a‖‖b‖)·b is ∂â/‖a‖, for a row a and by the
+transpose for a column, so that contributions of either kind are summed in one place, and at the end have their part
+along x taken away. No normalized copy is made.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class ChunkedScores:
                     part.direction.columns.add(part.scores.t(), part.rows)
         if grad_loss is not None:
             _keep(memory)
-        return loss, Gradients(*[side and side.finished() for side in sides])
+        return loss, Gradients(*[None if side is None else side.finished() for side in sides])
 
     def _softmaxes(self, parts: list[_Part], batch: Batch, rule: LossRule, upstream: Tensor | None) -> Tensor:
         """ℓ of the chunk's rows; with ``upstream``, scores turn to their gradient."""

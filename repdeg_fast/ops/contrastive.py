@@ -182,17 +182,18 @@ class _Formula(Formula):
         nothing = (None,) * (4 + len(ctx.options))
         if grad_loss is None:
             return None, None, None, None, *nothing
-        tensors, made = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        made = ctx.saved_tensors[7:]
         needs = list(ctx.needs_input_grad[1:4])
         # with gradients enabled (create_graph) the result must carry the error about second derivatives
         if not ctx.made_used and not torch.is_grad_enabled():
             ctx.made_used = True
             # .data: scaled under another version counter, since a second backward pass unpacks but does not use them
-            gradients = tuple(gradient.data for gradient in made)
+            gradients = (made[0].data, made[1].data, made[2].data)
             contrastive_rescale_(*gradients, grad_loss)
         else:
             *options, _made, backend = ctx.options
-            gradients = contrastive_backward(grad_loss, *tensors, *options, needs, backend)
+            arguments: Any = (grad_loss, *ctx.saved_tensors[:7], *options, needs, backend)
+            gradients = contrastive_backward(*arguments)
         return None, *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing
 
 
