@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from repdeg_fast.contracts import admin_norm, cosreg
+from repdeg_fast.contracts import admin_norm, contrastive, cosreg
 from repdeg_fast.ops import admin_norm as admin_norm_ops
 from repdeg_fast.ops import cosreg as cosreg_ops
 
@@ -136,6 +136,7 @@ def _specialization(kernel: Any, arguments: Sequence[Any], options: dict[str, An
 def launches() -> Iterator[Launch]:
     """Calls of every launcher."""
     yield from _admin_norm()
+    yield from _contrastive()
     yield from _cosreg()
 
 
@@ -145,6 +146,38 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return _TYPES[dtype]
+
+
+def _contrastive() -> Iterator[Launch]:
+    """Cosines and nothing else, as most ask for; dot products; everything at once, in the two looks that several
+    directions take."""
+    n, w = 4096, 32_768
+
+    def indices(length: int) -> Tensor:
+        return _empty(length, dtype=torch.int64)
+
+    def rows(block: contrastive.ScoreBlock, rule: contrastive.BlockRule) -> None:
+        from repdeg_fast.triton_kernels import contrastive as launchers
+
+        launchers.rows(block, rule)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        plain = contrastive.ScoreBlock(
+            _empty(n, w, dtype=dtype), _empty(n), _empty(n), _empty(n), _empty(w), indices(n), None, None, None, None,
+            _empty(n),
+        )  # fmt: skip
+        rule = contrastive.BlockRule(20.0, 20.0, 1.0, 1.0, 0, False, True)
+        ids = contrastive.Ids(indices(n), indices(w))
+        full = plain._replace(own=indices(n), threshold=_empty(n), query_ids=ids, document_ids=ids)
+        hard = rule._replace(own_factor=0.5, positive_factor=0.5, period=w // 2)
+        yield Launch(f"{_name(dtype)} cosine", partial(rows, plain, rule))
+        yield Launch(f"{_name(dtype)} dot", partial(rows, plain._replace(row_scale=None, column_scale=None), rule))
+        yield Launch(f"{_name(dtype)} everything", partial(rows, full, hard))
+        if dtype == torch.bfloat16:
+            sums = full._replace(grad_loss=None)
+            yield Launch("bf16 everything, first look", partial(rows, sums, hard._replace(own_factor=0.0)))
+            known = hard._replace(softmax_known=True, has_target=False)
+            yield Launch("bf16 everything, second look", partial(rows, full, known))
 
 
 def _cosreg() -> Iterator[Launch]:
