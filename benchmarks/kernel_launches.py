@@ -149,8 +149,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _contrastive() -> Iterator[Launch]:
-    """Cosines and nothing else, as most ask for; dot products; everything at once, in the two looks that several
-    directions take."""
+    """Cosines and nothing else, as most ask for; everything at once; the first of two looks at several directions."""
     n, w = 4096, 32_768
 
     def indices(length: int) -> Tensor:
@@ -171,13 +170,10 @@ def _contrastive() -> Iterator[Launch]:
         full = plain._replace(own=indices(n), threshold=_empty(n), query_ids=ids, document_ids=ids)
         hard = rule._replace(own_factor=0.5, positive_factor=0.5, period=w // 2)
         yield Launch(f"{_name(dtype)} cosine", partial(rows, plain, rule))
-        yield Launch(f"{_name(dtype)} dot", partial(rows, plain._replace(row_scale=None, column_scale=None), rule))
-        yield Launch(f"{_name(dtype)} everything", partial(rows, full, hard))
         if dtype == torch.bfloat16:
-            sums = full._replace(grad_loss=None)
-            yield Launch("bf16 everything, first look", partial(rows, sums, hard._replace(own_factor=0.0)))
-            known = hard._replace(softmax_known=True, has_target=False)
-            yield Launch("bf16 everything, second look", partial(rows, full, known))
+            yield Launch("bf16 everything", partial(rows, full, hard))
+            dots = full._replace(row_scale=None, column_scale=None, grad_loss=None)
+            yield Launch("bf16 everything, dot, first look", partial(rows, dots, hard._replace(own_factor=0.0)))
 
 
 def _cosreg() -> Iterator[Launch]:

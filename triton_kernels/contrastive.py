@@ -25,7 +25,8 @@ class RowBlock:
     num_warps: int
 
 
-_BLOCKS = (RowBlock(4096, 8), RowBlock(8192, 8), RowBlock(4096, 4), RowBlock(8192, 16))
+# 16 scores a thread: several 16-byte loads in flight; with all options 32 would spill
+_BLOCKS = (RowBlock(4096, 8), RowBlock(2048, 4), RowBlock(8192, 16))
 
 
 # The logits of some columns of one row; as the reference orders what masks and what scales.
@@ -76,13 +77,13 @@ def _rows_kernel(
     row = tl.program_id(0)
     scores += row.to(tl.int64) * row_stride
     block = tl.arange(0, BLOCK)
-    at = tl.load(positive + row)
+    at = tl.load(positive + row).to(tl.int32)
     of_row = 1.0
     first_own, threshold, query_id, document_id = -1, 0.0, 0, 0
     if COSINE:
         of_row = tl.load(row_scale + row)
     if OWN:
-        first_own = tl.load(own + row)
+        first_own = tl.load(own + row).to(tl.int32)
     if THRESHOLD:
         threshold = tl.load(thresholds + row)
     if QUERIES:
