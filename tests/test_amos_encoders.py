@@ -1,5 +1,5 @@
-"""AMOS on other encoders: the authors' (relative positions, no token types), whose checkpoints are read; ModernBERT, with
-packed batches."""
+"""AMOS on other encoders: the authors' (relative positions, no token types), whose checkpoints are read; ModernBERT,
+with packed batches."""
 
 import math
 
