@@ -81,6 +81,16 @@ def check_integer(name: str, value: int) -> None:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
 
 
+def row_of_padding(padding_idx: int | None, rows: int) -> int | None:
+    """``padding_idx``, of an embedding with so many ``rows``, counted from the front."""
+    if padding_idx is None:
+        return None
+    check_integer("padding_idx", padding_idx)
+    if not -rows <= padding_idx < rows:
+        raise ValueError(f"padding_idx: expected a row of weight, from 0 to {rows - 1}, got {padding_idx}")
+    return padding_idx % rows
+
+
 def check_size(name: str, value: int) -> None:
     """``value`` is a length or a number of things: an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):

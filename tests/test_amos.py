@@ -126,6 +126,19 @@ def test_equals_the_published_formula(dtype):
                 assert relative_error(mine[name], right[name]) <= 20 * TOLERANCE[dtype], name
 
 
+def test_padding_gets_no_gradient_where_it_is_sampled():
+    model, inputs = amos(), batch()
+    with torch.no_grad():
+        model.mlm_head.bias[0] += 4
+    output = model(**inputs, seed=0)
+    samples = output.sampled_ids[inputs["labels"] != -100]
+    assert (samples == 0).any()
+    assert (samples != 0).any()
+    grad = gradients(model, output.loss)["discriminator.embeddings.word_embeddings.weight"]
+    assert not grad[0].any()
+    assert grad[1:].any(dim=1).all()  # through the head's losses at least
+
+
 def test_samples_that_equal_the_original_count_as_original():
     model = amos()
     with torch.no_grad():

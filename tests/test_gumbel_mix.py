@@ -70,6 +70,19 @@ def test_common_part_of_the_embedding_cancels(place):
     assert relative_error(grad, truth) <= 1e-5
 
 
+@pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
+def test_the_padding_row_gets_no_gradient_where_it_is_sampled(place, hard):
+    problem = Problem((2, 12, 50, 16, 8), torch.float32, place.device)
+    token_ids, _, mixture, embedding = problem.run(hard=hard)
+    row = int(token_ids[0])
+    assert embedding[row].any()
+    same_ids, _, same_mixture, without = problem.run(hard=hard, padding_idx=row - 50)  # counted from the end
+    assert torch.equal(same_ids, token_ids)
+    assert torch.equal(same_mixture, mixture)
+    embedding[row] = 0
+    assert torch.equal(without, embedding)
+
+
 def test_gradient_scale_turns_the_mixture_only(place):
     problem = Problem((3, 12, 200, 16, 8), torch.float32, place.device)
     *_, mixture, embedding = problem.run()

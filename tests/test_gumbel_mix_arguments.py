@@ -29,6 +29,8 @@ from repdeg_fast import gumbel_mix
         ({"hidden_states": [torch.randn(4, 8)]}, TypeError, "hidden_states: expected a tensor, got list"),
         ({"bias": 0.0}, TypeError, "bias: expected a tensor, got float"),
         ({"seed": "1"}, TypeError, "seed"),
+        ({"padding_idx": 20}, ValueError, "padding_idx: expected a row of weight, from 0 to 19, got 20"),
+        ({"padding_idx": "0"}, TypeError, "padding_idx: expected an integer, got str"),
         ({"seed": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "seed: expected device cpu"),
     ],
 )

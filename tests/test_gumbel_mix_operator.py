@@ -31,7 +31,7 @@ def test_opcheck(hard):
     sampling = (hidden, mixture_logits.detach(), weight, bias, seed, 0.3, "auto")
     torch.library.opcheck(gumbel_sample.overload, sampling)
     token_ids, lse = gumbel_sample(*sampling)
-    arguments = (hidden, mixture_logits, weight, bias, embedding, token_ids, lse, seed, 0.3, hard, -1.0, "auto")
+    arguments = (hidden, mixture_logits, weight, bias, embedding, token_ids, lse, seed, 0.3, hard, -1.0, 3, "auto")
     torch.library.opcheck(gumbel_value.overload, arguments)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from repdeg_fast import backends
-from repdeg_fast._checks import check_finite, check_flag, check_floating, check_positive
+from repdeg_fast._checks import check_finite, check_flag, check_floating, check_positive, row_of_padding
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.ops import gumbel_mix as _gumbel_mix
 
@@ -24,6 +24,7 @@ def gumbel_mix(
     hard: bool = True,
     gradient_scale: float = -1.0,
     seed: int | Tensor | None = None,
+    padding_idx: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a token from a mixture of K language-model heads, with a gradient for the mixture (AMOS, arXiv
     2204.03243, section 3).
@@ -46,6 +47,7 @@ def gumbel_mix(
         seed: an int, a one-element int64 tensor on the device (which a CUDA graph can change between replays), or
             ``None`` to draw one from torch's generator. Equal seeds give equal tokens on every backend, up to ties
             within rounding.
+        padding_idx: a row of ``embedding`` that gets no gradient, as in ``nn.Embedding``; it is sampled like others.
 
     Returns:
         Token ids (M,), int64, and embeddings (M, d_f) in the dtype of ``embedding``. Where a row has a NaN or +∞
@@ -58,25 +60,28 @@ def gumbel_mix(
     check_head(hidden_states, mixture_logits, weight, bias, embedding)
     check_sampling(temperature, gradient_scale)
     check_flag("hard", hard)
+    padding_idx = row_of_padding(padding_idx, len(weight))
     seed, backend = seed_tensor(seed, hidden_states.device), backends.requested()
     token_ids, peak = _gumbel_mix.gumbel_sample(
         hidden_states.detach(), detached(mixture_logits), weight.detach(), detached(bias), seed, float(temperature),
         backend,
     )  # fmt: skip
     embeddings = value(
-        hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed, temperature, hard, gradient_scale
-    )
+        hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed, temperature, hard,
+        gradient_scale, padding_idx,
+    )  # fmt: skip
     return token_ids, embeddings
 
 
 def value(
     hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor,
     token_ids: Tensor, peak: Tensor, seed: Tensor, temperature: float, hard: bool, gradient_scale: float,
+    padding_idx: int | None,
 ) -> Tensor:  # fmt: skip
     """Embeddings of a sample that has been drawn, with its gradients."""
     return _gumbel_mix.gumbel_value(
         hidden_states.detach(), mixture_logits, weight.detach(), detached(bias), embedding, token_ids, peak, seed,
-        float(temperature), hard, float(gradient_scale), backends.requested(),
+        float(temperature), hard, float(gradient_scale), padding_idx, backends.requested(),
     )  # fmt: skip
 
 

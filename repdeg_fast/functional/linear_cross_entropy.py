@@ -13,7 +13,7 @@ from torch import Tensor
 
 from repdeg_fast import backends
 from repdeg_fast._arithmetic import autocast_dtype
-from repdeg_fast._checks import check_dense, check_finite, check_floating, check_integer, check_positive
+from repdeg_fast._checks import check_dense, check_finite, check_floating, check_integer, check_positive, row_of_padding
 from repdeg_fast.contracts.linear_cross_entropy import Head
 from repdeg_fast.ops import linear_cross_entropy as _ops
 from repdeg_fast.ops.chunked_logits import LIMIT
@@ -237,11 +237,7 @@ def check_tensors(
     if accumulate_dtype not in (torch.float32, weight.dtype):
         expected = " or ".join(str(dtype) for dtype in dict.fromkeys((torch.float32, weight.dtype)))
         raise ValueError(f"accumulate_dtype: expected {expected}, got {accumulate_dtype!r}")
-    if padding_idx is not None:
-        check_integer("padding_idx", padding_idx)
-        if not -vocabulary <= padding_idx < vocabulary:
-            raise ValueError(f"padding_idx: expected a row of weight, from 0 to {vocabulary - 1}, got {padding_idx}")
-        padding_idx %= vocabulary
+    padding_idx = row_of_padding(padding_idx, vocabulary)
     return hidden_states, options._replace(padding_idx=padding_idx)
 
 

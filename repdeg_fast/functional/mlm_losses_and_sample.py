@@ -42,9 +42,10 @@ def mlm_losses_and_sample(
     or ``reduction="none"`` there are two sweeps.
 
     Args:
-        hidden_states, weight, target, bias, ignore_index, label_smoothing, reduction, strategy, accumulate_dtype,
-            padding_idx: as in :func:`repdeg_fast.multi_layer_mlm_loss`.
+        hidden_states, weight, target, bias, ignore_index, label_smoothing, reduction, strategy, accumulate_dtype: as in
+            :func:`repdeg_fast.multi_layer_mlm_loss`.
         mixture_logits, embedding, temperature, gradient_scale, seed: as in :func:`repdeg_fast.gumbel_mix`.
+        padding_idx: a token whose rows of ``weight`` and ``embedding`` get no gradient, sampled or not.
 
     Returns:
         Losses (K,) (or (K, M) for ``reduction="none"``), token ids (M,) and their embeddings (M, d_f).
@@ -65,6 +66,7 @@ def mlm_losses_and_sample(
     )
     loss, _, _, _, _, token_ids, peak = joint
     embeddings = value(
-        hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed, temperature, True, gradient_scale
-    )
+        hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed, temperature, True,
+        gradient_scale, options.padding_idx,
+    )  # fmt: skip
     return loss, token_ids, embeddings

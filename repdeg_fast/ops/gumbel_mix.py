@@ -108,10 +108,11 @@ def gumbel_value(
     temperature: float,
     hard: bool,
     gradient_scale: float,
+    padding_idx: int | None,
     backend: str,
 ) -> Tensor:
     """Embeddings (M, d_f) of a sample: of its tokens, or the soft value. Gradients for the mixture logits and the
-    embedding."""
+    embedding, whose row ``padding_idx`` gets none."""
     if hard:
         value = embedding.index_select(0, token_ids)
     else:
@@ -151,6 +152,7 @@ def gumbel_mix_backward(
     temperature: float,
     hard: bool,
     gradient_scale: float,
+    padding_idx: int | None,
     needs_mixture: bool,
     needs_embedding: bool,
     backend: str,
@@ -158,7 +160,8 @@ def gumbel_mix_backward(
     """Gradients of the mixture logits and of the embedding; an empty tensor for one that is not needed."""
     grad_mixture, grad_embedding = peak.new_empty(0), peak.new_empty(0)
     if needs_embedding and hard:
-        grad_embedding = torch.ops.aten.embedding_dense_backward(grad_embeddings, token_ids, len(weight), -1, False)
+        row = -1 if padding_idx is None else padding_idx
+        grad_embedding = torch.ops.aten.embedding_dense_backward(grad_embeddings, token_ids, len(weight), row, False)
     elif needs_embedding:
         grad_embedding = torch.empty_like(embedding)
     if needs_mixture or (needs_embedding and not hard):
@@ -178,6 +181,8 @@ def gumbel_mix_backward(
             seed,
             temperature,
         )
+        if grad_soft is not None and padding_idx is not None:
+            grad_soft[padding_idx] = 0
         if grad_mixed is not None and mixture_logits is not None:
             grad_mixture = mix_backward(grad_mixed.mul_(gradient_scale), hidden_states, mixture_logits)
     return grad_mixture, grad_embedding
@@ -210,6 +215,7 @@ class _Options(NamedTuple):
     temperature: float
     hard: bool
     gradient_scale: float
+    padding_idx: int | None
     needs_mixture: bool
     needs_embedding: bool
     backend: str
@@ -232,13 +238,14 @@ class _Formula(Formula):
         temperature: float,
         hard: bool,
         gradient_scale: float,
+        padding_idx: int | None,
         backend: str,
     ) -> Tensor:
         tensors = (hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed)
         _, _, needs_mixture, _, _, needs_embedding, *_ = ctx.needs_input_grad  # of run, hidden states, mixture logits …
-        ctx.options = _Options(temperature, hard, gradient_scale, needs_mixture, needs_embedding, backend)
+        ctx.options = _Options(temperature, hard, gradient_scale, padding_idx, needs_mixture, needs_embedding, backend)
         ctx.save_for_backward(*tensors)
-        return run(*tensors, temperature, hard, gradient_scale, backend)
+        return run(*tensors, temperature, hard, gradient_scale, padding_idx, backend)
 
     @staticmethod
     def backward(ctx: Any, grad_embeddings: Tensor) -> tuple[Tensor | None, ...]:
@@ -247,8 +254,8 @@ class _Formula(Formula):
         grad_mixture, grad_embedding = gumbel_mix_backward(*arguments)
         mixture = grad_mixture if options.needs_mixture else None
         embedding = grad_embedding if options.needs_embedding else None
-        # of run, hidden states, mixture logits, weight, bias, embedding; token ids, peak, seed and four options
-        return None, None, mixture, None, None, embedding, *(None,) * 7
+        # of run, hidden states, mixture logits, weight, bias, embedding; token ids, peak, seed and five options
+        return None, None, mixture, None, None, embedding, *(None,) * 8
 
 
 def _wide(bias: Tensor | None, peak: Tensor) -> Tensor | None:
