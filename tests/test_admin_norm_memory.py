@@ -64,6 +64,10 @@ class TestWhatIsKept:
             tensors["weight"][7] *= 0.99
         with pytest.raises(ValueError, match=r"save: weight has an entry near zero: .*save=\"input\""):
             admin_norm(**tensors, save="output")
+        with torch.no_grad():
+            tensors["bias"][3] = float("nan")
+        with pytest.raises(ValueError, match=r"save: weight or bias has a NaN entry.*save=\"input\""):
+            admin_norm(**tensors, save="output")
 
     def test_auto_switches_and_says_so_once(self):
         tensors = inputs(50, 96)
@@ -78,7 +82,8 @@ class TestWhatIsKept:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 total = saved_bytes(lambda: admin_norm(**tensors), *tensors.values())
-            assert [str(w.message).split(":")[0] for w in caught] == ["repdeg_fast"] * (entry == 0)
+            said = {0.0: ["weight has an entry near zero"], 1e-9: []}.get(entry, ["weight or bias has a NaN entry"])
+            assert [str(w.message).split(": ")[2].split(",")[0] for w in caught] == said
             assert total == 8 * 50  # x and the branch are the caller's
         column.fill_(0)
         assert_matches(tensors)

@@ -25,8 +25,13 @@ def test_unknown_names():
         repdeg_fast.use_backend("mkl"),
     ):
         pass
-    result = run("import repdeg_fast", REPDEG_FAST_BACKEND="mkl")
-    assert "ValueError: REPDEG_FAST_BACKEND: expected one of" in result.stderr
+
+
+@pytest.mark.parametrize("call", [lambda: repdeg_fast.cosine_regularization(WEIGHT), backends.status])
+def test_an_unknown_name_in_the_environment_is_named_at_the_first_call(call, monkeypatch):
+    monkeypatch.setattr(backends, "requested", lambda: "mkl")  # what an import has read of the environment
+    with pytest.raises(ValueError, match=r"REPDEG_FAST_BACKEND: expected one of reference, .* or auto, got 'mkl'"):
+        call()
 
 
 def test_environment_variable_and_nesting():
@@ -64,12 +69,12 @@ def test_no_compiler_falls_back_with_one_warning(tmp_path):
 import torch, warnings, repdeg_fast
 warnings.simplefilter("always")
 with warnings.catch_warnings(record=True) as caught:
-    values = [repdeg_fast.cosine_regularization(torch.eye(4) + 1).item() for _ in range(3)]
-print(len(caught), caught[0].message, values[0])
+    values = [repdeg_fast.CosineRegularization()(torch.eye(4) + 1).item() for _ in range(3)]
+print(len(caught), caught[0].filename, caught[0].message, values[0])
 """
     result = run(code, CXX="no-such-compiler", REPDEG_FAST_CACHE_DIR=str(tmp_path))
-    count, message = result.stdout.split(" ", 1)
-    assert count == "1"
+    count, place, message = result.stdout.split(" ", 2)
+    assert (count, place) == ("1", "<string>")  # of the caller, not a line in here
     assert "falls back to plain PyTorch" in message
     assert "install a C++17 compiler" in message
     assert float(message.split()[-1]) == pytest.approx(12 * (6 / 7) / 16, rel=1e-6)

@@ -74,7 +74,7 @@ def test_noise_of_its_own_is_measured_but_not_compared(rows):
     assert all(row.value is None is row.error and not row.wrong for row in eager)
     assert all(row.speedup_vs_eager for row in rows if row.samples)
     console = report.Console(width=250, record=True)
-    console.print(report.table(rows))
+    console.print(report.table(rows, wide=True))
     assert console.export_text().count("not compared: draws its own noise") == 2
 
 

@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, and what it says to bad input."""
 
+import io
 import json
 import re
 
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import repdeg_fast
+from repdeg_fast.bench.suite import select
 from repdeg_fast.cli.app import app
 
 QUICK = ["--providers", "eager,ours-cpu,ours-triton,ours-graph-free", "--seconds", "0"]
@@ -211,12 +213,79 @@ def test_odd_names_of_tensors_and_files_are_shown_as_they_are(tmp_path):
     assert len(list(tmp_path.glob("cosreg-*ddd-timeline.png"))) == 1
 
 
-def test_a_narrow_terminal_loses_no_figure(checkpoint):
-    arguments = ("bench", "--ops", "cosreg", "--device", "cpu", "--weights", checkpoint, *QUICK)
-    output = re.sub(r"\x1b\[[0-9;]*m", "", invoke(*arguments, COLUMNS="80", FORCE_COLOR="1"))
-    eager = next(line for line in output.split("│ eager")[1:]).split("│")
-    assert "1.00×" in [cell.strip() for cell in eager]
-    assert re.search(r"│ +-?0\.\d{12} +│", output)
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_narrow_terminal_loses_no_figure(checkpoint, wide):
+    arguments = ["bench", "--ops", "cosreg", "--device", "cpu", "--weights", checkpoint, *QUICK, *["--wide"] * wide]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
+    lines = result.output.splitlines()
+    eager = next(line.split() for line in lines if line.startswith("eager"))
+    assert eager[1:2] + eager[3:5] == ["fwd", "1.00×", "1.00×"]
+    assert "…" not in result.output.replace("A…", "")
+    if wide:
+        assert re.fullmatch(r"-?0\.\d{12}", eager[-1])
+        assert "TFLOP/s" in result.output
+    else:
+        assert eager[-1] == "ok"
+        assert max(map(len, lines)) <= 80
+
+
+def test_columns_are_respected_where_output_is_piped(checkpoint, tmp_path):
+    for command in (["info"], ["inspect", checkpoint, "--out", tmp_path / "x.png"]):
+        arguments = [str(argument) for argument in command]
+        for columns in (80, 100):
+            output = CliRunner().invoke(app, arguments, env={"COLUMNS": str(columns)}).output
+            tables = [line for line in output.splitlines() if line[:1] in "│┃┏└"]
+            assert max(map(len, tables)) <= columns
+            assert "…" not in output
+
+
+def test_bench_ends_with_an_operation_a_row(checkpoint):
+    arguments = ["bench", "--ops", "cosreg,admin_norm", "--device", "cpu", "--weights", checkpoint, *QUICK]
+    output = invoke(*arguments, COLUMNS="80").split("How we stand against the best rival")[1]
+    for op in ("cosreg", "admin_norm"):
+        assert re.search(rf"{op} [\d.]+× eager [\d.]+× eager (–|[\d.,]+×) ok", output), output
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_any_encoding_of_the_terminal_will_do(checkpoint, tmp_path, monkeypatch, encoding):
+    from repdeg_fast import cli
+
+    common = ["--device", "cpu", "--weights", str(checkpoint), "--ops", "cosreg,admin_norm", *QUICK]
+    for arguments in (["bench", *common], ["inspect", str(checkpoint), "--out", str(tmp_path / "x.png")], ["--help"]):
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+        monkeypatch.setattr("sys.argv", ["repdeg-fast", *arguments])
+        monkeypatch.setattr("sys.stdout", streams[0])
+        monkeypatch.setattr("sys.stderr", streams[1])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        streams[0].flush()
+        assert end.value.code == 0
+        assert streams[0].buffer.getvalue().decode(encoding)
+
+
+def test_a_wrong_backend_in_the_environment_is_named(monkeypatch):
+    monkeypatch.setattr("repdeg_fast.backends.requested", lambda: "mkl")
+    assert "error: REPDEG_FAST_BACKEND: expected one of reference" in invoke("info", code=2)
+
+
+def test_one_row_is_no_wrong_value(tmp_path):
+    torch.save({"weight": torch.randn(1, 8)}, tmp_path / "row.pt")
+    torch.save({"weight": torch.eye(8)}, tmp_path / "orthogonal.pt")
+    for name in ("row.pt", "orthogonal.pt"):
+        output = invoke("bench", "--ops", "cosreg", "--device", "cpu", "--weights", tmp_path / name, *QUICK)
+        assert "WRONG" not in output
+
+
+def test_one_case_an_operation_unless_asked_for_more():
+    cpu = torch.device("cpu")
+    brief, full = (select([], [], [], cpu, full) for full in (False, True))
+    assert all(len(selection.cases) == 1 for selection in brief)
+    assert {"cosreg", "admin_norm", "linear_cross_entropy", "gumbel_mix", "mlm_losses_and_sample"} <= {
+        selection.suite.op for selection in brief
+    }
+    assert sum(len(selection.cases) for selection in full) > len(brief)
+    (named,) = select(["cosreg"], ["literal-8192"], [], cpu, False)
+    assert [case.name for case in named.cases] == ["literal-8192"]
 
 
 def test_tensors_without_plain_values_are_named(tmp_path):
@@ -236,13 +305,69 @@ def test_values_that_are_not_finite_are_counted(tmp_path, command):
     assert "1 of 9000 rows (first: row 8000)" in output
 
 
-@pytest.mark.parametrize("name", ["broken.safetensors", "broken.pt"])
-def test_unreadable_checkpoints_are_named(tmp_path, name):
-    path = tmp_path / name
-    path.write_bytes(b"not a checkpoint at all")
-    output = invoke("bench", "--weights", path, code=2)
-    assert name in output
-    assert "not a readable" in output
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"not a checkpoint at all", "it is a text file, which starts with 'not a checkpoint at all'"),
+        ("ein längerer Text, mehr als gelesen wird: ä".encode() * 40, "it is a text file"),
+        (b"", "it is empty"),
+        (bytes(range(256)), "not a readable"),
+        (b"PK\x03\x04 cut off", "not a readable"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, suffix, content, expected):
+    path = tmp_path / f"broken.{suffix}"
+    path.write_bytes(content)
+    for command in (["bench", "--weights"], ["inspect"]):
+        output = invoke(*command, path, code=2)
+        assert f"broken.{suffix}" in output
+        assert expected in output
+
+
+def test_what_is_larger_than_memory_is_called_so(checkpoint, torch_checkpoint, tmp_path, monkeypatch):
+    old = tmp_path / "old.pt"
+    torch.save({"weight": torch.randn(9, 3)}, old, _use_new_zipfile_serialization=False)
+    for module in ("analysis.weights", "bench.measure"):
+        monkeypatch.setattr(f"repdeg_fast.{module}.free_bytes", lambda device: 100)
+    assert "which must be read whole where it is no zip file" in invoke("inspect", old, code=2)
+    assert "to measure with it takes 3 times as much" in invoke("bench", "--weights", checkpoint, code=2)
+    for path in (checkpoint, torch_checkpoint):  # mapped, a part at a time
+        invoke("inspect", path, "--out", tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x"])
+def test_a_picture_is_not_written_under_the_name_of_another_format(checkpoint, tmp_path, name):
+    assert "expected a name such as x.png" in invoke("inspect", checkpoint, "--out", tmp_path / name, code=2)
+    assert not (tmp_path / name).exists()
+
+
+def test_the_dots_of_a_small_embedding_are_seen(torch_checkpoint, tmp_path):
+    import matplotlib.image
+
+    invoke("inspect", torch_checkpoint, "--out", tmp_path / "x.png")  # 50 rows
+    pixels = torch.from_numpy(matplotlib.image.imread(tmp_path / "x.png"))[..., :3]
+    left = pixels[:, : pixels.shape[1] * 2 // 5]
+    coloured = left.max(dim=2).values - left.min(dim=2).values > 0.2
+    assert int(coloured.sum()) > 40 * 30  # beside the red cross and line
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(50, 8), torch.ones(50, 8), torch.randn(1, 8), torch.randn(50, 1)], ids=str
+)
+@pytest.mark.filterwarnings("error")
+def test_degenerate_embeddings_show_no_nan(tmp_path, weight, monkeypatch):
+    from matplotlib.text import Text
+
+    shown = []
+    monkeypatch.setattr(
+        Text, "set_text", lambda self, text, plain=Text.set_text: (shown.append(str(text)), plain(self, text))
+    )
+    torch.save({"weight": weight}, tmp_path / "weight.pt")
+    output = invoke("inspect", tmp_path / "weight.pt", "--out", tmp_path / "x.png")
+    assert not re.search(r"\bnan\b", output)
+    assert any("% of the energy" in text for text in shown)
+    assert not any("nan" in text for text in shown)
 
 
 def test_a_checkpoint_without_matrices_says_so(tmp_path):
@@ -253,7 +378,7 @@ def test_a_checkpoint_without_matrices_says_so(tmp_path):
 
 def test_missing_matplotlib_names_the_extra(checkpoint, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    assert "pip install 'repdeg-fast[bench]'" in invoke("inspect", checkpoint, code=2)
+    assert "pip install 'repdeg-fast[cli]'" in invoke("inspect", checkpoint, code=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is there")

@@ -291,3 +291,14 @@ def test_points_that_are_no_finite_matrix_are_named(measure):
     with pytest.raises(ValueError, match="points: expected a floating matrix"):
         measure(torch.ones(3, 4, dtype=torch.long))
     measure(torch.randn(30, 4).bfloat16())
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_norms_that_fp32_cannot_square(scale):
+    points = torch.randn(40, 8)
+    assert analysis.uniformity(points * scale) == pytest.approx(analysis.uniformity(points), rel=1e-4)
+
+
+def test_nothing_uses_no_direction():
+    zeros = torch.zeros(5, 3)
+    assert (analysis.effective_rank(zeros), analysis.directions_for(zeros, 0.9)) == (0, 0)

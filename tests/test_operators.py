@@ -71,6 +71,46 @@ def test_function_transforms_are_a_clear_error(name, call, inputs):
         torch.func.grad(lambda *tensors: _sum(call(*tensors)))(*inputs)
 
 
+def test_vmap_leaves_the_gradient_of_what_it_maps_over(call, inputs):
+    """Inside, a tensor does not tell that what it wraps wants a gradient."""
+    rows = [torch.stack([tensor.detach(), 2 * tensor.detach()]).requires_grad_() for tensor in inputs]
+    mapped = torch.autograd.grad(_sum(torch.func.vmap(call, randomness="different")(*rows)), rows)
+    plain = torch.autograd.grad(sum(_sum(call(*one)) for one in zip(*rows, strict=True)), rows)
+    for result, expected in zip(mapped, plain, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+MODULES = {
+    "admin_norm": (repdeg_fast.AdminNorm(8), (HIDDEN[0].float(), HIDDEN[1].float())),
+    "cosine_regularization": (repdeg_fast.CosineRegularization(), (HIDDEN[0].float(),)),
+    "gumbel_mix": (repdeg_fast.GumbelMixture(8), (HIDDEN.float(), HIDDEN.float(), torch.randn(20, 8))),
+    "linear_cross_entropy": (
+        repdeg_fast.MultiLayerMLMHead(8, torch.nn.Embedding(20, 8)),
+        (HIDDEN.float(), TARGET),
+    ),
+}
+
+
+@pytest.mark.parametrize("named", MODULES)
+def test_function_transforms_of_modules_are_a_clear_error(named):
+    module, arguments = MODULES[named]
+
+    def value(first):
+        result = module(first, *arguments[1:])
+        return _sum(result[1] if isinstance(result, tuple) else result)
+
+    for transform in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f), randomness="different")):
+        first = arguments[0] if transform is torch.func.grad else arguments[0].expand(2, *arguments[0].shape)
+        with pytest.raises(RuntimeError, match=f"{named} has no torch.func transform"):
+            transform(value)(first)
+
+
+def test_gradient_reversal_takes_function_transforms():
+    x = torch.randn(3, 4)
+    gradient = torch.func.vmap(torch.func.grad(lambda row: repdeg_fast.gradient_reversal(row.sin(), -2.0).sum()))(x)
+    torch.testing.assert_close(gradient, -2 * x.cos())
+
+
 def test_second_derivatives_are_a_clear_error(call, inputs):
     gradients = torch.autograd.grad(_sum(call(*inputs)), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match=r"^\w+ has no second derivative"):

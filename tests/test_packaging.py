@@ -69,3 +69,35 @@ def test_import_costs_little():
     heavy = {"triton", "sympy", "transformers", "rich", "typer", "matplotlib", "setuptools"}
     assert not packages & heavy
     assert "torch._dynamo" not in result.stdout.split()
+
+
+def test_torch_alone_suffices_to_train(tmp_path):
+    """Without what compiles, shows and reads files; with nothing compiled, PyTorch serves, and says what is missing."""
+    code = """
+import sys
+blocked = "matplotlib ninja numpy pybind11 rich safetensors scipy sklearn transformers typer"
+sys.modules |= dict.fromkeys(blocked.split())
+import torch, repdeg_fast
+from repdeg_fast import nn
+embedding, regularizer = torch.nn.Embedding(40, 8), nn.CosineRegularization()
+head, mixture, block = nn.MultiLayerMLMHead(8, embedding), nn.GumbelMixture(8), nn.AdminNorm(8)
+parameters = [p for module in (embedding, head, mixture, block) for p in module.parameters()]
+optimizer = torch.optim.SGD(parameters, lr=0.1)
+tokens = torch.arange(12).view(3, 4)
+hidden = block(embedding(tokens), embedding(tokens + 1))
+_, sampled = mixture(hidden.view(1, 12, 8), hidden.view(1, 12, 8), head.weight)
+(head([hidden, hidden], tokens).sum() + sampled.square().sum() + regularizer(embedding)).backward()
+optimizer.step()
+print(all(p.grad is not None and p.isfinite().all() for p in parameters))
+from repdeg_fast import analysis
+print(analysis.pwcca(torch.randn(50, 4), torch.randn(50, 3)).distance > 0)
+from repdeg_fast.cli import main
+main()
+"""
+    environment = {**os.environ, "REPDEG_FAST_CACHE_DIR": str(tmp_path), "REPDEG_FAST_BACKEND": ""}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.stdout.split() == ["True", "True"], result.stderr
+    assert "falls back to plain PyTorch" in result.stderr
+    assert "pip install ninja pybind11" in result.stderr
+    last = "repdeg-fast: the command line needs rich, safetensors, typer: pip install 'repdeg-fast[cli]'"
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, last)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,11 +80,13 @@ def pwcca(
     ``convention="svcca"`` gives what google/svcca's ``compute_pwcca(x.T, y.T, epsilon=threshold)`` computes instead:
     threshold added to the variances, directions without Σxx^-½, weights from uncentred points. It has no answer
     where y is narrower or a feature of x varies less than that: a ValueError here, an IndexError or a wrong side
-    there.
+    there. It needs NumPy.
     """
     covariances = paired(x, y)
     if convention == "svcca":
-        return _pwcca_of_svcca(covariances, threshold)
+        from repdeg_fast.analysis.cca_of_svcca import pwcca_of_svcca  # the one that needs NumPy
+
+        return pwcca_of_svcca(covariances, threshold)
     if convention != "paper":
         raise ValueError(f"convention: expected 'paper' or 'svcca', got {convention!r}")
     found = _Whitened.of(covariances, threshold)
@@ -132,33 +133,3 @@ def _directions(covariances: Covariances, side: int, threshold: float, share: fl
         cumulative = variances[:rank].cumsum(0)
         rank = min(rank, int((cumulative < share * cumulative[-1]).sum()) + 1)
     return variances[:rank], directions[:, :rank]
-
-
-def _pwcca_of_svcca(covariances: Covariances, epsilon: float) -> CanonicalCorrelations:
-    """In NumPy, as there: the signs of its singular vectors enter the result where the points are not centred."""
-    n = covariances.points
-    xx, xy, yy = (covariances.scatter(*sides).cpu().numpy() / (n - 1) for sides in ((0, 0), (0, 1), (1, 1)))
-    largest_x, largest_y = np.abs(xx).max(), np.abs(yy).max()
-    cross = xy / np.sqrt(largest_x * largest_y)
-    sigma_x, sigma_y = xx / largest_x, yy / largest_y
-    kept = np.diagonal(sigma_y) >= epsilon
-    if not (np.diagonal(sigma_x) >= epsilon).all() or len(sigma_x) > kept.sum():
-        raise ValueError(
-            "convention: 'svcca' is not defined where y is narrower than x or a feature of x has a variance below"
-            f" {epsilon} of the largest; got {len(sigma_x)} and {int(kept.sum())} features; exchange"
-            " x and y, or use 'paper'"
-        )
-    whiteners = [_inverse_root(s + epsilon * np.eye(len(s))) for s in (sigma_x, sigma_y[kept][:, kept])]
-    turn, correlations, _ = np.linalg.svd(whiteners[0] @ cross[:, kept] @ whiteners[1])
-    mean = covariances.mean(0).cpu().numpy()
-    shift = n * np.outer(mean, mean)  # row i of their directions is shifted by the mean of *feature* i
-    gram = turn.T @ xx @ turn * (n - 1) + shift
-    projections = np.linalg.solve(np.linalg.cholesky(gram), turn.T @ xx * (n - 1) + shift)  # QR without the n points
-    weights = torch.from_numpy(np.abs(projections).sum(1))
-    rho = torch.from_numpy(np.abs(correlations))
-    return CanonicalCorrelations(rho, weights / weights.sum(), n, len(sigma_x), int(kept.sum()))
-
-
-def _inverse_root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(np.linalg.pinv(matrix))
-    return (vectors * np.sqrt(values)) @ vectors.T

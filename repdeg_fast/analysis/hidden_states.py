@@ -296,7 +296,10 @@ def _first_occurrences(tokens: Tensor, seen: Tensor, most: int) -> tuple[Tensor,
 
 
 def _tracked(batches: Iterable[Any]) -> Iterable[Any]:
-    from rich.console import Console
-    from rich.progress import track
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError as missing:
+        raise ImportError("progress: a bar needs rich: pip install 'repdeg-fast[cli]'") from missing
 
     return track(batches, description="reading hidden states", console=Console(stderr=True), transient=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,12 +47,9 @@ def mutual_information(
     _check_labels(labels, len(representations))
     if clusters < 1:
         raise ValueError(f"clusters: expected at least 1, got {clusters}")
-    try:
-        from sklearn.cluster import MiniBatchKMeans
-    except ImportError as missing:
-        raise ImportError("mutual_information needs scikit-learn: pip install 'repdeg-fast[analysis]'") from missing
+    cluster = _scikit_learn("cluster")
     clusters = min(clusters, len(representations))
-    means = MiniBatchKMeans(
+    means = cluster.MiniBatchKMeans(
         clusters, random_state=seed, batch_size=max(1024, 3 * clusters), n_init=1, max_iter=10, init="random"
     )
     assigned = means.fit_predict(representations.detach().float().cpu().numpy())
@@ -60,25 +58,31 @@ def mutual_information(
 
 def mutual_information_of_labels(first: Tensor, second: Tensor) -> MutualInformation:
     """The same of two labellings (N,) of the same points, the first in place of clusters."""
-    from scipy.sparse import coo_matrix
-    from sklearn.metrics.cluster import expected_mutual_information
+    metrics = _scikit_learn("metrics.cluster")
+    from scipy.sparse import coo_matrix  # which it needs
 
     _check_labels(first, len(first))
     _check_labels(second, len(first))
     n = len(first)
-    rows, columns = (np.unique(labels.cpu().numpy(), return_inverse=True)[1] for labels in (first, second))
-    table = coo_matrix((np.ones(n, dtype=np.int64), (rows, columns))).tocsr()
-    joint = table.data / n
-    entropies = [_entropy(np.bincount(labels) / n) for labels in (rows, columns)]
-    plug_in = sum(entropies) - _entropy(joint)
-    by_chance = float(expected_mutual_information(table, n))
+    rows, columns = (labels.cpu().unique(return_inverse=True)[1] for labels in (first, second))
+    table = coo_matrix((torch.ones(n, dtype=torch.int64).numpy(), (rows.numpy(), columns.numpy()))).tocsr()
+    entropies = [_entropy(labels.bincount()) for labels in (rows, columns)]
+    plug_in = sum(entropies) - _entropy(torch.from_numpy(table.data))
+    by_chance = float(metrics.expected_mutual_information(table, n))
     room = entropies[1] - by_chance
     corrected = entropies[1] * (plug_in - by_chance) / room if room > 1e-6 * entropies[1] else 0.0
     return MutualInformation(corrected, plug_in, by_chance, entropies[1], table.shape[0])
 
 
-def _entropy(shares: np.ndarray) -> float:
-    return float(-(shares * np.log(shares)).sum())
+def _entropy(counts: Tensor) -> float:
+    return float(torch.special.entr(counts.double() / counts.sum()).sum())
+
+
+def _scikit_learn(part: str) -> Any:
+    try:
+        return importlib.import_module(f"sklearn.{part}")
+    except ImportError as missing:
+        raise ImportError("mutual_information needs scikit-learn: pip install 'repdeg-fast[analysis]'") from missing
 
 
 def _check_labels(labels: Tensor, expected: int) -> None:

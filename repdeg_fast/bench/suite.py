@@ -38,6 +38,7 @@ class Case:
     sizes: dict[str, int]
     dtype: torch.dtype = torch.float32
     default_on: tuple[str, ...] = ("cpu", "cuda")
+    brief: bool = False  # on a CPU the one of its operation that runs unless asked for more
     group: str | None = None  # the cases of one group are plotted against their size
     tokens: int | None = None  # for tokens/s, where an operation has tokens
     load: Callable[[], Tensor] | None = None
@@ -81,11 +82,12 @@ class Provider:
         return not self.ours and not self.floor
 
 
-def relative_error(output: Tensor, exact: Tensor) -> float:
+def relative_error(output: Tensor, exact: Tensor, least: float = 0.0) -> float:
     """‖output − exact‖ / ‖exact‖, in double: PyTorch's fp32 norm of a large tensor is itself off by more than the
-    tolerance."""
+    tolerance. Relative to ``least`` where an exact value is all but cancelled."""
     difference = float(torch.linalg.vector_norm(output.double() - exact))
-    return 0.0 if difference == 0 else difference / max(float(torch.linalg.vector_norm(exact)), 1e-300)
+    size = max(float(torch.linalg.vector_norm(exact)), least, 1e-300)
+    return 0.0 if difference == 0 else difference / size
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +126,15 @@ class Selection:
 
 
 def select(
-    ops: Sequence[str], cases: Sequence[str], providers: Sequence[str], device: torch.device, one_more: bool = False
+    ops: Sequence[str],
+    cases: Sequence[str],
+    providers: Sequence[str],
+    device: torch.device,
+    one_more: bool = False,
+    full: bool = True,
 ) -> list[Selection]:
-    """What the names stand for; no names: every operation, the cases that are default on ``device``, every provider.
+    """What the names stand for; no names: every operation, the cases that are default on ``device`` (on a CPU the brief
+    ones alone unless ``full``), every provider.
     ``one_more``: there will be a case of the caller's, for operations that are named and have none here, too.
 
     Raises:
@@ -139,7 +147,7 @@ def select(
     selections = [
         Selection(
             suite,
-            _choose_cases(suite, cases, device),
+            _choose_cases(suite, cases, device, full),
             [provider for provider in suite.providers if not providers or provider.name in providers],
         )
         for suite in chosen
@@ -150,7 +158,9 @@ def select(
     return selections
 
 
-def _choose_cases(suite: Suite, names: Sequence[str], device: torch.device) -> list[Case]:
+def _choose_cases(suite: Suite, names: Sequence[str], device: torch.device, full: bool) -> list[Case]:
+    if not names and not full and device.type == "cpu":
+        return [case for case in suite.cases if case.brief]
     if not names:
         return [case for case in suite.cases if device.type in case.default_on and not case.unavailable]
     chosen = [case for case in suite.cases if {case.name, case.group} & set(names)]

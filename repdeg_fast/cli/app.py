@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from repdeg_fast import __version__
+from repdeg_fast import __version__, backends
 from repdeg_fast.cli.analyze import analyze
 from repdeg_fast.cli.bench import bench
 from repdeg_fast.cli.console import clear_errors
@@ -35,7 +35,8 @@ def _common(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    with clear_errors():
+        backends.check_requested()
 
 
 _BENCH_EPILOG = "Exits with 1 if a value is wrong or one of our own providers fails, with 2 on bad input."

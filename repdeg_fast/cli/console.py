@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,13 +15,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from repdeg_fast._checks import InputError
 
-_WIDTH = 170  # columns that the widest table needs; a pipe has no width of its own
+_WIDEST = 170  # columns that the widest table needs
+_SPELT = {"–": "-", "−": "-", "…": "...", "‖": "|", "×": "x", "÷": "/", "·": "-", "≥": ">=", "→": "->", "²": "^2"}
 
 
-def stdout(least: int = 0) -> Console:
-    """At least so wide: a terminal that is narrower breaks the lines of a table, but no figure is lost."""
+def stdout(wide: bool = False) -> Console:
+    """As wide as the terminal, or as ``COLUMNS`` says; ``wide``: enough for the widest table, whose lines a narrower
+    terminal breaks, but no figure is lost."""
     console = Console(highlight=False)
-    return Console(highlight=False, width=max(console.width, least if console.is_terminal else _WIDTH))
+    return Console(highlight=False, width=max(console.width, _WIDEST)) if wide else console
+
+
+def spell_out() -> None:
+    """What the encoding of a stream lacks (``PYTHONIOENCODING=latin-1``) is spelt out: no run ends in its error."""
+    codecs.register_error("repdeg_fast", _spelt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="repdeg_fast")
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_SPELT.get(one, "?") for one in error.object[error.start : error.end]), error.end
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from repdeg_fast import backends
 from repdeg_fast.bench import measure
@@ -50,6 +50,11 @@ def _build(console: Console) -> bool:
     return failed
 
 
+def _table(title: str, *columns: str, **options: bool) -> Table:
+    """Long words are folded: a narrow terminal loses nothing."""
+    return Table(*(Column(name, overflow="fold") for name in columns), title=title, title_justify="left", **options)  # type: ignore[arg-type]
+
+
 def _environment_table() -> Table:
     cpu = torch.device("cpu")
     facts = {
@@ -68,14 +73,14 @@ def _environment_table() -> Table:
         )
     if not torch.cuda.is_available():
         facts["cuda devices"] = build.unavailable("cuda")
-    table = Table("", "", title="Environment", title_justify="left", show_header=False)
+    table = _table("Environment", "", "", show_header=False)
     for key, value in facts.items():
         table.add_row(key, escape(str("–" if value is None else value)))
     return table
 
 
 def _libraries_table() -> Table:
-    table = Table("library", "state", "build", title="Native kernels", title_justify="left")
+    table = _table("Native kernels", "library", "state", "build")
     for library in build.LIBRARIES:
         state = build.state(library)
         built = build.build_info(library) if state in ("loaded", "compiled") else {}
@@ -87,7 +92,7 @@ def _libraries_table() -> Table:
 
 
 def _backends_table() -> Table:
-    table = Table("operation", "device", "served by", "others", title="Backends", title_justify="left")
+    table = _table("Backends", "operation", "device", "served by", "others")
     for op, devices in backends.status().items():
         for device, entry in devices.items():
             others = [f"{name}: {entry[name] or 'can serve'}" for name in backends.BACKENDS if name != entry["serves"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,7 @@ def inspect(
     pictures.pyplot()
     path, wanted = checkpoints.parse(file)
     picture = out or Path(f"{path.stem}-cone.png")
-    outputs.check_file("out", picture)
+    outputs.check_picture("out", picture)
     if report:
         outputs.check_folder("report", report)
     name, weight = checkpoints.load(path, wanted)
@@ -61,14 +62,18 @@ def inspect(
 def _overview(name: str, found: Inspection) -> Table:
     title = f"{name}: {found.rows:,} × {found.columns:,} {dtype_name(found.dtype)}"
     out = Table(title=escape(title), title_justify="left")
-    out.add_column("measure")
-    out.add_column("value", justify="right")
+    out.add_column("measure", no_wrap=True)
+    out.add_column("value", justify="right", no_wrap=True)
     out.add_column("meaning", style="dim")
     norms, centred = found.norms, found.centred_singular_values
     small, large = float(norms.min()), float(norms.max())
     rows = [
         ("R (CosReg)", f"{found.cosreg:.12f}", "mean cosine over all N² ordered pairs, the diagonal left out"),
-        ("mean cosine", f"{found.mean_cosine:.6f}", "over pairs of different non-zero rows; 0: no common direction"),
+        (
+            "mean cosine",
+            "–" if math.isnan(found.mean_cosine) else f"{found.mean_cosine:.6f}",
+            "over pairs of different non-zero rows; 0: no common direction",
+        ),
         ("‖mean unit row‖", f"{found.mean_direction_norm:.6f}", "0: rows in all directions; 1: all in one"),
         ("norms", f"{small:.4g} / {float(norms.median()):.4g} / {large:.4g}", "min / median / max"),
         ("zero rows", f"{found.zero_rows:,}", "padding, or tokens that were never trained"),

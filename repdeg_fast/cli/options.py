@@ -12,8 +12,11 @@ import typer
 from repdeg_fast._checks import InputError
 from repdeg_fast.analysis import inspection
 from repdeg_fast.analysis import weights as checkpoints
+from repdeg_fast.bench import measure
 from repdeg_fast.bench.suite import DTYPES, Selection, Suite, suites
 from repdeg_fast.native import build
+
+_COPIES = 3  # of real weights, at least: the leaf, its gradient, and one in float64 a part at a time
 
 
 def _listing(names_of: Callable[[Suite], Iterable[str | None]]) -> str:
@@ -67,6 +70,12 @@ def with_weights(selections: list[Selection], specification: str, cases: str) ->
     if not specification:
         return selections
     name, weight = checkpoints.load(*checkpoints.parse(specification))
+    free = measure.free_bytes(torch.device("cpu"))
+    if _COPIES * weight.nbytes > free:
+        raise InputError(
+            f"weights: {name} has {weight.nbytes / 1e9:.1f} GB, and to measure with it takes {_COPIES} times as much;"
+            f" {free / 1e9:.1f} GB of memory are free"
+        )
     inspection.check_finite(weight, name)
     return [replace(s, cases=[*(s.cases if cases else []), s.suite.case_of_weights(name, weight)]) for s in selections]
 

@@ -18,6 +18,13 @@ def check_file(option: str, path: Path) -> None:
         check_folder(option, path.parent)
 
 
+def check_picture(option: str, path: Path) -> None:
+    """The same of a picture, which is a PNG whatever its name says."""
+    if path.suffix.lower() != ".png" and not path.is_dir():
+        raise InputError(f"{option}: pictures are PNG, got {path.name!r}; expected a name such as {path.stem}.png")
+    check_file(option, path)
+
+
 def check_folder(option: str, folder: Path) -> None:
     """Raises InputError where files in ``folder`` could not be written, or it could not be made; creates nothing."""
     there = next(path for path in (folder, *folder.parents) if path.exists())

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from repdeg_fast.bench import plots
 from repdeg_fast.bench.profile import Profile, file_name, profile_case
-from repdeg_fast.bench.report import format_bytes
+from repdeg_fast.bench.report import format_bytes, plain_table
 from repdeg_fast.bench.suite import Case, Suite, select, suites
 from repdeg_fast.cli import options, outputs
 from repdeg_fast.cli.console import progress, stdout
@@ -41,7 +41,7 @@ def profile(
     )
     selection = options.with_dtype(selections[0], dtype)
     out.mkdir(parents=True, exist_ok=True)
-    console = stdout(170)
+    console = stdout()
     for chosen in selection.cases if case or weights else selection.cases[:1]:
         with progress(len(selection.providers)) as tick:
             profiles = profile_case(selection.suite, chosen, selection.providers, target, out, tick)
@@ -58,15 +58,19 @@ def profile(
 
 def _table(suite: Suite, case: Case, profiles: Sequence[Profile], device: torch.device) -> Table:
     title = f"{suite.op} · {case} on {device.type}: memory beyond the inputs"
-    out = Table(title=escape(title), title_justify="left")
+    notes = [f"not measured: {p.provider.name}: {p.reason}" for p in profiles if p.timeline is None]
+    notes += [
+        f"{p.provider.name} adds to the gradient that is there: both passes in one call"
+        for p in profiles
+        if p.provider.graph_free and p.timeline
+    ]
+    out = plain_table(title, escape("\n".join(notes)))
     out.add_column("provider", no_wrap=True)
     for name in ("forward peak", "saved for backward", "held after forward", "backward peak", "held after"):
         out.add_column(name, justify="right")
-    out.add_column("note", overflow="fold")
     for profile in profiles:
         name, timeline = profile.provider.name, profile.timeline
         if timeline is None:
-            out.add_row(name, *["–"] * 5, f"[dim]{escape(profile.reason or '')}[/]")
             continue
         first = next(iter(timeline.phases))  # forward; or both passes, where one call does them
         backward = "backward" in timeline.phases
@@ -77,7 +81,6 @@ def _table(suite: Suite, case: Case, profiles: Sequence[Profile], device: torch.
             format_bytes(timeline.at(timeline.phases[first][1])),
             format_bytes(timeline.peak("backward")) if backward else "–",
             format_bytes(timeline.points[-1][1] if timeline.points else 0),
-            "adds to the gradient that is there: both passes in one call" if profile.provider.graph_free else "",
             style="bold" if profile.provider.ours else None,
         )
     return out

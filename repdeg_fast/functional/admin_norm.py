@@ -13,6 +13,7 @@ from repdeg_fast._arithmetic import arithmetic_dtype, autocast_dtype
 from repdeg_fast._checks import check_dropout, check_floating, check_positive, is_plain
 from repdeg_fast._recoverable import SMALLEST_RATIO, smallest_ratio
 from repdeg_fast._seeds import seed_tensor
+from repdeg_fast.ops._operator import wants_gradient
 from repdeg_fast.ops.admin_norm import admin_norm as _admin_norm
 
 NORMS = ("layer", "rms")
@@ -74,7 +75,7 @@ def admin_norm(
     dropout = float(dropout) if training else 0.0
     seed = seed_tensor(seed, x.device) if dropout > 0 else None
     differentiated = torch.is_grad_enabled() and (
-        x.requires_grad or branch.requires_grad or _any_requires_grad(omega, weight, bias, branch_bias)
+        x.requires_grad or branch.requires_grad or any(map(wants_gradient, (x, omega, weight, bias, branch_bias)))
     )
     save_input = differentiated and _save_input(save, weight, bias, x.dtype)
     y, _, _ = _admin_norm(
@@ -175,10 +176,6 @@ def _check_parameter(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) ->
         raise ValueError(f"{name}: expected device {x.device} like x, got {value.device}")
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return True in [tensor.requires_grad for tensor in tensors if tensor is not None]
-
-
 def _save_input(save: str, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the backward pass starts from the inputs. Looked up while a graph is traced, then fixed in it."""
     if save == "input":
@@ -189,6 +186,8 @@ def _save_input(save: str, weight: Tensor | None, bias: Tensor | None, dtype: to
     if ratio >= needed:
         return False
     problem = f"weight has an entry near zero: min |weight|/max(|bias|, 2⁻⁸) is below {needed:g}, too small for {dtype}"
+    if math.isnan(ratio):
+        problem = "weight or bias has a NaN entry, from which nothing can be recovered"
     if save == "output":
         raise ValueError(f'save: {problem} (it is {ratio:.3g}); use save="input" or "auto"')
     backends.announce(

@@ -16,6 +16,7 @@ from repdeg_fast._arithmetic import autocast_dtype
 from repdeg_fast._checks import check_dense, check_finite, check_floating, check_integer, check_positive, row_of_padding
 from repdeg_fast.contracts.linear_cross_entropy import Head
 from repdeg_fast.ops import linear_cross_entropy as _ops
+from repdeg_fast.ops._operator import wants_gradient
 from repdeg_fast.ops.chunked_logits import LIMIT
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -137,8 +138,7 @@ def arguments(head: Head, heads: int, options: Options, *, upstream_known: bool 
     A sample is drawn in the same way whether or not gradients are needed: activation checkpointing draws it twice.
     """
     hidden_states, weight, _, bias = head
-    grad = torch.is_grad_enabled()
-    needs = [t is not None and grad and t.requires_grad for t in (hidden_states, weight, bias)]
+    needs = [wants_gradient(tensor) for tensor in (hidden_states, weight, bias)]
     ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx = options
     chunked = reduction != "none" and (samples or True in needs)
     if chunked and strategy == "auto":
@@ -169,8 +169,12 @@ def check_options(options: Options) -> Options:
     return options._replace(label_smoothing=float(label_smoothing), softcap=float(softcap or 0))
 
 
-def check_ignore_index(ignore_index: int, target: Tensor) -> None:
-    """An integer that can be compared with the values of ``target``."""
+def check_target(target: Tensor, ignore_index: int) -> None:
+    """Class indices, and an integer that can be compared with them."""
+    if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
+        given = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target: expected a tensor of class indices, int64 or int32, got {given}")
+    check_dense("target", target)
     check_integer("ignore_index", ignore_index)
     limits = torch.iinfo(target.dtype)
     if not limits.min <= ignore_index <= limits.max:
@@ -218,11 +222,7 @@ def check_tensors(
             f"hidden_states: expected a last dimension of {width} like weight {tuple(weight.shape)}, "
             f"got shape {tuple(hidden_states.shape)}"
         )
-    if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
-        given = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target: expected a tensor of class indices, int64 or int32, got {given}")
-    check_dense("target", target)
-    check_ignore_index(options.ignore_index, target)
+    check_target(target, options.ignore_index)
     if bias is not None:
         check_floating("bias", bias)
         if bias.shape != (vocabulary,):

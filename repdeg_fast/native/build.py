@@ -95,8 +95,8 @@ _failures: dict[str, str] = {}
 
 def _remedy(library: str) -> str:
     return {
-        "cpu": "install a C++17 compiler (g++ or clang++; CXX names another) and ninja",
-        "cuda": "install the CUDA toolkit of torch's CUDA version (CUDA_HOME names it) and ninja",
+        "cpu": "install a C++17 compiler (g++ or clang++; CXX names another), and pip install ninja pybind11",
+        "cuda": "install the CUDA toolkit of torch's CUDA version (CUDA_HOME names it), and pip install ninja pybind11",
     }[library]
 
 
@@ -120,6 +120,8 @@ def _compiler_missing(library: str) -> str | None:
     with _ninja_on_path():
         if not cpp_extension.is_ninja_available():
             return f"no ninja; {_remedy(library)}"
+    if importlib.util.find_spec("pybind11") is None:
+        return f"no pybind11; {_remedy(library)}"
     return None
 
 
@@ -219,7 +221,7 @@ def _compile(library: str, path: Path) -> ModuleType:
     except RuntimeError as error:  # its text is all that the compiler printed
         print("failed", file=sys.stderr, flush=True)
         log = path.with_suffix(".log")
-        log.write_text(str(error))
+        log.write_text(str(error), encoding="utf-8")
         raise RuntimeError(f"{_first_error(str(error))} (all of it: {log})") from None
     cache.keep(build / path.name, path)
     shutil.rmtree(build, ignore_errors=True)

@@ -13,12 +13,12 @@ from repdeg_fast._checks import (
     check_flag,
     check_floating,
     check_input,
-    check_integer,
     check_positive,
     check_size,
     is_dtensor,
 )
 from repdeg_fast.functional import multi_layer_mlm_loss
+from repdeg_fast.functional.linear_cross_entropy import check_target
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -137,8 +137,8 @@ def masked_lm_losses(
 ) -> Tensor:
     """:func:`repdeg_fast.multi_layer_mlm_loss` of the M positions that are not ignored, selected before the transform.
     ``nonzero`` is the one operation whose result the host waits for."""
+    check_target(target, ignore_index)
     layers = _check_layers(hidden_states, target)
-    check_integer("ignore_index", ignore_index)
     positions = (target.reshape(-1) != ignore_index).nonzero().squeeze(1)
     masked = torch.stack([layer.flatten(0, -2).index_select(0, positions) for layer in layers])
     target = target.reshape(-1).index_select(0, positions)
@@ -168,8 +168,6 @@ def _check_activation(activation: str | Activation) -> Activation:
 
 
 def _check_layers(hidden_states: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a tensor of class indices, int64 or int32, got {type(target).__name__}")
     if not isinstance(hidden_states, Iterable):
         raise TypeError(
             "hidden_states: expected a sequence of tensors (B, T, hidden_size), one a layer, or all in one tensor, got "

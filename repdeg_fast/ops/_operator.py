@@ -129,6 +129,13 @@ def operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Operat
     return lambda body: Operator(body, mutates)
 
 
+def wants_gradient(tensor: Tensor | None) -> bool:
+    """Whether a gradient of ``tensor`` may be asked for. Under vmap only what it wraps would tell: then yes."""
+    if tensor is None or not torch.is_grad_enabled():
+        return False
+    return tensor.requires_grad or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+
+
 def _watched() -> bool:
     """Whether something that must see whole operators looks on."""
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def embedding_numbers(
         "norm_median": float(found.norms.median()),
         "norm_max": float(found.norms.max()),
         "effective_rank": effective_rank(found.singular_values),
-        "effective_rank_centred": effective_rank(centred) if centred.any() else 0.0,
+        "effective_rank_centred": effective_rank(centred),
         "participation_ratio_centred": participation_ratio(centred),
         "directions_for_90_percent": directions_for(centred, 0.9),
         "isoscore": found.isoscore,
@@ -83,16 +84,12 @@ def embedding_report(
 
 def findings(numbers: dict[str, Any]) -> list[str]:
     """In sentences, with numbers."""
-    cosine, rank, d = numbers["average_cosine"], numbers["effective_rank_centred"], numbers["columns"]
-    strength = "hardly any" if abs(cosine) < 0.05 else "some" if cosine < 0.2 else "a strong"
-    cone = "The rows point in all directions" if strength == "hardly any" else "The rows lie in a cone"
+    rank, d = numbers["effective_rank_centred"], numbers["columns"]
+    isoscore = "" if math.isnan(numbers["isoscore"]) else f"; IsoScore is {numbers['isoscore']:.3f} (1: all alike)"
     out = [
-        f"{cone}: two different rows have a cosine of {cosine:.3f} on average, and their mean direction has length"
-        f" {numbers['mean_direction_norm']:.3f} (0: no common direction, 1: all rows in one). That is {strength} common"
-        " direction.",
+        _common_direction(numbers["average_cosine"], numbers["mean_direction_norm"]),
         f"Around their mean the rows use {rank:.0f} of {d} directions (effective rank), and"
-        f" {numbers['directions_for_90_percent']} hold 90 % of the variance; IsoScore is {numbers['isoscore']:.3f}"
-        " (1: all directions alike).",
+        f" {numbers['directions_for_90_percent']} hold 90 % of the variance{isoscore}.",
         f"Isotropy of the partition function is {numbers['isotropy']:.3g} (1: the same in every direction).",
     ]
     if "uniformity" in numbers:
@@ -109,6 +106,17 @@ def findings(numbers: dict[str, Any]) -> list[str]:
         f" {numbers['zero_rows']:,} rows are zero."
     )
     return out
+
+
+def _common_direction(cosine: float, length: float) -> str:
+    if math.isnan(cosine):
+        return "There are no two rows that are not zero: nothing to compare."
+    strength = "hardly any" if abs(cosine) < 0.05 else "some" if cosine < 0.2 else "a strong"
+    cone = "The rows point in all directions" if strength == "hardly any" else "The rows lie in a cone"
+    return (
+        f"{cone}: two different rows have a cosine of {cosine:.3f} on average, and their mean direction has length"
+        f" {length:.3f} (0: no common direction, 1: all rows in one). That is {strength} common direction."
+    )
 
 
 def _sections(weight: Tensor, found: Inspection, numbers: dict[str, Any]) -> list[Section]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from repdeg_fast.analysis.pictures import plain, pyplot
+from repdeg_fast.analysis.pictures import dot_size, plain, pyplot
 from repdeg_fast.analysis.report.charts import PALETTE, Bars, Chart, Heatmap, Lines, Scatter
 
 
@@ -29,7 +29,7 @@ def save_png(chart: Chart, path: Path) -> Path:
         axes.set(xlabel=plain(chart.x_label), ylabel=plain(chart.y_label))
         figure.colorbar(image, ax=axes)
     elif chart.values is not None:
-        dots = axes.scatter(chart.x, chart.y, c=chart.values, s=5)
+        dots = axes.scatter(chart.x, chart.y, c=chart.values, s=dot_size(len(chart.x)))
         figure.colorbar(dots, ax=axes, label=plain(chart.value_label))
     else:
         groups = chart.groups or [0] * len(chart.x)
@@ -37,8 +37,9 @@ def save_png(chart: Chart, path: Path) -> Path:
             chosen = [i for i, own in enumerate(groups) if own == group]
             colour = PALETTE[group % len(PALETTE)]
             axes.scatter(
-                [chart.x[i] for i in chosen], [chart.y[i] for i in chosen], s=5, color=colour, label=plain(name)
-            )
+                [chart.x[i] for i in chosen], [chart.y[i] for i in chosen], s=dot_size(len(groups)), color=colour,
+                label=plain(name),
+            )  # fmt: skip
         if chart.names:
             axes.legend(frameon=False, markerscale=3)
     if isinstance(chart, Scatter) and chart.origin:

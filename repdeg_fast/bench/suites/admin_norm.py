@@ -28,7 +28,7 @@ def _rows(name: str, n: int, d: int, dropout_percent: int = 0, **options: object
 _GPU: dict[str, Any] = {"default_on": ("cuda",), "dtype": torch.bfloat16}
 
 CASES = [
-    _rows("bert-base", 8192, 768),
+    _rows("bert-base", 8192, 768, brief=True),
     _rows("bert-base-dropout", 8192, 768, 10),
     *(_rows(f"d-{d}", 16384, d, **_GPU) for d in (768, 1024, 2048, 4096, 8192)),
     _rows("d-1024-dropout", 16384, 1024, 10, **_GPU),

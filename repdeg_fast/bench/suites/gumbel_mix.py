@@ -45,6 +45,7 @@ SEED = 2204_03243
 
 CASES = [
     heads("bert-512", 3, 512, 30522, 768, default_on=("cpu",)),
+    heads("bert-64", 3, 64, 30522, 768, default_on=(), brief=True),
     heads("amos-base", 3, 4915, 32768, 768, default_on=("cuda",), dtype=torch.bfloat16),
     *(heads(f"sweep-{v}", 3, 256, v, 256, group="sweep", default_on=("cuda",)) for v in (4096, 16384, 65536)),
 ]
