@@ -44,7 +44,10 @@ def torch_checkpoint(tmp_path):
 
 def test_help_names_commands_operations_cases_and_providers():
     assert all(command in invoke("--help") for command in ("bench", "profile", "inspect", "info"))
-    assert all(name in invoke("bench", "--help") for name in ("cosreg", "bert-base", "ours-cpu", "--weights"))
+    assert all(name in invoke("bench", "--help") for name in ("cosreg", "--list", "--weights"))
+    output = CliRunner().invoke(app, ["bench", "--list"], env={"COLUMNS": "80"}).output
+    assert all(name in output for name in ("cosreg", "bert-base", "sweep", "ours-cpu", "cut-cross-entropy"))
+    assert max(map(len, output.splitlines())) <= 80
 
 
 def test_bench_writes_table_json_and_plots(checkpoint, tmp_path):
@@ -159,6 +162,7 @@ def test_a_pickled_module_is_refused_in_plain_words(tmp_path):
         (["inspect", "no/such/file"], ["no file"]),
         (["inspect", "tests"], ["cannot read tests", "directory"]),
         (["bench", "--seconds", "nan"], ["seconds"]),
+        (["bench", "--ops", ","], ["expected names with commas between them, got ','"]),
         (["bench", "--seconds", "inf"], ["seconds", "finite"]),
         (["bench", "--json", "tests"], ["json: tests is a folder"]),
         (["bench", "--json", "pyproject.toml/x.json"], ["json: pyproject.toml is a file"]),

@@ -33,11 +33,17 @@ def bench(
         bool, typer.Option("--full", help="All cases that suit the device, not one for each operation.")
     ] = False,
     wide: Annotated[bool, typer.Option("--wide", help="Every column, for 170 columns.")] = False,
+    listing: Annotated[
+        bool, typer.Option("--list", help="Show the operations, their cases and providers, and measure nothing.")
+    ] = False,
     overhead: Annotated[
         bool, typer.Option("--overhead", help="What a call costs the host beside its kernels, for every operation.")
     ] = False,
 ) -> None:
     """Measure operations against their peers, side by side: time, share of the roof, memory, and the value."""
+    if listing:
+        stdout().print(options.catalogue())
+        return
     target = options.device_of(device)
     if not math.isfinite(seconds):
         raise InputError(f"seconds: got {seconds}; expected a finite number")

@@ -16,7 +16,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from repdeg_fast._checks import InputError
 
 _WIDEST = 170  # columns that the widest table needs
-_SPELT = {"–": "-", "−": "-", "…": "...", "‖": "|", "×": "x", "÷": "/", "·": "-", "≥": ">=", "→": "->", "²": "^2"}
+_SPELT = {
+    "–": "-",
+    "−": "-",
+    "…": "...",
+    "‖": "|",
+    "×": "x",
+    "÷": "/",
+    "·": "-",
+    "≥": ">=",
+    "→": "->",
+    "²": "^2",
+    "σ": "s",
+    "Σ": "S",
+    "µ": "u",
+    "≤": "<=",
+}
 
 
 def stdout(wide: bool = False) -> Console:

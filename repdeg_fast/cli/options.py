@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Annotated
 
 import torch
 import typer
+from rich.table import Table
 
 from repdeg_fast._checks import InputError
 from repdeg_fast.analysis import inspection
 from repdeg_fast.analysis import weights as checkpoints
 from repdeg_fast.bench import measure
-from repdeg_fast.bench.suite import DTYPES, Selection, Suite, suites
+from repdeg_fast.bench.report import plain_table
+from repdeg_fast.bench.suite import DTYPES, Selection, suites
 from repdeg_fast.native import build
 
 _COPIES = 3  # of real weights, at least: the leaf, its gradient, and one in float64 a part at a time
 
-
-def _listing(names_of: Callable[[Suite], Iterable[str | None]]) -> str:
-    return "; ".join(
-        f"{op}: {', '.join(dict.fromkeys(filter(None, names_of(suite))))}" for op, suite in suites().items()
-    )
-
-
-CASE_HELP = _listing(lambda suite: (case.group or case.name for case in suite.cases))
-PROVIDER_HELP = _listing(lambda suite: (provider.name for provider in suite.providers))
 
 Ops = Annotated[
     str, typer.Option(metavar="A,B", help=f"Operations ({', '.join(suites())}); default: all.", show_default=False)
@@ -34,13 +26,12 @@ Ops = Annotated[
 Cases = Annotated[
     str,
     typer.Option(
-        metavar="A,B",
-        help=f"Default: some that suit the device; on a CPU no sweep. Of {CASE_HELP}.",
-        show_default=False,
+        metavar="A,B", help="Default: some that suit the device. `bench --list` shows all.", show_default=False
     ),
 ]
 Providers = Annotated[
-    str, typer.Option(metavar="A,B", help=f"Implementations; default: all. Of {PROVIDER_HELP}.", show_default=False)
+    str,
+    typer.Option(metavar="A,B", help="Implementations; default: all. `bench --list` shows them.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is one.", show_default=False)]
 Dtype = Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Default: each case's own.", show_default=False)]
@@ -89,4 +80,20 @@ def with_dtype(selection: Selection, dtype: str) -> Selection:
 
 
 def names(listed: str) -> list[str]:
-    return [name.strip() for name in listed.split(",") if name.strip()]
+    """``"A, B"`` → A and B; nothing for nothing."""
+    found = [name.strip() for name in listed.split(",") if name.strip()]
+    if listed and not found:
+        raise InputError(f"expected names with commas between them, got {listed!r}")
+    return found
+
+
+def catalogue() -> Table:
+    """Every operation with its cases and providers."""
+    out = plain_table("What can be measured", "bold: the case that runs on a CPU unless asked for more")
+    for name in ("operation", "cases", "providers"):
+        out.add_column(name, no_wrap=name == "operation")
+    for op, suite in suites().items():
+        brief = {case.group or case.name: case.brief for case in suite.cases}
+        cases = ", ".join(f"[bold]{name}[/]" if bold else name for name, bold in brief.items())
+        out.add_row(op, cases, ", ".join(provider.name for provider in suite.providers), end_section=True)
+    return out

@@ -17,12 +17,12 @@ from repdeg_fast.bench.report import format_bytes, plain_table
 from repdeg_fast.bench.suite import Case, Suite, select, suites
 from repdeg_fast.cli import options, outputs
 from repdeg_fast.cli.console import progress, stdout
-from repdeg_fast.cli.options import CASE_HELP, Device, Dtype, Providers, Weights
+from repdeg_fast.cli.options import Device, Dtype, Providers, Weights
 
 
 def profile(
     op: Annotated[str, typer.Option(help=f"The operation: {', '.join(suites())}.")],
-    case: Annotated[str, typer.Option(help=f"Default: the first. Of {CASE_HELP}.", show_default=False)] = "",
+    case: Annotated[str, typer.Option(help="Default: the first. `bench --list` shows all.", show_default=False)] = "",
     provider: Providers = "",
     device: Device = "",
     dtype: Dtype = "",
