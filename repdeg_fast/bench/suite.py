@@ -68,6 +68,7 @@ class Provider:
     unavailable: Callable[[Inputs], str | None] = lambda inputs: None
     needs: Callable[[Case], Work] | None = None
     in_sweeps: bool = True  # False: grows too fast to be part of one
+    in_brief: bool = True  # False: slow to compile, and another has been faster in every case
     floor: str = ""
     own_noise: bool = False
     peer: str = ""  # the package that it is, where that is neither ours nor PyTorch
@@ -148,7 +149,7 @@ def select(
         Selection(
             suite,
             _choose_cases(suite, cases, device, full),
-            [provider for provider in suite.providers if not providers or provider.name in providers],
+            _choose_providers(suite, providers, brief=not cases and _is_brief(device, full)),
         )
         for suite in chosen
     ]
@@ -158,11 +159,20 @@ def select(
     return selections
 
 
-def _choose_cases(suite: Suite, names: Sequence[str], device: torch.device, full: bool) -> list[Case]:
-    if not names and not full and device.type == "cpu":
-        return [case for case in suite.cases if case.brief]
+def _is_brief(device: torch.device, full: bool) -> bool:
+    return device.type == "cpu" and not full
+
+
+def _choose_providers(suite: Suite, names: Sequence[str], brief: bool) -> list[Provider]:
     if not names:
-        return [case for case in suite.cases if device.type in case.default_on and not case.unavailable]
+        return [provider for provider in suite.providers if provider.in_brief or not brief]
+    return [provider for provider in suite.providers if provider.name in names]
+
+
+def _choose_cases(suite: Suite, names: Sequence[str], device: torch.device, full: bool) -> list[Case]:
+    if not names:
+        listed = [case for case in suite.cases if device.type in case.default_on and not case.unavailable]
+        return [case for case in suite.cases if case.brief] if _is_brief(device, full) else listed
     chosen = [case for case in suite.cases if {case.name, case.group} & set(names)]
     for case in chosen:
         if case.unavailable:

@@ -27,7 +27,7 @@ def is_whole(library: Path) -> bool:
     """Whether ``library`` is there and has the checksum that was written beside it (half a millisecond). One that a
     full disk or a stopped machine cut short would end the process that loads it with a signal."""
     try:
-        return _checksum_file(library).read_text() == _checksum_line(library, library.name)
+        return _checksum_file(library).read_bytes() == _checksum_line(library, library.name).encode()
     except OSError:
         return False
 

@@ -49,7 +49,7 @@ _GPU: dict[str, Any] = {"default_on": ("cuda",), "dtype": torch.bfloat16}
 
 CASES = [
     heads("bert-512", 3, 512, 30522, 768, default_on=("cpu",)),
-    heads("bert-64", 3, 64, 30522, 768, default_on=(), brief=True),
+    heads("small", 3, 64, 30522, 384, default_on=(), brief=True),
     heads("bert-512-bf16", 3, 512, 30522, 768, default_on=(), dtype=torch.bfloat16),
     heads("amos-base", 3, 4915, 32768, 768, **_GPU),
     heads("bert-base", 1, 4915, 30522, 768, **_GPU),
