@@ -1,5 +1,5 @@
 """Writes the results in ``benchmarks/results/`` into README.md, between its two markers: those of ``make gpu``
-(``<gpu>.json``) first, then those of CPUs (``repdeg-fast bench --seconds 2 --json``).
+(``<gpu>.json``) first, then those of CPUs (``repdeg-fast bench --full --seconds 2 --json``).
 ``python benchmarks/readme_tables.py``
 """
 
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->
 NO_GPU = "No GPU measured yet: run `make gpu` on one, then `make tables`."
 _COLUMNS = ("operation", "case", "pass", "ours", "ms", "% of roof", "peak MB", "best rival", "ms", "peak MB", "faster")
 _HEAD = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-_COMMAND = {"cuda": "make gpu", "cpu": "repdeg-fast bench --seconds 2 --json"}
+_COMMAND = {"cuda": "make gpu", "cpu": "repdeg-fast bench --full --seconds 2 --json"}
 
 
 def main() -> int:

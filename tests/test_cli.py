@@ -288,6 +288,8 @@ def test_one_case_an_operation_unless_asked_for_more():
         selection.suite.op for selection in brief
     }
     assert sum(len(selection.cases) for selection in full) > len(brief)
+    of_gumbel = [next(s for s in chosen if s.suite.op == "gumbel_mix").providers for chosen in (brief, full)]
+    assert [p.name for p in of_gumbel[1] if p not in of_gumbel[0]] == ["compile"]
     (named,) = select(["cosreg"], ["literal-8192"], [], cpu, False)
     assert [case.name for case in named.cases] == ["literal-8192"]
 

@@ -28,8 +28,7 @@ def analyze(
     batch: Annotated[int, typer.Option(min=1, help="Lines in a batch.")] = 32,
     clusters: Annotated[int, typer.Option(min=2, help="For mutual information.")] = 1000,
 ) -> None:
-    """Say what happens to representations from layer to layer: a report in HTML, its numbers in JSON, its pictures
-    as PNG.
+    """Say what happens to representations from layer to layer, in a report: HTML, JSON and PNG.
 
     Mutual information with the input token, change of layers, influence of tokens, token identity, position, CKA of
     all layers, degeneration, and pictures by PCA and t-SNE; of one model, or of two on the same text.
