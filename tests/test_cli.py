@@ -284,7 +284,7 @@ def test_one_row_is_no_wrong_value(tmp_path):
 
 def test_one_case_an_operation_unless_asked_for_more():
     cpu = torch.device("cpu")
-    brief, full = (select([], [], [], cpu, full) for full in (False, True))
+    brief, full = (select([], [], [], cpu, full=full) for full in (False, True))
     assert all(len(selection.cases) == 1 for selection in brief)
     assert {"cosreg", "admin_norm", "linear_cross_entropy", "gumbel_mix", "mlm_losses_and_sample"} <= {
         selection.suite.op for selection in brief
@@ -292,7 +292,9 @@ def test_one_case_an_operation_unless_asked_for_more():
     assert sum(len(selection.cases) for selection in full) > len(brief)
     of_gumbel = [next(s for s in chosen if s.suite.op == "gumbel_mix").providers for chosen in (brief, full)]
     assert [p.name for p in of_gumbel[1] if p not in of_gumbel[0]] == ["compile"]
-    (named,) = select(["cosreg"], ["literal-8192"], [], cpu, False)
+    (named,) = select(["admin_encoder"], [], [], cpu, full=False)  # which has no brief one
+    assert [case.name for case in named.cases] == ["6-layer"]
+    (named,) = select(["cosreg"], ["literal-8192"], [], cpu, full=False)
     assert [case.name for case in named.cases] == ["literal-8192"]
 
 

@@ -135,7 +135,7 @@ def select(
     full: bool = True,
 ) -> list[Selection]:
     """What the names stand for; no names: every operation, the cases that are default on ``device`` (on a CPU the brief
-    ones alone unless ``full``), every provider.
+    ones alone unless ``full``, where an operation has one), every provider.
     ``one_more``: there will be a case of the caller's, for operations that are named and have none here, too.
 
     Raises:
@@ -145,11 +145,12 @@ def select(
     chosen = [suites()[op] for op in ops or suites()]
     _check_known("cases", cases, [name for suite in chosen for case in suite.cases for name in (case.name, case.group)])
     _check_known("providers", providers, [provider.name for suite in chosen for provider in suite.providers])
+    brief = device.type == "cpu" and not full
     selections = [
         Selection(
             suite,
-            _choose_cases(suite, cases, device, full),
-            _choose_providers(suite, providers, brief=not cases and _is_brief(device, full)),
+            _choose_cases(suite, cases, device, brief, named=bool(ops)),
+            _choose_providers(suite, providers, brief and not cases),
         )
         for suite in chosen
     ]
@@ -159,20 +160,18 @@ def select(
     return selections
 
 
-def _is_brief(device: torch.device, full: bool) -> bool:
-    return device.type == "cpu" and not full
-
-
 def _choose_providers(suite: Suite, names: Sequence[str], brief: bool) -> list[Provider]:
     if not names:
         return [provider for provider in suite.providers if provider.in_brief or not brief]
     return [provider for provider in suite.providers if provider.name in names]
 
 
-def _choose_cases(suite: Suite, names: Sequence[str], device: torch.device, full: bool) -> list[Case]:
+def _choose_cases(suite: Suite, names: Sequence[str], device: torch.device, brief: bool, named: bool) -> list[Case]:
     if not names:
         listed = [case for case in suite.cases if device.type in case.default_on and not case.unavailable]
-        return [case for case in suite.cases if case.brief] if _is_brief(device, full) else listed
+        if not brief:
+            return listed
+        return [case for case in suite.cases if case.brief] or (listed if named else [])
     chosen = [case for case in suite.cases if {case.name, case.group} & set(names)]
     for case in chosen:
         if case.unavailable:
