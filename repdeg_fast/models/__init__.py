@@ -7,10 +7,14 @@ from typing import Any
 _HOMES = {
     "AmosConfig": "amos",
     "AmosForPreTraining": "amos",
+    "CoCondenserForPreTraining": "condenser",
+    "CondenserForPreTraining": "condenser",
 }
 __all__ = [
     "AmosConfig",
     "AmosForPreTraining",
+    "CoCondenserForPreTraining",
+    "CondenserForPreTraining",
 ]
 
 
