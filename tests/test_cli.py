@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import repdeg_fast
+from repdeg_fast.analysis import weights
 from repdeg_fast.bench.suite import select
 from repdeg_fast.cli.app import app
 
@@ -236,11 +237,9 @@ def test_a_narrow_terminal_loses_no_figure(checkpoint, wide):
 def test_columns_are_respected_where_output_is_piped(checkpoint, tmp_path):
     for command in (["info"], ["inspect", checkpoint, "--out", tmp_path / "x.png"]):
         arguments = [str(argument) for argument in command]
-        for columns in (80, 100):
-            output = CliRunner().invoke(app, arguments, env={"COLUMNS": str(columns)}).output
-            tables = [line for line in output.splitlines() if line[:1] in "│┃┏└"]
-            assert max(map(len, tables)) <= columns
-            assert "…" not in output
+        output = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"}).output
+        assert max(len(line) for line in output.splitlines() if line[:1] in "│┃┏└") <= 80
+        assert "…" not in output
 
 
 def test_bench_ends_with_an_operation_a_row(checkpoint):
@@ -343,7 +342,7 @@ def test_what_is_larger_than_memory_is_called_so(checkpoint, torch_checkpoint, t
     assert "which must be read whole where it is no zip file" in invoke("inspect", old, code=2)
     assert "to measure with it takes 3 times as much" in invoke("bench", "--weights", checkpoint, code=2)
     for path in (checkpoint, torch_checkpoint):  # mapped, a part at a time
-        invoke("inspect", path, "--out", tmp_path / "x.png")
+        weights.load(path)
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x"])
@@ -363,7 +362,9 @@ def test_the_dots_of_a_small_embedding_are_seen(torch_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "weight", [torch.zeros(50, 8), torch.ones(50, 8), torch.randn(1, 8), torch.randn(50, 1)], ids=str
+    "weight",
+    [torch.zeros(50, 8), torch.ones(50, 8), torch.randn(1, 8), torch.randn(50, 1)],
+    ids=["zeros", "ones", "one row", "one column"],
 )
 @pytest.mark.filterwarnings("error")
 def test_degenerate_embeddings_show_no_nan(tmp_path, weight, monkeypatch):
