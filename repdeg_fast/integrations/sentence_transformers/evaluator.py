@@ -1,4 +1,4 @@
-"""Representations among the evaluations of sentence-transformers. Needs sentence-transformers 6 or later."""
+"""Representations among the evaluations of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
+
 from repdeg_fast.analysis import alignment
 from repdeg_fast.analysis.metrics import representation_metrics
-
-try:
-    from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
-except ImportError as missing:
-    raise ImportError("RepresentationEvaluator needs sentence-transformers: pip install 'repdeg-fast[st]'") from missing
 
 
 class RepresentationEvaluator(SentenceEvaluator):
