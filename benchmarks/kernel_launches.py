@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from repdeg_fast.contracts import admin_norm, contrastive, cosreg
+from repdeg_fast.contracts import linear_cross_entropy as lce
 from repdeg_fast.ops import admin_norm as admin_norm_ops
 from repdeg_fast.ops import cosreg as cosreg_ops
+from repdeg_fast.ops import linear_cross_entropy as lce_ops
 
 TUNED = "sm_90"  # the chip for which every configuration is compiled, not only the one that ships
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 _TYPES = {
     torch.float64: "fp64",
@@ -119,7 +122,9 @@ def _specialization(kernel: Any, arguments: Sequence[Any], options: dict[str, An
     divisible: list[str] = []
     for parameter, value in zip(kernel.params, kernel.signature.bind(*arguments, **options).args, strict=True):
         name = parameter.name
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        if parameter.do_not_specialize:
+            types[name] = "i32"
+        elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             constants[name] = value
         elif isinstance(value, Tensor):
             types[name] = "*" + _TYPES[value.dtype]
@@ -138,6 +143,7 @@ def launches() -> Iterator[Launch]:
     yield from _admin_norm()
     yield from _contrastive()
     yield from _cosreg()
+    yield from _linear_cross_entropy()
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -211,3 +217,38 @@ def _admin_norm() -> Iterator[Launch]:
             for origin, saved in (("output", output), ("input", inputs)):
                 backward = partial(kernels.backward, wanted, x, saved, dropout, center=True)
                 yield Launch(f"{label} from {origin}", backward)
+
+
+def _linear_cross_entropy() -> Iterator[Launch]:
+    """Plain, and with all options; an fp32 weight beside 16-bit rows; rows that stay in registers, and longer ones."""
+    kernels = lce_ops.operation.triton()
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    dtypes = [(bf16, bf16), (fp16, fp16), (bf16, fp32), (fp32, fp32)]
+    for (dtype, weight_dtype), vocabulary in [((bf16, bf16), 250_002), *((one, 30_522) for one in dtypes)]:
+        for everything in (False, True):
+            label = f"{_name(dtype)} " + f"{_name(weight_dtype)} weight " * (dtype != weight_dtype)
+            label += f"V={vocabulary}" + " everything" * everything
+            yield from _linear_cross_entropy_passes(kernels, label, dtype, weight_dtype, vocabulary, everything)
+
+
+def _linear_cross_entropy_passes(
+    kernels: lce.Kernels, label: str, dtype: torch.dtype, weight_dtype: torch.dtype, vocabulary: int, everything: bool
+) -> Iterator[Launch]:
+    heads, positions, d = 3, 4099, 768
+    n = heads * positions
+    hidden_states, weight = _empty(n, d, dtype=dtype), _empty(vocabulary, d, dtype=weight_dtype)
+    bias = _empty(vocabulary, dtype=weight_dtype) if everything else None
+    head = lce.Head(hidden_states, weight, _empty(positions, dtype=torch.int64), bias)
+    rule = lce.LossRule(-100, 0.1, 30.0) if everything else lce.LossRule(-100, 0.0, 0.0)
+    wanted = lce.Wanted(True, True, everything, torch.float32)
+    grad_loss, grad_heads, share = _empty(n), _empty(heads), _empty()
+    made = lce.Gradients(hidden_states, weight, bias)
+    upstream = lce.Upstream(grad_loss, grad_loss if everything else None)
+    if vocabulary == 30_522:
+        yield Launch(label, partial(kernels.forward, head, rule), CHIPS)
+        rescale = partial(kernels.rescale_, made, grad_heads, lambda: grad_loss, head, rule, wanted)
+        yield Launch(label + " rescale", rescale, CHIPS)
+        yield Launch(label + " streaming", partial(kernels.backward, upstream, head, grad_loss, rule, wanted), CHIPS)
+        yield Launch(label, partial(kernels.share, head, rule, True), CHIPS)
+        yield Launch(label, partial(kernels.total, grad_loss, heads, share), CHIPS)
+    yield Launch(label + " chunked", partial(kernels.forward_backward, share.expand(n), head, rule, wanted), CHIPS)

@@ -15,6 +15,13 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
       "linear_cross_entropy_rows(Tensor(a!) logits, Tensor(b!) lse, Tensor(c!)? loss, Tensor(d!)? grad_bias,"
       " Tensor target, Tensor? bias, Tensor? scale, Tensor? lse_scale, int vocabulary, int first_row,"
       " int first_column, int ignore_index, float label_smoothing, float softcap, bool accumulate_bias) -> ()");
+  m.def("linear_cross_entropy_count(Tensor target, int vocabulary, int ignore_index) -> int");  // -1 - i: i is wrong
+  m.def("linear_cross_entropy_total(Tensor losses, int heads, Tensor share) -> Tensor");
+  // The losses (K,), log-sum-exps and needed gradients of a problem in one chunk; the rest is empty.
+  m.def(
+      "linear_cross_entropy_small(Tensor hidden_states, Tensor weight, Tensor target, Tensor? bias, int heads,"
+      " int ignore_index, float label_smoothing, float softcap, bool mean, bool needs_hidden_states, bool needs_weight,"
+      " bool needs_bias) -> (Tensor loss, Tensor lse, Tensor grad_hidden_states, Tensor grad_weight, Tensor grad_bias)");
   m.def("linear_cross_entropy_multiply(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
   m.def("linear_cross_entropy_advise(Tensor(a!) fresh) -> ()");  // contents unchanged: a hint about its pages
   m.def("linear_cross_entropy_add(Tensor(a!) total, Tensor product) -> ()");

@@ -105,6 +105,12 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r:.60}")
 
 
+def wrong_target(value: int, vocabulary: int, ignore_index: int) -> ValueError:
+    """The error about a class index that is none of ``vocabulary``."""
+    expected = f"values from 0 to {vocabulary - 1}, or ignore_index ({ignore_index})"
+    return ValueError(f"target: expected {expected}, got {value}")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:

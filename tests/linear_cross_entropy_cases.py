@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from helpers import relative_error
 
-from repdeg_fast.ops import chunked_logits
+from repdeg_fast.ops import chunked_logits, native_linear_cross_entropy
 
 STRATEGIES = ("chunked", "streaming")
 
@@ -13,6 +13,7 @@ def cut_small(monkeypatch):
     """Several chunks of rows and tiles of the vocabulary also at test sizes."""
     monkeypatch.setattr(chunked_logits, "LIMIT", {"cpu": 0, "cuda": 0})
     monkeypatch.setattr(chunked_logits, "TILE", 48)
+    monkeypatch.setattr(native_linear_cross_entropy, "SMALL", 0)
 
 
 def inputs(vocabulary, rows, width, dtype=torch.float32, device="cpu", target_dtype=torch.int64, heads=None):

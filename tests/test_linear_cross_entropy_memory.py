@@ -61,7 +61,7 @@ def test_peak_memory(strategy, number, threads):
 def test_the_buffer_is_kept_on_the_cpu():
     """Between calls, for either kind, never more than the limit; results do not depend on what is in it."""
     chunked_logits.release()
-    hidden, weight, target, bias = inputs(2000, 64, 16)
+    hidden, weight, target, bias = inputs(8000, 64, 16)
     first = linear_cross_entropy(hidden, weight, target, bias)
     (kept,) = chunked_logits._kept.values()
     kept.fill_(torch.nan)
@@ -89,6 +89,28 @@ def test_chunk_positions(threads):
     assert call(100) == 100
     assert call(1536, torch.bfloat16) == 1536  # one chunk is smaller than an fp32 copy of the gradient
     assert call(4096, torch.bfloat16) * 30528 * 2 <= 64 << 20
+
+
+def test_chunks_of_a_gpu_fill_its_multiprocessors():
+    """dz E at d = 768 has three tiles for each 128 rows: 132 at 5,632 rows."""
+    cut = chunked_logits._full_waves
+    assert cut(5632, 768, 1, 132) == 1
+    assert cut(11_264, 768, 2, 132) == 2  # two full rounds
+    assert cut(14_745, 768, 1, 132) == 1  # 348 tiles, three rounds; in two chunks two each
+    assert cut(14_745, 768, 2, 132) == 3
+    weight, wanted = torch.empty(32_768, 768, device="meta"), Wanted(True, True, True, torch.float32)
+    positions = lambda n: chunked_logits.chunk_positions(n, 1, weight, torch.bfloat16, wanted)  # noqa: E731
+    assert positions(14_745) == 14_745  # 966 MB
+    assert positions(44_235) == 11_059  # 2.9 GB: four chunks of two rounds rather than three of three
+
+
+def test_tiles_of_a_known_log_sum_exp():
+    size = lambda rows, weight, *dtypes: chunked_logits.tile_size(rows, weight, set(dtypes))  # noqa: E731
+    assert size(14_745, torch.empty(30_522, 8), torch.float32) == (4096, 4096)
+    on_gpu = size(14_745, torch.empty(30_522, 8, device="meta"), torch.float32, torch.bfloat16)
+    assert on_gpu.columns == 10_176  # three tiles of about equal size
+    assert 14_745 <= on_gpu.rows <= (1 << 30) // (6 * on_gpu.columns)
+    assert size(10**6, torch.empty(250_002, 8, device="meta"), torch.float32).columns <= 4096 + 64
 
 
 def test_choose_strategy():

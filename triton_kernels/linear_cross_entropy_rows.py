@@ -1,102 +1,154 @@
-"""The row pass of the chunked linear cross entropy: logits from one GEMM to their gradient for the next two.
-Mathematics: repdeg_fast/reference/linear_cross_entropy.py."""
+"""Blocks of logits from one GEMM to their gradient for the next two. Mathematics:
+repdeg_fast/reference/linear_cross_entropy.py.
+
+*Chunked* has whole rows, whose log-sum-exp is not known yet: they are looked at twice, by so few programs that the
+second look finds a row in the cache, and memory is read once and written once.
+*Streaming* has tiles of rows whose log-sum-exp is known: nothing is to be reduced.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import add_exponentials, origin
-from .tuning import Specialization, choose, padded_columns, padded_vector, variants
+from .tile import add_exponentials, loss_gradient, origin, softcapped
+from .tuning import choose, padded_columns, padded_vector, persistent_programs
+
+if TYPE_CHECKING:
+    from repdeg_fast.contracts.linear_cross_entropy import Columns, LogitBlock, LossRule
 
 _SUM_ROWS, _SUM_COLUMNS = 64, 64
+_TILE_COLUMNS, _TILE_WARPS = 4096, 8  # 16 logits a thread: several 16-byte loads in flight
+_L1 = 192 << 10  # bytes that rows may take of a multiprocessor's 256 KB
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """``columns`` logits of a row a step."""
+    """``columns`` logits of a row a step, by at most ``programs`` a multiprocessor: fewer where L1 holds fewer rows."""
 
     columns: int
     num_warps: int
+    programs: int
 
 
-# 16 logits a thread: several 16-byte loads in flight, and registers for four programs a multiprocessor in 16 bits
-_BLOCKS = (RowBlock(4096, 8), RowBlock(8192, 8), RowBlock(4096, 4), RowBlock(8192, 16))
+# 16 logits a thread: several 16-byte loads in flight, and registers for as many programs as L1 has room for rows. A row
+# that is longer than a third of it is left to L2, by programs that keep 24 KB in flight.
+_BLOCKS = (RowBlock(4096, 8, 4), RowBlock(4096, 8, 3), RowBlock(4096, 4, 6), RowBlock(8192, 8, 3))
+_LONG_BLOCKS = (RowBlock(4096, 8, 3), RowBlock(4096, 8, 2), RowBlock(4096, 8, 4))
 
 
+# softcap(logit + bias) in fp32.
 @triton.jit
-def softcapped(z, softcap):
-    return softcap * (1 - 2 / (1 + tl.exp(2 * z / softcap)))
+def _load_logits(logits, bias, columns, width, softcap):
+    z = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + columns, mask=columns < width, other=0.0)
+    if softcap is not None:
+        z = softcapped(z, softcap)
+    return z
 
 
-# A row of logits to its gradient, in place. It must be read once and written once: the second read finds the row
-# (60 KB at V = 30,522 in bf16) in L2. `width` is the vocabulary with the padding behind it, which is written too.
+# Whether a row counts, and its label's logit. Read before anything of the row is written: the reductions that follow
+# hold all threads back until then.
 @triton.jit
-def _rows_kernel(
-    logits, lse, loss, target, bias, scale,
-    vocabulary, width, positions, first_row, ignore_index, row_stride, scale_stride, label_smoothing, softcap,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    logits += row.to(tl.int64) * row_stride
-    block = tl.arange(0, BLOCK)
-    label = tl.load(target + (first_row + row) % positions).to(tl.int64)
+def _load_label(logits, bias, label, vocabulary, ignore_index, softcap):
     counted = label != ignore_index
     valid = (label >= 0) & (label < vocabulary)
-    # read before anything is written: the reductions below hold all threads back until then
-    z_label = tl.load(logits + label, mask=counted & valid, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z_label += tl.load(bias + label, mask=counted & valid, other=0.0)
-    if SOFTCAP:
-        z_label = softcapped(z_label, softcap)
-    most = -float("inf")
-    sum_exp = 0.0
-    sum_z = 0.0
-    for first in range(0, vocabulary, BLOCK):
-        columns = first + block
-        z = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            z += tl.load(bias + columns, mask=columns < width, other=0.0)
-        if SOFTCAP:
-            z = softcapped(z, softcap)
-        before = origin(most)
-        z, most, sum_exp = add_exponentials(tl.where(columns < vocabulary, z, -float("inf")), most, sum_exp)
-        if SMOOTHING:  # relative to the origin, like the exponentials
-            sum_z += (before - origin(most)) * first + tl.sum(tl.where(columns < vocabulary, z, 0.0), axis=0)
-    zero = origin(most)
-    rest = tl.log(sum_exp)  # lse is zero + rest, of which zero may be large: it is left out of differences
-    value = rest + (1 - label_smoothing) * (zero - z_label) - label_smoothing * (sum_z / vocabulary)
-    value = tl.where(valid, value, float("nan"))
+    z = tl.load(logits + label, mask=counted & valid, other=0.0).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + label, mask=counted & valid, other=0.0)
+    if softcap is not None:
+        z = softcapped(z, softcap)
+    return counted, valid, z
+
+
+# Loss and log-sum-exp of a row. lse is zero + rest, of which zero may be large: it is left out of differences. `mean_z`
+# is relative to zero, too.
+@triton.jit
+def _store_loss(loss, lse, row, counted, valid, zero, sum_exp, z_label, mean_z, label_smoothing):
+    rest = tl.log(sum_exp)
+    value = rest + (1 - label_smoothing) * (zero - z_label) - label_smoothing * mean_z
     tl.store(lse + row, zero + rest)
-    tl.store(loss + row, tl.where(counted, value, 0.0))
-    g = tl.load(scale + row * scale_stride)
-    g = tl.where(valid, g, float("nan"))
-    inverse = 1 / sum_exp
-    for first in range(0, vocabulary, BLOCK):
-        columns = first + block
-        z = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            z += tl.load(bias + columns, mask=columns < width, other=0.0)
-        if SOFTCAP:
-            z = softcapped(z, softcap)
-        gradient = tl.exp(z - zero) * inverse - label_smoothing / vocabulary
-        gradient = g * (gradient - tl.where(columns == label, 1 - label_smoothing, 0.0))
-        if SOFTCAP:
-            gradient *= 1 - (z / softcap) * (z / softcap)
-        gradient = tl.where(counted, gradient, 0.0)  # an ignored row gives nothing even where it is not a number
-        tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=columns < width)
+    tl.store(loss + row, tl.where(counted, tl.where(valid, value, float("nan")), 0.0))
 
 
-# Bias gradient: column sums of the (R, V) gradient, read once; each program owns its columns and adds rows in order.
+# g, and g + u: an ignored row has no g, and gives nothing even where it is not a number.
+@triton.jit
+def _row_gradients(grad_loss, grad_lse, row, grad_loss_stride, counted, valid):
+    g = tl.load(grad_loss + tl.cast(row, tl.int64) * grad_loss_stride)
+    g = tl.where(counted, tl.where(valid, g, float("nan")), 0.0)
+    g_and_u = g
+    if grad_lse is not None:
+        g_and_u += tl.load(grad_lse + row)
+    return g, g_and_u
+
+
+# A row of logits to its gradient, in place, one row after the other. Bandwidth: read once, written once, for the second
+# look finds the row in L1 (three of 60 KB, at V = 30,522 in bf16) or in L2, and begins where the first one ended.
+# `width` is the vocabulary with the padding behind it, which is written too.
+@triton.jit(do_not_specialize=["first_row"])
+def _rows_kernel(
+    logits, lse, loss, target, bias, grad_loss, grad_lse,
+    rows, vocabulary, width, positions, first_row, ignore_index, row_stride, grad_loss_stride, label_smoothing, softcap,
+    SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = logits + tl.cast(row, tl.int64) * row_stride
+        label = tl.load(target + (first_row + row) % positions).to(tl.int64)
+        counted, valid, z_label = _load_label(at, bias, label, vocabulary, ignore_index, softcap)
+        most = -float("inf")
+        sum_exp = 0.0
+        sum_z = 0.0
+        for first in range(0, vocabulary, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            z = _load_logits(at, bias, columns, width, softcap)
+            before = origin(most)
+            z, most, sum_exp = add_exponentials(tl.where(columns < vocabulary, z, -float("inf")), most, sum_exp)
+            if SMOOTHING:  # relative to the origin, like the exponentials
+                sum_z += (before - origin(most)) * first + tl.sum(tl.where(columns < vocabulary, z, 0.0), axis=0)
+        zero = origin(most)
+        _store_loss(loss, lse, row, counted, valid, zero, sum_exp, z_label, sum_z / vocabulary, label_smoothing)
+        g, g_and_u = _row_gradients(grad_loss, grad_lse, row, grad_loss_stride, counted, valid)
+        used = (g != 0) | (g_and_u != 0)
+        inverse = 1 / sum_exp
+        last = (vocabulary - 1) // BLOCK * BLOCK
+        for back in range(0, vocabulary, BLOCK):
+            columns = last - back + tl.arange(0, BLOCK)
+            z = _load_logits(at, bias, columns, width, softcap)
+            p = tl.exp(z - zero) * inverse
+            dz = loss_gradient(p, z, label, columns, g, g_and_u, label_smoothing, vocabulary, softcap)
+            tl.store(at + columns, tl.where(used, dz, 0.0).to(at.dtype.element_ty), mask=columns < width)
+
+
+# A tile of the vocabulary, from `first_column`, of a row whose log-sum-exp is known; `gradient` may be `logits`.
+# Bandwidth: each logit is read once, its gradient written once.
+@triton.jit(do_not_specialize=["first_row", "first_column"])
+def _tile_kernel(
+    logits, gradient, lse, target, bias, grad_loss, grad_lse,
+    vocabulary, width, positions, first_row, first_column, ignore_index,
+    row_stride, gradient_row_stride, grad_loss_stride, label_smoothing, softcap, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    label = tl.load(target + (first_row + row) % positions).to(tl.int64)
+    counted, valid = label != ignore_index, (label >= 0) & (label < vocabulary)
+    g, g_and_u = _row_gradients(grad_loss, grad_lse, row, grad_loss_stride, counted, valid)
+    z = _load_logits(logits + row.to(tl.int64) * row_stride, bias, columns, width, softcap)
+    p = tl.exp(z - tl.load(lse + row))
+    dz = loss_gradient(p, z, label - first_column, columns, g, g_and_u, label_smoothing, vocabulary, softcap)
+    dz = tl.where((g != 0) | (g_and_u != 0), dz, 0.0)
+    gradient += row.to(tl.int64) * gradient_row_stride
+    tl.store(gradient + columns, dz.to(gradient.dtype.element_ty), mask=columns < width)
+
+
+# Bias gradient: column sums of the (R, W) gradient, read once; each program owns its columns and adds rows in order.
 @triton.jit
 def _column_sum_kernel(
-    logits, grad_bias, rows, vocabulary, width, row_stride,
+    gradient, grad_bias, rows, columns_inside, width, row_stride,
     ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -104,60 +156,54 @@ def _column_sum_kernel(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (columns < width)[None, :]
-        sums += tl.load(logits + row.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
+        sums += tl.load(gradient + row.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
     result = tl.sum(sums, axis=0)
     if ACCUMULATE:
-        result += tl.load(grad_bias + columns, mask=columns < vocabulary, other=0.0)
-    tl.store(grad_bias + columns, result, mask=columns < vocabulary)
+        result += tl.load(grad_bias + columns, mask=columns < columns_inside, other=0.0)
+    tl.store(grad_bias + columns, result, mask=columns < columns_inside)
 
 
-def rows(
-    logits: Tensor, lse: Tensor, loss: Tensor, grad_bias: Tensor | None, target: Tensor, bias: Tensor | None,
-    scale: Tensor, lse_scale: None, vocabulary: int, first_row: int, first_column: int,
-    ignore_index: int, label_smoothing: float, softcap: float, accumulate_bias: bool,
-) -> None:  # fmt: skip
-    """Logits (R, V) to their gradient, in place; writes the loss and log-sum-exp of each row and the bias gradient.
-    Where rows are padded to a multiple of 16 columns or more, the padding up to there is overwritten."""
-    n, row_stride, width = len(logits), logits.stride(0), padded_columns(logits)
-    bias = padded_vector(bias, width)
-    block = choose("linear_cross_entropy.rows", _BLOCKS, logits, v=vocabulary)
-    _rows_kernel[(n,)](
-        logits, lse, loss, target, bias, scale,
-        vocabulary, width, len(target), first_row, ignore_index, row_stride, scale.stride(0), label_smoothing, softcap,
-        HAS_BIAS=bias is not None, SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0,
-        BLOCK=block.columns, num_warps=block.num_warps,
-    )  # fmt: skip
+def rows(block: LogitBlock, columns: Columns, rule: LossRule, accumulate_bias: bool) -> None:
+    """Logits (R, W) to their gradient. Where rows are padded to a multiple of 16 columns or more, the padding up to
+    there is overwritten. With ``loss``, columns are the whole vocabulary, and loss and log-sum-exp are written."""
+    logits, grad_bias = block.logits, block.grad_bias
+    gradient = logits if block.gradient is None else block.gradient
+    if block.loss is None:
+        _launch_tile(block, gradient, columns, rule)
+    else:
+        _launch_rows(block, columns.vocabulary, rule)
     if grad_bias is not None:
-        _column_sum_kernel[(triton.cdiv(vocabulary, _SUM_COLUMNS),)](
-            logits, grad_bias, n, vocabulary, width, row_stride,
+        (n, inside), row_stride = logits.shape, gradient.stride(0)
+        _column_sum_kernel[(triton.cdiv(inside, _SUM_COLUMNS),)](
+            gradient, grad_bias, n, inside, padded_columns(gradient), row_stride,
             ACCUMULATE=accumulate_bias, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS,
         )  # fmt: skip
 
 
-def specializations() -> Iterator[Specialization]:
-    """What :func:`rows` asks the compiler for, over dtypes and options."""
-    for dtype in ("bf16", "fp32"):
-        for full in (False, True):
-            yield from variants(_BLOCKS, partial(_rows_specialization, dtype, full))
-        types = {"logits": f"*{dtype}", "grad_bias": "*fp32"}
-        types |= dict.fromkeys(("rows", "vocabulary", "width", "row_stride"), "i32")
-        constants = {"ACCUMULATE": True, "ROWS": _SUM_ROWS, "COLUMNS": _SUM_COLUMNS}
-        yield Specialization(_column_sum_kernel, types, constants, divisible=("width", "row_stride"), label=dtype)
+def _launch_rows(block: LogitBlock, vocabulary: int, rule: LossRule) -> None:
+    logits, lse, loss, _, target, first_row, bias, grad_loss, grad_lse, _ = block
+    assert grad_loss is not None
+    n, width = logits.shape[0], padded_columns(logits)
+    tensors = (logits, lse, loss, target, padded_vector(bias, width), grad_loss, grad_lse)
+    sizes = (vocabulary, width, target.shape[0], first_row, rule.ignore_index, logits.stride(0), grad_loss.stride(0))
+    options: Any = (rule.label_smoothing, rule.softcap or None)
+    smoothing = rule.label_smoothing != 0
+    row_bytes = width * logits.element_size()
+    fits = 3 * row_bytes <= _L1
+    one = choose("linear_cross_entropy.rows", _BLOCKS if fits else _LONG_BLOCKS, logits, v=vocabulary)
+    programs = persistent_programs(logits, min(one.programs, max(1, _L1 // row_bytes)) if fits else one.programs)
+    _rows_kernel[(min(n, programs),)](
+        *tensors, n, *sizes, *options, SMOOTHING=smoothing, BLOCK=one.columns, num_warps=one.num_warps
+    )
 
 
-def _rows_specialization(dtype: str, full: bool, block: RowBlock) -> Specialization:
-    integers = ("vocabulary", "width", "positions", "first_row", "ignore_index", "row_stride", "scale_stride")
-    types = {"logits": f"*{dtype}", "lse": "*fp32", "loss": "*fp32", "target": "*i64", "scale": "*fp32"}
-    types |= dict.fromkeys(integers, "i32") | dict.fromkeys(("label_smoothing", "softcap"), "fp32")
-    constants: dict[str, Any] = {"SOFTCAP": full, "SMOOTHING": full, "BLOCK": block.columns}
-    constants |= optional(types, full, bias="*fp32")
-    return Specialization(
-        _rows_kernel, types, constants | {"HAS_BIAS": full}, block.num_warps, divisible=("width", "row_stride"),
-        label=f"{dtype} {'all options' if full else 'plain'}",
+def _launch_tile(block: LogitBlock, gradient: Tensor, columns: Columns, rule: LossRule) -> None:
+    logits, lse, _, _, target, first_row, bias, grad_loss, grad_lse, _ = block
+    assert grad_loss is not None
+    width = padded_columns(logits)
+    _tile_kernel[(logits.shape[0], triton.cdiv(width, _TILE_COLUMNS))](
+        logits, gradient, lse, target, padded_vector(bias, width), grad_loss, grad_lse,
+        columns.vocabulary, width, target.shape[0], first_row, columns.first, rule.ignore_index,
+        logits.stride(0), gradient.stride(0), grad_loss.stride(0), rule.label_smoothing, rule.softcap or None,
+        BLOCK=_TILE_COLUMNS, num_warps=_TILE_WARPS,
     )  # fmt: skip
-
-
-def optional(types: dict[str, str], given: bool, **arguments: str) -> dict[str, None]:
-    """Arguments that are pointers where given, else compile-time ``None``."""
-    types |= arguments if given else {}
-    return {} if given else dict.fromkeys(arguments)

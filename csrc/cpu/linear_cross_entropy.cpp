@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <tuple>
 
 #include "gemm.h"
 #include "softmax.h"
@@ -122,6 +123,22 @@ int64_t target_of(const Tensor& target, int64_t row) {
                                                   : static_cast<const int32_t*>(target.data_ptr())[i];
 }
 
+// All rows, and the bias gradient from them.
+template <typename T, typename A>
+void run_rows(const RowPass<T>& pass, const Tensor& target, int64_t first_row, A* grad_bias, bool accumulate_bias) {
+  const Rows<T>& rows = pass.logits;
+  torch::stable::parallel_for(0, rows.rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> buffer(std::is_same_v<T, A> ? 0 : rows.columns);
+    for (int64_t r = begin; r < end; ++r) pass.run(r, target_of(target, first_row + r), buffer.data());
+  });
+  if (!grad_bias) return;
+  constexpr int64_t kColumns = 1024;  // 4 KB of sums stay in L1 while the rows pass by
+  torch::stable::parallel_for(0, (rows.columns + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      add_columns(rows, b * kColumns, std::min(kColumns, rows.columns - b * kColumns), accumulate_bias, grad_bias);
+  });
+}
+
 // See the schema in registration.cpp. `scale` may be an expanded scalar; everything else is contiguous, the logits
 // along their rows.
 void linear_cross_entropy_rows(Tensor logits, Tensor lse, const std::optional<Tensor>& loss,
@@ -133,8 +150,7 @@ void linear_cross_entropy_rows(Tensor logits, Tensor lse, const std::optional<Te
   dispatch_floating(logits.scalar_type(), "linear_cross_entropy_rows", [&](auto t) {
     using T = decltype(t);
     using A = typename Arithmetic<T>::type;
-    const Rows<T> rows(logits);
-    const RowPass<T> pass{rows,
+    const RowPass<T> pass{Rows<T>(logits),
                           {vocabulary, first_column, ignore_index, label_smoothing, softcap},
                           data_or_null<A>(bias),
                           data_or_null<A>(scale),
@@ -142,18 +158,80 @@ void linear_cross_entropy_rows(Tensor logits, Tensor lse, const std::optional<Te
                           data_or_null<A>(lse_scale),
                           static_cast<A*>(lse.data_ptr()),
                           data_or_null<A>(loss)};
-    torch::stable::parallel_for(0, rows.rows, 1, [&](int64_t begin, int64_t end) {
-      std::vector<A> buffer(std::is_same_v<T, A> ? 0 : rows.columns);
-      for (int64_t r = begin; r < end; ++r) pass.run(r, target_of(target, first_row + r), buffer.data());
-    });
-    if (!grad_bias) return;
-    constexpr int64_t kColumns = 1024;  // 4 KB of sums stay in L1 while the rows pass by
-    torch::stable::parallel_for(0, (rows.columns + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        add_columns(rows, b * kColumns, std::min(kColumns, rows.columns - b * kColumns), accumulate_bias,
-                    data_or_null<A>(grad_bias));
-    });
+    run_rows(pass, target, first_row, data_or_null<A>(grad_bias), accumulate_bias);
   });
+}
+
+// How many targets count, or -1 - i where target i is neither in the vocabulary nor ignored.
+int64_t linear_cross_entropy_count(const Tensor& target, int64_t vocabulary, int64_t ignore_index) {
+  int64_t counted = 0;
+  for (int64_t i = 0; i < target.size(0); ++i) {
+    const int64_t value = target_of(target, i);
+    if (value == ignore_index) continue;
+    if (value < 0 || value >= vocabulary) return -1 - i;
+    ++counted;
+  }
+  return counted;
+}
+
+// (K,): share * sum of each head's losses, added up in double.
+template <typename A>
+Tensor total(const Tensor& losses, int64_t heads, A share) {
+  const Tensor result = torch::stable::new_empty(losses, {heads});
+  const A* values = static_cast<const A*>(losses.data_ptr());
+  const int64_t rows = losses.size(0) / heads;
+  for (int64_t k = 0; k < heads; ++k, values += rows) {
+    double sum = 0;
+    for (int64_t i = 0; i < rows; ++i) sum += values[i];
+    static_cast<A*>(result.data_ptr())[k] = static_cast<A>(sum * share);
+  }
+  return result;
+}
+
+Tensor linear_cross_entropy_total(const Tensor& losses, int64_t heads, const Tensor& share) {
+  if (losses.scalar_type() == ScalarType::Double)
+    return total(losses, heads, *static_cast<const double*>(share.data_ptr()));
+  return total(losses, heads, *static_cast<const float*>(share.data_ptr()));
+}
+
+// A whole problem in one call: where it is small, calls cost more than products. Operands are fp32 or double and can be
+// read where they lie. Gradients are those of Σ loss, empty where they are not needed.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_small(
+    const Tensor& hidden_states, const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
+    int64_t heads, int64_t ignore_index, double label_smoothing, double softcap, bool mean, bool needs_hidden_states,
+    bool needs_weight, bool needs_bias) {
+  const int64_t n = hidden_states.size(0), d = hidden_states.size(1), vocabulary = weight.size(0);
+  const int64_t counted = linear_cross_entropy_count(target, vocabulary, ignore_index);
+  STD_TORCH_CHECK(counted >= 0, "target: outside the vocabulary");
+  const Tensor logits = torch::stable::new_empty(hidden_states, {n, vocabulary});
+  const Tensor lse = torch::stable::new_empty(hidden_states, {n}), losses = torch::stable::new_empty(hidden_states, {n});
+  const auto gradient = [&](bool needed, int64_t rows) {
+    return needed ? torch::stable::new_empty(hidden_states, {rows, d}) : torch::stable::new_empty(hidden_states, {0});
+  };
+  const Tensor grad_hidden = gradient(needs_hidden_states, n), grad_weight = gradient(needs_weight, vocabulary);
+  const Tensor grad_bias = torch::stable::new_empty(hidden_states, {needs_bias ? vocabulary : 0});
+  vendor_multiply(logits, hidden_states, transposed(weight), false);
+  Tensor loss;
+  dispatch_floating(logits.scalar_type(), "linear_cross_entropy_small", [&](auto t) {
+    using A = typename Arithmetic<decltype(t)>::type;
+    if constexpr (std::is_same_v<A, decltype(t)>) {
+      const A share = mean ? A(1) / static_cast<A>(std::max<int64_t>(counted, 1)) : A(1);
+      const bool backward = needs_hidden_states || needs_weight || needs_bias;
+      const RowPass<A> pass{Rows<A>(logits),
+                            {vocabulary, 0, ignore_index, label_smoothing, softcap},
+                            data_or_null<A>(bias),
+                            backward ? &share : nullptr,
+                            0,
+                            nullptr,
+                            static_cast<A*>(lse.data_ptr()),
+                            static_cast<A*>(losses.data_ptr())};
+      run_rows(pass, target, 0, needs_bias ? static_cast<A*>(grad_bias.data_ptr()) : nullptr, false);
+      loss = total(losses, heads, share);
+    }
+  });
+  if (needs_hidden_states) vendor_multiply(grad_hidden, logits, weight, false);
+  if (needs_weight) vendor_multiply(grad_weight, transposed(logits), hidden_states, false);
+  return {loss, lse, grad_hidden, grad_weight, grad_bias};
 }
 
 // total += product, a 16-bit GEMM's result into the wide sum it belongs to. Bandwidth: product once, total twice
@@ -171,6 +249,9 @@ void linear_cross_entropy_multiply(Tensor out, const Tensor& a, const Tensor& b,
 
 STABLE_TORCH_LIBRARY_IMPL(repdeg_fast_native, CPU, m) {
   m.impl("linear_cross_entropy_rows", TORCH_BOX(&repdeg_fast::linear_cross_entropy_rows));
+  m.impl("linear_cross_entropy_count", TORCH_BOX(&repdeg_fast::linear_cross_entropy_count));
+  m.impl("linear_cross_entropy_total", TORCH_BOX(&repdeg_fast::linear_cross_entropy_total));
+  m.impl("linear_cross_entropy_small", TORCH_BOX(&repdeg_fast::linear_cross_entropy_small));
   m.impl("linear_cross_entropy_advise", TORCH_BOX(&repdeg_fast::linear_cross_entropy_advise));
   m.impl("linear_cross_entropy_multiply", TORCH_BOX(&repdeg_fast::linear_cross_entropy_multiply));
   m.impl("linear_cross_entropy_add", TORCH_BOX(&repdeg_fast::linear_cross_entropy_add));

@@ -57,11 +57,36 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+class Losses(NamedTuple):
+    """What an operator returns; gradients of Σ loss that were not made are empty."""
+
+    loss: Tensor  # (K,), or (K, M) without reduction
+    lse: Tensor  # (N,)
+    grad_hidden_states: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+
+
+# What `grad_heads` means for the rows, (N,), made when it is asked for.
+GradRows = Callable[[], Tensor]
+
 # Shown the logits (K, m, V) of positions [first, first + m), without the bias, before they turn to gradients.
 Look = Callable[[Tensor, int], None]
 
 
 class Kernels(Protocol):
+    def at_once(self, head: Head, rule: LossRule, heads: int, mean: bool, wanted: Wanted) -> Losses | None:
+        """All that follows, up to the losses and the gradients of their sum, in one call: where a backend has one, for
+        problems so small that calls cost more than products. ``None``: step by step."""
+
+    def share(self, head: Head, rule: LossRule, mean: bool) -> Tensor:
+        """What the ℓ of each row that counts adds to its head's loss: (), 1, or for a ``mean`` 1 over the number of
+        targets that count (1 where none does). A target outside the vocabulary is an error where looking costs no
+        wait: on a CPU."""
+
+    def total(self, losses: Tensor, heads: int, share: Tensor) -> Tensor:
+        """(K,): the sum of each head's rows, times their share."""
+
     def forward(self, head: Head, rule: LossRule) -> tuple[Tensor, Tensor]:
         """ℓ and the log-sum-exp of every row, (N,) each. A target outside the vocabulary makes its rows' ℓ NaN."""
 
@@ -74,10 +99,10 @@ class Kernels(Protocol):
         """The gradients of Σ grad_loss·ℓ + Σ grad_lse·lse from the saved log-sum-exp."""
 
     def rescale_(
-        self, gradients: Gradients, grad_heads: Tensor, grad_loss: Tensor, head: Head, rule: LossRule, wanted: Wanted
+        self, gradients: Gradients, grad_heads: Tensor, rows: GradRows, head: Head, rule: LossRule, wanted: Wanted
     ) -> None:
-        """Turn the gradients of Σ_k loss_k into those of Σ_k grad_heads_k·loss_k, in place: one scale if all K are the
-        same, else made again from ``grad_loss`` (N,), which says what they mean for the rows."""
+        """Turn the gradients of Σ_k loss_k into those of Σ_k grad_heads_k·loss_k, in place. One scale serves if all K
+        are the same; else those that are sums over heads are made again."""
 
 
 class Columns(NamedTuple):
@@ -90,7 +115,7 @@ class Columns(NamedTuple):
 class LogitBlock(NamedTuple):
     """Logits h Eᵀ and what belongs to their R rows and W columns."""
 
-    logits: Tensor  # (R, W), turned to their gradient in place
+    logits: Tensor  # (R, W), turned to their gradient in place where no other is given
     lse: Tensor  # (R,), written with ``loss``, else read
     loss: Tensor | None  # (R,), written; then the block covers the whole vocabulary
     grad_bias: Tensor | None  # (W,), written or added to
@@ -99,13 +124,14 @@ class LogitBlock(NamedTuple):
     bias: Tensor | None  # (W,), contiguous, in the arithmetic dtype
     grad_loss: Tensor | None  # (R,); None: no gradient is wanted, and logits are left as they come
     grad_lse: Tensor | None  # (R,)
+    gradient: Tensor | None = None  # (R, W), in another dtype: where the gradient goes, not in place
 
 
 class Products(Protocol):
     """A backend's way with the products around a row kernel."""
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-        """out = a @ b, or out += a @ b."""
+        """out = a @ b, or out += a @ b. Where ``wide_logits``, ``out`` may be wider than the operands."""
 
     def add(self, total: Tensor, product: Tensor) -> None:
         """total += product, where their dtypes differ."""
@@ -115,7 +141,17 @@ class Products(Protocol):
 
 
 class RowKernels(Products, Protocol):
-    """The row kernel of a backend, and its products."""
+    """The row kernel of a backend, and what it needs before and after."""
+
+    # Whether logits that meet a known log-sum-exp are made in the arithmetic dtype, since it was made of such: where a
+    # 16-bit logit of 1,000 is rounded by 2, the exponential of their difference means nothing.
+    wide_logits: bool
 
     def rows(self, block: LogitBlock, columns: Columns, rule: LossRule, *, accumulate_bias: bool) -> None:
         """See :class:`LogitBlock`."""
+
+    def share(self, head: Head, rule: LossRule, mean: bool) -> Tensor:
+        """See :class:`Kernels`."""
+
+    def total(self, losses: Tensor, heads: int, share: Tensor) -> Tensor:
+        """See :class:`Kernels`."""

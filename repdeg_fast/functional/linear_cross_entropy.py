@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def linear_cross_entropy(
         reduction: ``"mean"`` over the targets that count, ``"sum"``, or ``"none"``. A mean over no target is 0 with
             zero gradients (PyTorch: NaN): a batch without masks must not poison a run.
         strategy: ``"chunked"`` makes the gradients in the forward pass (three GEMMs) and keeps them; the buffer is at
-            most 64 MiB on the CPU, where it is kept for the next call, and 512 MiB on a GPU (or 16 rows of logits). A
+            most 64 MiB on the CPU, where it is kept for the next call, and 1 GiB on a GPU (or 16 rows of logits). A
             16-bit weight, whose gradient is summed in ``accumulate_dtype``, takes all rows of logits at once or a wide
             copy of the gradient besides, whichever is less. ``"streaming"`` keeps one value a row and makes them in
             the backward pass. ``"auto"`` goes by shapes, dtype and the size of the device, not by what is free on it:
@@ -70,17 +70,19 @@ def linear_cross_entropy(
             would stall the stream, it makes the row's loss NaN.
     """
     given = Options(ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx)
-    options = check_options(given)
-    hidden_states, options = check_tensors(hidden_states, weight, target, bias, options)
-    if target.shape != hidden_states.shape[:-1]:
+    hidden_states, options = check_tensors(hidden_states, weight, target, bias, check_options(given))
+    positions = hidden_states.shape[:-1]
+    if target.shape != positions:
         raise ValueError(
-            f"target: expected shape {tuple(hidden_states.shape[:-1])}, that of hidden_states without its last "
-            f"dimension, got {tuple(target.shape)}"
+            f"target: expected shape {tuple(positions)}, that of hidden_states without its last dimension, "
+            f"got {tuple(target.shape)}"
         )
-    head = Head(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, target.reshape(-1).contiguous(), bias)
+    if len(positions) != 1:
+        hidden_states, target = hidden_states.reshape(-1, hidden_states.shape[-1]), target.reshape(-1)
+    head = Head(hidden_states, weight, target.contiguous(), bias)
     loss, lse, *_ = _ops.linear_cross_entropy(*head, *arguments(head, 1, options, upstream_known=not return_lse))
-    loss = loss.view(target.shape) if reduction == "none" else loss[0]
-    return (loss, lse.view(target.shape)) if return_lse else loss
+    loss = loss.view(positions if reduction == "none" else ())
+    return (loss, lse.view(positions)) if return_lse else loss
 
 
 def multi_layer_mlm_loss(
@@ -114,10 +116,10 @@ def multi_layer_mlm_loss(
         TypeError, ValueError: naming the argument, as :func:`linear_cross_entropy`.
     """
     given = Options(ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx)
-    hidden_states, options = check_heads(hidden_states, weight, target, bias, check_options(given))
-    head = Head(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, target.contiguous(), bias)
-    loss, *_ = _ops.linear_cross_entropy(*head, *arguments(head, hidden_states.shape[0], options))
-    return loss
+    hidden_states, options = check_tensors(stacked(hidden_states), weight, target, bias, check_options(given))
+    check_heads(hidden_states.shape, target)
+    head = Head(hidden_states.flatten(0, 1), weight, target.contiguous(), bias)
+    return _ops.linear_cross_entropy(*head, *arguments(head, hidden_states.shape[0], options))[0]
 
 
 class Options(NamedTuple):
@@ -140,24 +142,25 @@ def arguments(head: Head, heads: int, options: Options, *, upstream_known: bool 
     hidden_states, weight, _, bias = head
     needs = [wants_gradient(tensor) for tensor in (hidden_states, weight, bias)]
     ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx = options
-    chunked = reduction != "none" and (samples or True in needs)
+    chunked = strategy != "streaming" and reduction != "none" and (samples or True in needs)
     if chunked and strategy == "auto":
         (rows, width), device = hidden_states.shape, weight.device
         strategy = _ops.choose_strategy(
             rows, weight.shape[0], width, hidden_states.dtype, upstream_known=upstream_known,
             buffer_bytes=LIMIT["cpu" if device.type == "cpu" else "cuda"], memory=_memory(device),
         )  # fmt: skip
-    chunked = chunked and strategy == "chunked"
+        chunked = strategy == "chunked"
     rule = (ignore_index, label_smoothing, softcap)
     return heads, *rule, reduction, padding_idx, accumulate_dtype, needs, chunked, backends.requested()
 
 
 def check_options(options: Options) -> Options:
     """All but what concerns tensors."""
-    _, label_smoothing, softcap, reduction, strategy, _, _ = options
-    check_finite("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx = options
+    if not (type(label_smoothing) is float and 0 <= label_smoothing < 1):
+        check_finite("label_smoothing", label_smoothing)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     if softcap is not None:
         check_positive("softcap", softcap)
         if not FP32.tiny <= softcap <= FP32.max:
@@ -166,7 +169,8 @@ def check_options(options: Options) -> Options:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    return options._replace(label_smoothing=float(label_smoothing), softcap=float(softcap or 0))
+    label_smoothing, softcap = float(label_smoothing), float(softcap or 0)
+    return Options(ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx)
 
 
 def check_target(target: Tensor, ignore_index: int) -> None:
@@ -175,32 +179,23 @@ def check_target(target: Tensor, ignore_index: int) -> None:
         given = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"target: expected a tensor of class indices, int64 or int32, got {given}")
     check_dense("target", target)
+    if type(ignore_index) is int and -(2**31) <= ignore_index < 2**31:
+        return
     check_integer("ignore_index", ignore_index)
     limits = torch.iinfo(target.dtype)
     if not limits.min <= ignore_index <= limits.max:
         raise ValueError(f"ignore_index: expected an integer that {target.dtype} like target holds, got {ignore_index}")
 
 
-def check_heads(
-    hidden_states: Tensor | Sequence[Tensor],
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Options]:
-    """:func:`check_tensors` of K heads' hidden states, stacked."""
-    if not isinstance(hidden_states, Tensor):
-        hidden_states = _stack(hidden_states)
-    hidden_states, options = check_tensors(hidden_states, weight, target, bias, options)
-    if hidden_states.dim() != 3 or hidden_states.shape[0] == 0:
-        shape = tuple(hidden_states.shape)
-        raise ValueError(f"hidden_states: expected 3 dimensions (K, M, d), K at least 1, got shape {shape}")
-    if target.shape != hidden_states.shape[1:2]:
+def check_heads(shape: torch.Size, target: Tensor) -> None:
+    """``shape`` of hidden states is (K, M, d), that of ``target`` (M,)."""
+    if len(shape) != 3 or shape[0] == 0:
+        raise ValueError(f"hidden_states: expected 3 dimensions (K, M, d), K at least 1, got shape {tuple(shape)}")
+    if target.shape != shape[1:2]:
         raise ValueError(
-            f"target: expected shape ({hidden_states.shape[1]},), one for each of the M positions of hidden_states, "
+            f"target: expected shape ({shape[1]},), one for each of the M positions of hidden_states, "
             f"got {tuple(target.shape)}"
         )
-    return hidden_states, options
 
 
 def check_tensors(
@@ -211,12 +206,11 @@ def check_tensors(
     options: Options,
 ) -> tuple[Tensor, Options]:
     """Check all that concerns one or two arguments; returns hidden_states in the dtype that is multiplied."""
-    accumulate_dtype, padding_idx = options.accumulate_dtype, options.padding_idx
     check_floating("hidden_states", hidden_states)
     check_floating("weight", weight)
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight: expected 2 dimensions (V, d), neither of them 0, got shape {tuple(weight.shape)}")
-    vocabulary, width = weight.shape
+    (vocabulary, width), device = weight.shape, hidden_states.device
     if hidden_states.dim() < 1 or hidden_states.shape[-1] != width:
         raise ValueError(
             f"hidden_states: expected a last dimension of {width} like weight {tuple(weight.shape)}, "
@@ -229,16 +223,21 @@ def check_tensors(
             raise ValueError(
                 f"bias: expected shape ({vocabulary},), one value a row of weight, got {tuple(bias.shape)}"
             )
-    others: dict[str, Any] = {"weight": weight, "target": target, "bias": bias}
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != hidden_states.device:
-            raise ValueError(f"{name}: expected device {hidden_states.device} like hidden_states, got {tensor.device}")
+    if not (weight.device == device == target.device and (bias is None or bias.device == device)):
+        _raise_device(device, weight=weight, target=target, bias=bias)
     hidden_states = _operand(hidden_states, weight, bias)
-    if accumulate_dtype not in (torch.float32, weight.dtype):
+    accumulate_dtype, padding_idx = options.accumulate_dtype, options.padding_idx
+    if accumulate_dtype is not torch.float32 and accumulate_dtype is not weight.dtype:
         expected = " or ".join(str(dtype) for dtype in dict.fromkeys((torch.float32, weight.dtype)))
         raise ValueError(f"accumulate_dtype: expected {expected}, got {accumulate_dtype!r}")
-    padding_idx = row_of_padding(padding_idx, vocabulary)
-    return hidden_states, options._replace(padding_idx=padding_idx)
+    if padding_idx is not None:
+        options = options._replace(padding_idx=row_of_padding(padding_idx, vocabulary))
+    return hidden_states, options
+
+
+def _raise_device(device: torch.device, **others: Tensor | None) -> NoReturn:
+    name, given = next((n, t.device) for n, t in others.items() if t is not None and t.device != device)
+    raise ValueError(f"{name}: expected device {device} like hidden_states, got {given}")
 
 
 def _operand(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -246,6 +245,9 @@ def _operand(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     autocast = autocast_dtype(hidden_states.device)
     if autocast is not None and torch.float64 not in (hidden_states.dtype, weight.dtype):
         return hidden_states.to(autocast)
+    dtype = hidden_states.dtype
+    if weight.dtype is dtype and (bias is None or bias.dtype is dtype):
+        return hidden_states
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden_states.dtype:
             raise TypeError(
@@ -255,7 +257,10 @@ def _operand(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return hidden_states
 
 
-def _stack(hidden_states: Sequence[Tensor]) -> Tensor:
+def stacked(hidden_states: Tensor | Sequence[Tensor]) -> Tensor:
+    """K heads' hidden states in one tensor."""
+    if isinstance(hidden_states, Tensor):
+        return hidden_states
     if not isinstance(hidden_states, Iterable):
         given = type(hidden_states).__name__
         raise TypeError(f"hidden_states: expected a tensor (K, M, d) or a sequence of K tensors (M, d), got {given}")

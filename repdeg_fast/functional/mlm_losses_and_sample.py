@@ -11,7 +11,14 @@ from torch import Tensor
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.contracts.linear_cross_entropy import Head
 from repdeg_fast.functional.gumbel_mix import check_head, check_sampling, detached, value
-from repdeg_fast.functional.linear_cross_entropy import Options, arguments, check_heads, check_options
+from repdeg_fast.functional.linear_cross_entropy import (
+    Options,
+    arguments,
+    check_heads,
+    check_options,
+    check_tensors,
+    stacked,
+)
 from repdeg_fast.ops import mlm_losses_and_sample as _ops
 
 
@@ -55,7 +62,8 @@ def mlm_losses_and_sample(
     """
     embedding = weight if embedding is None else embedding
     given = Options(ignore_index, label_smoothing, None, reduction, strategy, accumulate_dtype, padding_idx)
-    hidden_states, options = check_heads(hidden_states, weight, target, bias, check_options(given))
+    hidden_states, options = check_tensors(stacked(hidden_states), weight, target, bias, check_options(given))
+    check_heads(hidden_states.shape, target)
     check_head(hidden_states, mixture_logits, weight, bias, embedding)
     check_sampling(temperature, gradient_scale)
     seed = seed_tensor(seed, hidden_states.device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from repdeg_fast.contracts.linear_cross_entropy import Columns, LogitBlock, LossRule
+from repdeg_fast._arithmetic import arithmetic_dtype
+from repdeg_fast._checks import wrong_target
+from repdeg_fast.contracts.linear_cross_entropy import Columns, Head, LogitBlock, LossRule
 from repdeg_fast.native import Namespace
 
 
@@ -27,13 +29,28 @@ class Products:
 
 
 class RowKernels(Products):
+    wide_logits = False
+
     def __init__(self, operators: Namespace) -> None:
         super().__init__(operators)
         self._rows = operators.linear_cross_entropy_rows.default
+        self._count = operators.linear_cross_entropy_count.default
+        self._total = operators.linear_cross_entropy_total.default
 
     def rows(self, block: LogitBlock, columns: Columns, rule: LossRule, *, accumulate_bias: bool) -> None:
-        logits, lse, loss, grad_bias, target, first_row, bias, grad_loss, grad_lse = block
+        logits, lse, loss, grad_bias, target, first_row, bias, grad_loss, grad_lse, _ = block
         self._rows(
             logits, lse, loss, grad_bias, target, bias, grad_loss, grad_lse, columns.vocabulary, first_row,
             columns.first, *rule, accumulate_bias,
         )  # fmt: skip
+
+    def share(self, head: Head, rule: LossRule, mean: bool) -> Tensor:
+        counted = self._count(head.target, head.weight.shape[0], rule.ignore_index)
+        if counted < 0:
+            raise wrong_target(int(head.target[-1 - counted]), head.weight.shape[0], rule.ignore_index)
+        dtype = arithmetic_dtype(head.hidden_states)
+        return head.hidden_states.new_full((), 1 / max(counted, 1) if mean else 1.0, dtype=dtype)
+
+    def total(self, losses: Tensor, heads: int, share: Tensor) -> Tensor:
+        total: Tensor = self._total(losses, heads, share)
+        return total

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +28,11 @@ from repdeg_fast._arithmetic import arithmetic_dtype, scale_or_repeat_
 from repdeg_fast.contracts.linear_cross_entropy import (
     Columns,
     Gradients,
+    GradRows,
     Head,
     LogitBlock,
     Look,
+    Losses,
     LossRule,
     Products,
     RowKernels,
@@ -38,10 +41,13 @@ from repdeg_fast.contracts.linear_cross_entropy import (
 )
 
 TILE = 4096  # rows of the weight that are converted at a time: 6 MB in bf16 at d = 768
-LIMIT = {"cpu": 64 << 20, "cuda": 512 << 20}  # bytes of buffers; the GEMMs of a GPU need more rows to be efficient
+LIMIT = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes of buffers; the GEMMs of a GPU need more rows to be efficient
 THREAD_SUMS = 8 << 20  # bytes that the CPU's products may take for sums of each thread's own (csrc/cpu/gemm.h)
 FEWEST_ROWS = 16  # of logits that are held at once, however large the vocabulary
 ALIGNMENT = 64  # bytes: rows of logits that start on a cache line make MKL's h Eᵀ a quarter faster
+NOTHING = Wanted(False, False, False, torch.float32)
+WIDE = frozenset((torch.float32, torch.float64))  # in which sums are made
+Piece = slice | None  # of rows or columns; None: all of them, since slicing costs as much as a small kernel
 
 
 class ChunkedLogits:
@@ -50,58 +56,63 @@ class ChunkedLogits:
     def __init__(self, kernels: RowKernels) -> None:
         self.kernels = kernels
 
+    def at_once(self, head: Head, rule: LossRule, heads: int, mean: bool, wanted: Wanted) -> Losses | None:
+        return None
+
+    def share(self, head: Head, rule: LossRule, mean: bool) -> Tensor:
+        return self.kernels.share(head, rule, mean)
+
+    def total(self, losses: Tensor, heads: int, share: Tensor) -> Tensor:
+        return self.kernels.total(losses, heads, share)
+
     def forward(self, head: Head, rule: LossRule) -> tuple[Tensor, Tensor]:
-        nothing = Wanted(False, False, False, torch.float32)
-        loss, lse, _ = self._over_rows(None, head, rule, nothing)
+        loss, lse, _ = self.forward_backward(None, head, rule, NOTHING)
         return loss, lse
 
     def forward_backward(
-        self, grad_loss: Tensor, head: Head, rule: LossRule, wanted: Wanted, look: Look | None = None
-    ) -> tuple[Tensor, Tensor, Gradients]:
-        return self._over_rows(grad_loss, head, rule, wanted, look)
-
-    def _over_rows(
         self, grad_loss: Tensor | None, head: Head, rule: LossRule, wanted: Wanted, look: Look | None = None
     ) -> tuple[Tensor, Tensor, Gradients]:
+        """Without ``grad_loss``: no gradients."""
         hidden_states, weight, target, bias = head
         dtype, wide = operand_dtype(hidden_states), arithmetic_dtype(hidden_states)
-        n, vocabulary = len(hidden_states), len(weight)
-        heads = 1 if look is None else max(1, n // max(1, len(target)))
-        losses, lses = (hidden_states.new_empty(n, dtype=wide) for _ in range(2))
+        (n, _), vocabulary = hidden_states.shape, weight.shape[0]
+        heads = 1 if look is None else max(1, n // max(1, target.shape[0]))
+        losses, lses = hidden_states.new_empty(n, dtype=wide), hidden_states.new_empty(n, dtype=wide)
         gradients = _gradients(head, wide, wanted)
         grad_hidden, grad_weight, grad_bias = gradients
-        values = None if bias is None else bias.to(wide).contiguous()
-        tiles = list(_ranges(vocabulary, vocabulary if _is_operand(weight, dtype) else TILE))
+        tiles = _pieces(vocabulary, vocabulary if _is_operand(weight, dtype) else TILE)
         step = chunk_positions(n // heads, heads, weight, dtype, wanted)
-        chunks = [slice(*chunk) for chunk in _ranges(n // heads, step)]
+        chunks = _pieces(n // heads, step)
         weight_sum = _Sum(self.kernels, grad_weight, wanted.accumulate_dtype, len(chunks))
         size = (heads * min(step, n // heads), vocabulary, dtype)
         memory = _memory(self.kernels, hidden_states, *size)
-        logits = _matrix(hidden_states, *size, memory)
+        logits, values, whole = _matrix(hidden_states, *size, memory), _wide(bias, wide), Columns(0, vocabulary)
         for chunk in chunks:
-            first = chunk.start
-            hidden, loss, lse = (_rows(tensor, heads, chunk) for tensor in (hidden_states, losses, lses))
-            z, hidden = logits[: len(hidden)], _operand(hidden, dtype)
-            for begin, end in tiles:
-                self.kernels.multiply(z[:, begin:end], hidden, _operand(weight[begin:end], dtype).t(), False)
+            hidden, loss, lse, scale, z, first = hidden_states, losses, lses, grad_loss, logits, 0
+            if chunk is not None:
+                hidden, loss, lse = (_rows(tensor, heads, chunk) for tensor in (hidden_states, losses, lses))
+                scale = None if grad_loss is None else _rows(grad_loss, heads, chunk)
+                z, first = logits[: hidden.shape[0]], chunk.start
+            hidden = _operand(hidden, dtype)
+            for tile in tiles:
+                self.kernels.multiply(_columns(z, tile), hidden, _operand(_part(weight, tile), dtype).t(), False)
             if look is not None:
                 look(z.unflatten(0, (heads, -1)), first)
-            scale = None if grad_loss is None else _rows(grad_loss, heads, chunk)
-            at = (target, first) if heads == 1 else (target[chunk], 0)
+            at = (target, first) if heads == 1 else (_part(target, chunk), 0)
             block = LogitBlock(z, lse, loss, grad_bias, *at, values, scale, None)
-            self.kernels.rows(block, Columns(0, vocabulary), rule, accumulate_bias=first > 0)
+            self.kernels.rows(block, whole, rule, accumulate_bias=first > 0)
             _store(losses, loss, heads, chunk)
             _store(lses, lse, heads, chunk)
             if grad_hidden is not None:
                 part = _rows(grad_hidden, heads, chunk)
                 hidden_sum = _Sum(self.kernels, part, wide, len(tiles))
-                for begin, end in tiles:
-                    hidden_sum.add(z[:, begin:end], _operand(weight[begin:end], dtype), begin == 0)
+                for i, tile in enumerate(tiles):
+                    hidden_sum.add(_columns(z, tile), _operand(_part(weight, tile), dtype), i == 0)
                 hidden_sum.finish()
                 _store(grad_hidden, part, heads, chunk)
             if grad_weight is not None:
-                for begin, end in tiles:
-                    weight_sum.add(z[:, begin:end].t(), hidden, first == 0, slice(begin, end))
+                for tile in tiles:
+                    weight_sum.add(_columns(z, tile).t(), hidden, first == 0, tile)
         weight_sum.finish()
         if grad_loss is not None:
             _keep(memory)
@@ -110,47 +121,59 @@ class ChunkedLogits:
     def backward(self, upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted) -> Gradients:
         hidden_states, weight, target, bias = head
         dtype, wide = operand_dtype(hidden_states), lse.dtype
-        n, vocabulary = len(hidden_states), len(weight)
+        (n, _), vocabulary = hidden_states.shape, weight.shape[0]
         gradients = _gradients(head, wide, wanted)
         grad_hidden, grad_weight, grad_bias = gradients
-        values = None if bias is None else bias.to(wide).contiguous()
-        tiles = list(_ranges(vocabulary, TILE))
-        chunks = list(_ranges(n, max(_limit(weight) // (TILE * dtype.itemsize), FEWEST_ROWS)))
+        made_in = wide if self.kernels.wide_logits else dtype
+        size = tile_size(n, weight, {made_in, dtype})
+        tiles, chunks = _pieces(vocabulary, size.columns), _pieces(n, size.rows)
         hidden_sum = _Sum(self.kernels, grad_hidden, wide, len(tiles))
-        logits = _matrix(hidden_states, chunks[0][1] if chunks else 0, min(TILE, vocabulary), dtype)
-        for begin, end in tiles:
-            tile = slice(begin, end)
-            part, columns = _operand(weight[tile], dtype), Columns(begin, vocabulary)
-            grad_part = None if grad_weight is None else grad_weight[tile]
+        at_once = (min(size.rows, n), min(size.columns, vocabulary))
+        logits, values = _matrix(hidden_states, *at_once, made_in), _wide(bias, wide)
+        gradient = None if made_in == dtype else _matrix(hidden_states, *at_once, dtype)
+        for tile in tiles:
+            begin = 0 if tile is None else tile.start
+            part, columns = _operand(_part(weight, tile), dtype), Columns(begin, vocabulary)
+            grad_part, grad_bias_part, bias_part = (
+                None if t is None else _part(t, tile) for t in (grad_weight, grad_bias, values)
+            )
             weight_sum = _Sum(self.kernels, grad_part, wanted.accumulate_dtype, len(chunks))
-            for first, last in chunks:
-                chunk = slice(first, last)
-                z, hidden = logits[: last - first, : end - begin], _operand(hidden_states[chunk], dtype)
+            for chunk in chunks:
+                hidden, first = _operand(_part(hidden_states, chunk), dtype), 0 if chunk is None else chunk.start
+                of = (slice(hidden.shape[0]), slice(part.shape[0]))
+                z, dz = logits[of], None if gradient is None else gradient[of]
                 self.kernels.multiply(z, hidden, part.t(), False)
-                above = (upstream.grad_loss[chunk], _part(upstream.grad_lse, chunk))
+                grad_lse = None if upstream.grad_lse is None else _part(upstream.grad_lse, chunk)
                 block = LogitBlock(
-                    z, lse[chunk], None, _part(grad_bias, tile), target, first, _part(values, tile), *above
-                )
+                    z, _part(lse, chunk), None, grad_bias_part, target, first, bias_part,
+                    _part(upstream.grad_loss, chunk), grad_lse, dz,
+                )  # fmt: skip
                 self.kernels.rows(block, columns, rule, accumulate_bias=first > 0)
+                dz = z if dz is None else dz
                 if grad_hidden is not None:
-                    hidden_sum.add(z, part, begin == 0, chunk)
+                    hidden_sum.add(dz, part, begin == 0, chunk)
                 if grad_weight is not None:
-                    weight_sum.add(z.t(), hidden, first == 0)
+                    weight_sum.add(dz.t(), hidden, first == 0)
             weight_sum.finish()
         hidden_sum.finish()
         return _like_bias(gradients, bias)
 
     def rescale_(
-        self, gradients: Gradients, grad_heads: Tensor, grad_loss: Tensor, head: Head, rule: LossRule, wanted: Wanted
+        self, gradients: Gradients, grad_heads: Tensor, rows: GradRows, head: Head, rule: LossRule, wanted: Wanted
     ) -> None:
-        scale_or_repeat_(gradients, grad_heads, lambda: self.forward_backward(grad_loss, head, rule, wanted)[2])
+        scale_or_repeat_(gradients, grad_heads, lambda: self.forward_backward(rows(), head, rule, wanted)[2])
 
 
 class LibraryProducts:
     """What :class:`ChunkedLogits` needs beside a row kernel, from PyTorch."""
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+        if out.dtype == a.dtype:
+            torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+        elif _adds_to_fp32(out.device, a.dtype):
+            torch.addmm(out, a, b, out.dtype, out=out) if accumulate else torch.mm(a, b, out.dtype, out=out)
+        else:
+            self.multiply(out, a.to(out.dtype), b.to(out.dtype), accumulate)
 
     def add(self, total: Tensor, product: Tensor) -> None:
         total.add_(product)
@@ -178,6 +201,8 @@ def chunk_positions(positions: int, heads: int, weight: Tensor, dtype: torch.dty
     """
     vocabulary, width = weight.shape
     row_bytes = _aligned(vocabulary, dtype) * dtype.itemsize
+    if heads * positions <= FEWEST_ROWS:
+        return max(1, positions)
     limit = _limit(weight) - 24 * heads * positions - 12 * vocabulary  # targets, losses, log-sum-exps; biases
     if not _is_operand(weight, dtype):
         limit -= 2 * TILE * width * dtype.itemsize  # one converted tile of the weight, one of its gradient
@@ -190,7 +215,38 @@ def chunk_positions(positions: int, heads: int, weight: Tensor, dtype: torch.dty
             return max(1, positions)
     most = max(1, limit // (heads * row_bytes), FEWEST_ROWS // heads)
     chunks = max(1, -(-positions // most))
+    if weight.device.type != "cpu":
+        chunks = _full_waves(heads * positions, width, chunks, _multiprocessors(weight.device))
     return max(1, -(-positions // chunks))
+
+
+def _full_waves(rows: int, width: int, fewest: int, multiprocessors: int) -> int:
+    """Into how many chunks to cut so that dz E, whose tiles (128 × 256) are few, leaves multiprocessors idle least: a
+    round of tiles takes as long whether it is full or not."""
+    rounds = lambda chunks: -(-(-(-rows // (128 * chunks)) * -(-width // 256)) // multiprocessors)  # noqa: E731
+    return min(range(fewest, fewest + 3), key=lambda chunks: chunks * rounds(chunks))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """An H200's, where tensors have no device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+class TileSize(NamedTuple):
+    rows: int
+    columns: int
+
+
+def tile_size(rows: int, weight: Tensor, dtypes: set[torch.dtype]) -> TileSize:
+    """How many logits are held at once where their log-sum-exp is known, in each of ``dtypes``. On a GPU as many
+    columns for all rows as LIMIT allows: a product of few columns leaves multiprocessors idle, and the rows' gradient
+    is read and written once a tile."""
+    logit_bytes, limit, columns = sum(dtype.itemsize for dtype in dtypes), _limit(weight), TILE
+    if weight.device.type != "cpu":
+        columns = max(TILE, min(limit // (logit_bytes * max(rows, 1)), weight.shape[0]))
+        columns = _aligned(-(-weight.shape[0] // -(-weight.shape[0] // columns)), torch.float32)  # of about equal size
+    return TileSize(max(limit // (columns * logit_bytes), FEWEST_ROWS), columns)
 
 
 class _Sum:
@@ -202,15 +258,12 @@ class _Sum:
         if gradient is not None and parts > 1 and _needs_sum(gradient.dtype, wide):
             self.total = gradient.new_empty(gradient.shape, dtype=wide)
 
-    def add(self, a: Tensor, b: Tensor, first: bool, part: slice = slice(None)) -> None:
+    def add(self, a: Tensor, b: Tensor, first: bool, part: Piece = None) -> None:
         """total[part] += a @ b, or = where `first`."""
         assert self.total is not None
-        total = self.total[part]
-        if total.dtype == a.dtype:
+        total = _part(self.total, part)
+        if total.dtype == a.dtype or (total.dtype == torch.float32 and _adds_to_fp32(total.device, a.dtype)):
             self.kernels.multiply(total, a, b, not first)
-        elif total.dtype == torch.float32 and _adds_to_fp32(total.device, a.dtype):
-            wide = torch.float32
-            torch.mm(a, b, wide, out=total) if first else torch.addmm(total, a, b, wide, out=total)
         else:
             product = torch.mm(a, b)
             total.copy_(product) if first else self.kernels.add(total, product)
@@ -240,19 +293,23 @@ def _needs_sum(dtype: torch.dtype, wide: torch.dtype) -> bool:
 def _gradients(head: Head, wide: torch.dtype, wanted: Wanted) -> Gradients:
     """Where the wanted gradients go; zeros, should there be no row at all."""
     hidden_states, weight, _, _ = head
-    fresh = torch.Tensor.new_empty if len(hidden_states) else torch.Tensor.new_zeros
-    return Gradients(
-        fresh(hidden_states, hidden_states.shape) if wanted.hidden_states else None,
-        fresh(weight, weight.shape) if wanted.weight else None,
-        fresh(weight, weight.shape[:1], dtype=wide) if wanted.bias else None,
+    gradients = Gradients(
+        hidden_states.new_empty(hidden_states.shape) if wanted.hidden_states else None,
+        weight.new_empty(weight.shape) if wanted.weight else None,
+        weight.new_empty(weight.shape[0], dtype=wide) if wanted.bias else None,
     )
+    if hidden_states.shape[0] == 0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.zero_()
+    return gradients
 
 
 def _matrix(like: Tensor, rows: int, columns: int, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
     """(rows, columns) with rows on cache lines, uninitialized; in ``memory`` where it is given."""
     stride = _aligned(columns, dtype)
-    memory = like.new_empty(rows * stride, dtype=dtype) if memory is None else memory[: rows * stride]
-    return memory.view(rows, stride)[:, :columns]
+    memory = like.new_empty(rows * stride, dtype=dtype) if memory is None else memory
+    return memory.as_strided((rows, columns), (stride, 1))
 
 
 def _memory(kernels: Products, like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -291,18 +348,37 @@ def _limit(tensor: Tensor) -> int:
     return LIMIT["cpu" if tensor.device.type == "cpu" else "cuda"]
 
 
-def _rows(tensor: Tensor, heads: int, positions: slice) -> Tensor:
-    """The same positions of every head, head by head: a view where there is one head, else contiguous, as the kernels
-    take rows (`flatten` alone gives a view that skips from head to head where there is one position)."""
-    if heads == 1:
-        return tensor[positions]
+def _pieces(length: int, step: int) -> list[Piece]:
+    if 0 < length <= step:
+        return [None]
+    return [slice(*ends) for ends in _ranges(length, step)]
+
+
+def _ranges(length: int, step: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, length, step):
+        yield first, min(first + step, length)
+
+
+def _part(tensor: Tensor, piece: Piece) -> Tensor:
+    return tensor if piece is None else tensor[piece]
+
+
+def _columns(matrix: Tensor, piece: Piece) -> Tensor:
+    return matrix if piece is None else matrix[:, piece]
+
+
+def _rows(tensor: Tensor, heads: int, positions: Piece) -> Tensor:
+    """The same positions of every head, head by head: a view where that is one, else contiguous, as the kernels take
+    rows (`flatten` alone gives a view that skips from head to head where there is one position)."""
+    if positions is None or heads == 1:
+        return _part(tensor, positions)
     by_head: Tensor = tensor.unflatten(0, (heads, -1))
     return by_head[:, positions].flatten(0, 1).contiguous()
 
 
-def _store(tensor: Tensor, rows: Tensor, heads: int, positions: slice) -> None:
+def _store(tensor: Tensor, rows: Tensor, heads: int, positions: Piece) -> None:
     """Write ``rows`` where :func:`_rows` took them from, unless they are there."""
-    if heads > 1:
+    if heads > 1 and positions is not None:
         tensor.unflatten(0, (heads, -1))[:, positions] = rows.unflatten(0, (heads, -1))
 
 
@@ -315,17 +391,14 @@ def _operand(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix if _is_operand(matrix, dtype) else matrix.to(dtype).contiguous()
 
 
+def _wide(bias: Tensor | None, wide: torch.dtype) -> Tensor | None:
+    if bias is None or (bias.dtype == wide and bias.is_contiguous()):
+        return bias
+    return bias.to(wide).contiguous()
+
+
 def _like_bias(gradients: Gradients, bias: Tensor | None) -> Gradients:
     """With that of the bias, which was summed in the arithmetic dtype, in the dtype of the bias."""
-    if gradients.bias is None or bias is None:
+    if gradients.bias is None or bias is None or gradients.bias.dtype == bias.dtype:
         return gradients
     return gradients._replace(bias=gradients.bias.to(bias.dtype))
-
-
-def _part(vector: Tensor | None, part: slice) -> Tensor | None:
-    return None if vector is None else vector[part]
-
-
-def _ranges(length: int, step: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, length, step):
-        yield first, min(first + step, length)

@@ -9,6 +9,8 @@ log-sum-exp of every row and makes the gradients in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +23,14 @@ from repdeg_fast.contracts.linear_cross_entropy import (
     Head,
     Kernels,
     Look,
+    Losses,
     LossRule,
     Upstream,
     Wanted,
 )
-from repdeg_fast.native import linear_cross_entropy as native
+from repdeg_fast.ops import native_linear_cross_entropy as native
 from repdeg_fast.ops._operator import Formula, operator
-from repdeg_fast.ops.chunked_logits import ChunkedLogits
+from repdeg_fast.ops.chunked_logits import NOTHING
 from repdeg_fast.reference import linear_cross_entropy as reference
 
 
@@ -40,7 +43,7 @@ def _triton() -> Kernels:
 operation = Operation[Kernels](
     "linear_cross_entropy",
     reference=reference,
-    native=lambda operators: ChunkedLogits(native.RowKernels(operators)),
+    native=native.Kernels,
     triton=_triton,
     limits={"cpu": no_limit, "triton": no_float64},
 )
@@ -80,14 +83,7 @@ class Reduction(NamedTuple):
     padding_idx: int | None
 
 
-class Losses(NamedTuple):
-    """What a forward pass returns; gradients of Σ loss that were not made are empty."""
-
-    loss: Tensor  # (K,), or (K, M) without reduction
-    lse: Tensor  # (N,)
-    grad_hidden_states: Tensor
-    grad_weight: Tensor
-    grad_bias: Tensor
+_NO_GRADIENTS = Gradients(None, None, None)
 
 
 @operator()
@@ -117,19 +113,25 @@ def losses(
     head: Head, rule: LossRule, reduction: Reduction, wanted: Wanted | None, backend: str, look: Look | None = None
 ) -> Losses:
     """One sweep; ``wanted``: with gradients, and a look at the logits. ``None``: streaming."""
-    hidden_states, weight, target, _ = head
-    counted = count_targets(target, len(weight), rule.ignore_index)
-    kernels = operation.kernels(backend, hidden_states, weight)
-    gradients = Gradients(None, None, None)
-    factor = _row_factor(counted, reduction, hidden_states)
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    hidden_states, weight, _, _ = head
+    kernels, mean = operation.kernels(backend, hidden_states, weight), reduction.name == "mean"
+    if look is None and reduction.name != "none":
+        found = kernels.at_once(head, rule, reduction.heads, mean, wanted or NOTHING)
+        if found is not None:
+            _clear_padding(found.grad_weight, reduction.padding_idx)
+            return found
+    share = kernels.share(head, rule, mean)
+    gradients = _NO_GRADIENTS
+    with without_autocast(hidden_states.device.type):
         if wanted is None:
             rows, lse = kernels.forward(head, rule)
         else:
-            grad_loss = factor.expand(len(hidden_states))
+            grad_loss = share.expand(hidden_states.shape[0])
             rows, lse, gradients = kernels.forward_backward(grad_loss, head, rule, wanted, look)
-    rows = rows.view(reduction.heads, len(target))
-    loss = rows.clone() if reduction.name == "none" else rows.sum(1, dtype=torch.float64).mul_(factor).to(rows.dtype)
+        if reduction.name == "none":
+            loss = rows.clone().view(reduction.heads, head.target.shape[0])
+        else:
+            loss = kernels.total(rows, reduction.heads, share)
     return Losses(loss, lse, *_filled(gradients, hidden_states, reduction.padding_idx))
 
 
@@ -171,8 +173,8 @@ def linear_cross_entropy_backward(
     """The needed gradients of Σ grad_loss·loss + Σ grad_lse·lse (else empty); ``lse=None``: it was not saved."""
     head, rule = Head(hidden_states, weight, target, bias), LossRule(ignore_index, label_smoothing, softcap)
     wanted, kernels = Wanted.of(needs, accumulate_dtype), operation.kernels(backend, hidden_states, weight)
-    grad_rows = _row_gradients(grad_loss, head, rule, Reduction(heads, reduction, padding_idx))
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    grad_rows = _row_gradients(kernels, grad_loss, head, rule, Reduction(heads, reduction, padding_idx))
+    with without_autocast(hidden_states.device.type):
         if lse is None and grad_lse is None:
             *_, gradients = kernels.forward_backward(grad_rows, head, rule, wanted)
         else:
@@ -216,15 +218,12 @@ def linear_cross_entropy_rescale_(
 ) -> None:
     """Turn the gradients of Σ loss, made in the forward pass, into those of Σ grad_loss·loss, in place."""
     head, rule = Head(hidden_states, weight, target, bias), LossRule(ignore_index, label_smoothing, softcap)
-    wanted, kernels = Wanted.of(needs, accumulate_dtype), operation.kernels(backend, hidden_states, weight)
-    made = Gradients(
-        *[g if need else None for g, need in zip((grad_hidden, grad_weight, grad_bias), needs, strict=True)]
-    )
-    grad_rows = grad_loss if heads == 1 else _row_gradients(grad_loss, head, rule, Reduction(heads, reduction, None))
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        kernels.rescale_(made, grad_loss, grad_rows, head, rule, wanted)
-    if padding_idx is not None and needs[1]:
-        grad_weight[padding_idx] = 0
+    kernels, of_losses = operation.kernels(backend, hidden_states, weight), Reduction(heads, reduction, None)
+    made = _needed((grad_hidden, grad_weight, grad_bias), needs)
+    rows = partial(_row_gradients, kernels, grad_loss, head, rule, of_losses)
+    with without_autocast(hidden_states.device.type):
+        kernels.rescale_(made, grad_loss, rows, head, rule, Wanted.of(needs, accumulate_dtype))
+    _clear_padding(grad_weight, padding_idx)
 
 
 @linear_cross_entropy_rescale_.register_fake
@@ -255,7 +254,7 @@ def save(ctx: Any, head: Head, found: Losses, context: Context, chunked: bool, b
 def gradients_of(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> Gradients:
     """Those of hidden states, weight and bias, from what :func:`save` kept."""
     if grad_loss is None and grad_lse is None:
-        return Gradients(None, None, None)
+        return _NO_GRADIENTS
     hidden_states, weight, target, bias, *kept = ctx.saved_tensors
     options: Any = (*ctx.context, ctx.backend)
     # with gradients enabled (create_graph) the result must carry the error about second derivatives
@@ -291,51 +290,32 @@ class _Formula(Formula):
 
 
 def _needed(made: tuple[Tensor, Tensor, Tensor], needs: list[bool]) -> Gradients:
-    hidden_states, weight, bias = [gradient if need else None for gradient, need in zip(made, needs, strict=True)]
-    return Gradients(hidden_states, weight, bias)
+    (hidden_states, weight, bias), (of_hidden, of_weight, of_bias) = made, needs
+    return Gradients(hidden_states if of_hidden else None, weight if of_weight else None, bias if of_bias else None)
 
 
-def count_targets(target: Tensor, vocabulary: int, ignore_index: int) -> Tensor | int:
-    """How many count. Values are checked on the CPU only: on a GPU a check would stall the stream, and bad targets give
-    NaN there."""
-    if target.device.type == "cpu" and len(target):
-        smallest, largest = (bound.item() for bound in target.aminmax())
-        if smallest >= 0 and largest < vocabulary and not smallest <= ignore_index <= largest:
-            return len(target)  # as in masked-language modelling, where masked positions were selected before
-        _check_target(target, vocabulary, ignore_index)
-    return (target != ignore_index).sum()
-
-
-def _check_target(target: Tensor, vocabulary: int, ignore_index: int) -> None:
-    wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
-    if bool(wrong.any()):
-        raise ValueError(
-            f"target: expected values from 0 to {vocabulary - 1}, or ignore_index ({ignore_index}), "
-            f"got {target[wrong][0].item()}"
-        )
-
-
-def _row_factor(counted: Tensor | int, reduction: Reduction, like: Tensor) -> Tensor:
-    """Upstream gradient of each counted row where that of each head's loss is 1, (); 1 where no row counts."""
-    dtype = arithmetic_dtype(like)
-    if reduction.name != "mean":
-        return torch.ones((), dtype=dtype, device=like.device)
-    if isinstance(counted, int):
-        return torch.full((), 1 / max(counted, 1), dtype=dtype, device=like.device)
-    return counted.clamp_min(1).to(dtype).reciprocal()
-
-
-def _row_gradients(grad_loss: Tensor | None, head: Head, rule: LossRule, reduction: Reduction) -> Tensor:
+def _row_gradients(
+    kernels: Kernels, grad_loss: Tensor | None, head: Head, rule: LossRule, reduction: Reduction
+) -> Tensor:
     """(N,), from (K, M) or (K,); one value expanded where it serves every row."""
-    rows = (reduction.heads, len(head.target))
+    heads, positions = reduction.heads, head.target.shape[0]
     if grad_loss is None:
         dtype = arithmetic_dtype(head.hidden_states)
-        return head.hidden_states.new_zeros((), dtype=dtype).expand(rows[0] * rows[1])
+        return head.hidden_states.new_zeros((), dtype=dtype).expand(heads * positions)
     if reduction.name == "none":
         return grad_loss.reshape(-1)
-    counted = (head.target != rule.ignore_index).sum() if reduction.name == "mean" else 1
-    per_head = grad_loss * _row_factor(counted, reduction, head.hidden_states)
-    return per_head.expand(rows[1]) if rows[0] == 1 else per_head[:, None].expand(rows).reshape(-1)
+    per_head = grad_loss
+    if reduction.name == "mean":
+        per_head = grad_loss * kernels.share(head, rule, True)
+    return per_head.expand(positions) if heads == 1 else per_head[:, None].expand(heads, positions).reshape(-1)
+
+
+_PLAIN = nullcontext()
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Dtypes are chosen by then. A context that switches off what is off costs as much as a product of a small call."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _PLAIN
 
 
 def _empty_gradients(head: Head, made: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,6 +331,10 @@ def _empty_gradients(head: Head, made: list[bool]) -> tuple[Tensor, Tensor, Tens
 def _filled(gradients: Gradients, like: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Operators return tensors: an empty one for a gradient that is not needed. The padding row gets none."""
     grad_hidden, grad_weight, grad_bias = (like.new_empty(0) if g is None else g for g in gradients)
+    _clear_padding(grad_weight, padding_idx)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _clear_padding(grad_weight: Tensor, padding_idx: int | None) -> None:
     if padding_idx is not None and grad_weight.numel():
         grad_weight[padding_idx] = 0
-    return grad_hidden, grad_weight, grad_bias

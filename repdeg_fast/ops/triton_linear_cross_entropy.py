@@ -1,31 +1,36 @@
-"""The Triton kernels of the linear cross entropy in the form of its contract: streaming ones of their own, and a row
-kernel for chunks. Imported where Triton is to serve."""
+"""The Triton kernels of the linear cross entropy in the form of its contract: a forward pass of their own, and a row
+kernel for what the library multiplies. Imported where Triton is to serve."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from repdeg_fast.contracts.linear_cross_entropy import Columns, Gradients, Head, LogitBlock, LossRule, Upstream, Wanted
+from repdeg_fast.contracts.linear_cross_entropy import Columns, Gradients, GradRows, Head, LogitBlock, LossRule, Wanted
 from repdeg_fast.ops.chunked_logits import ChunkedLogits, LibraryProducts
 
 if TYPE_CHECKING:
-    from triton_kernels import linear_cross_entropy as launchers
+    from triton_kernels import linear_cross_entropy as streaming
+    from triton_kernels import linear_cross_entropy_heads as heads_
+    from triton_kernels import linear_cross_entropy_rows as rows_
 else:
-    from repdeg_fast.triton_kernels import linear_cross_entropy as launchers
+    from repdeg_fast.triton_kernels import linear_cross_entropy as streaming
+    from repdeg_fast.triton_kernels import linear_cross_entropy_heads as heads_
+    from repdeg_fast.triton_kernels import linear_cross_entropy_rows as rows_
 
 
 class RowKernels(LibraryProducts):
+    wide_logits = True  # as the forward kernel has them
+
     def rows(self, block: LogitBlock, columns: Columns, rule: LossRule, *, accumulate_bias: bool) -> None:
-        logits, lse, loss, grad_bias, target, first_row, bias, grad_loss, grad_lse = block
-        assert loss is not None  # whole rows, with gradients: streaming passes have kernels of their own
-        assert grad_loss is not None
-        assert grad_lse is None
-        launchers.rows(
-            logits, lse, loss, grad_bias, target, bias, grad_loss, grad_lse, columns.vocabulary, first_row,
-            columns.first, *rule, accumulate_bias,
-        )  # fmt: skip
+        rows_.rows(block, columns, rule, accumulate_bias)
+
+    def share(self, head: Head, rule: LossRule, mean: bool) -> Tensor:
+        return heads_.share(head, rule, mean)
+
+    def total(self, losses: Tensor, heads: int, share: Tensor) -> Tensor:
+        return heads_.total(losses, heads, share)
 
 
 class Kernels(ChunkedLogits):
@@ -33,16 +38,9 @@ class Kernels(ChunkedLogits):
         super().__init__(RowKernels())
 
     def forward(self, head: Head, rule: LossRule) -> tuple[Tensor, Tensor]:
-        return launchers.forward(*head, *rule)
-
-    def backward(self, upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted) -> Gradients:
-        *needs, accumulate_dtype = wanted
-        arguments: Any = (*upstream, *head, lse, *rule, needs, accumulate_dtype)
-        hidden_states, weight, bias = launchers.backward(*arguments)
-        return Gradients(hidden_states, weight, bias)
+        return streaming.forward(head, rule)
 
     def rescale_(
-        self, gradients: Gradients, grad_heads: Tensor, grad_loss: Tensor, head: Head, rule: LossRule, wanted: Wanted
+        self, gradients: Gradients, grad_heads: Tensor, rows: GradRows, head: Head, rule: LossRule, wanted: Wanted
     ) -> None:
-        *needs, accumulate_dtype = wanted
-        launchers.rescale_(list(gradients), grad_heads, grad_loss, *head, *rule, needs, accumulate_dtype)
+        heads_.rescale_(gradients, grad_heads, rows, head, rule)

@@ -20,7 +20,28 @@ import torch
 from torch import Tensor
 
 from repdeg_fast._arithmetic import arithmetic_dtype, scale_or_repeat_
-from repdeg_fast.contracts.linear_cross_entropy import Gradients, Head, Look, LossRule, Upstream, Wanted
+from repdeg_fast._checks import wrong_target
+from repdeg_fast.contracts.linear_cross_entropy import Gradients, GradRows, Head, Look, LossRule, Upstream, Wanted
+
+
+def at_once(head: Head, rule: LossRule, heads: int, mean: bool, wanted: Wanted) -> None:
+    """Step by step."""
+
+
+def share(head: Head, rule: LossRule, mean: bool) -> Tensor:
+    """1, or 1/n for a mean over the n targets that count, (); on a CPU, values are looked at."""
+    target, vocabulary, dtype = head.target, len(head.weight), arithmetic_dtype(head.hidden_states)
+    counts = target != rule.ignore_index
+    if target.device.type == "cpu":
+        wrong = target[((target < 0) | (target >= vocabulary)) & counts]
+        if len(wrong):
+            raise wrong_target(int(wrong[0]), vocabulary, rule.ignore_index)
+    return counts.sum().clamp_min(1).to(dtype).reciprocal() if mean else head.hidden_states.new_ones((), dtype=dtype)
+
+
+def total(losses: Tensor, heads: int, share: Tensor) -> Tensor:
+    """Of each head's rows, in double."""
+    return losses.view(heads, len(losses) // heads).sum(1, dtype=torch.float64).mul_(share).to(losses.dtype)
 
 
 def forward(head: Head, rule: LossRule) -> tuple[Tensor, Tensor]:
@@ -64,10 +85,10 @@ def forward_backward(
 
 
 def rescale_(
-    gradients: Gradients, grad_heads: Tensor, grad_loss: Tensor, head: Head, rule: LossRule, wanted: Wanted
+    gradients: Gradients, grad_heads: Tensor, rows: GradRows, head: Head, rule: LossRule, wanted: Wanted
 ) -> None:
     """See the contract."""
-    scale_or_repeat_(gradients, grad_heads, lambda: forward_backward(grad_loss, head, rule, wanted)[2])
+    scale_or_repeat_(gradients, grad_heads, lambda: forward_backward(rows(), head, rule, wanted)[2])
 
 
 def _logits(head: Head, softcap: float) -> Tensor:
