@@ -50,7 +50,7 @@ def test_a_tile_of_wide_logits_to_a_gradient_of_its_own(kernels, dtype):
     assert (sums.double() - true.sum(0)).norm() <= 1e-2 * true.sum(0).norm()
 
 
-@pytest.mark.parametrize("upstream", [(1.0, 1.0, 1.0), (2.0, 2.0, 2.0), (1.0, 3.0, 1.0), (float("nan"), 1.0, 1.0)])
+@pytest.mark.parametrize("upstream", [(1.0, 1.0, 1.0), (2.0, 2.0, 2.0), (1.0, 3.0, 1.0), (1.0, -2.0, 0.0)])
 def test_rescaling(kernels, upstream):
     """By one scale, or made again; hidden states always head by head."""
     heads, positions, d = 3, 4, 6
