@@ -18,7 +18,7 @@ BENCHMARKS = ROOT / "benchmarks"
 PYTHON = (sys.executable, "-m")
 # in this order; operations that are not named come after these, and steps of whole models after them
 HEADLINE = ("linear_cross_entropy", "gumbel_mix", "mlm_losses_and_sample", "admin_norm", "cosreg")
-MODELS = ("training_step", "admin_encoder")
+MODELS = ("training_step", "admin_encoder", "huggingface_step")
 PROFILED = ("cosreg", "linear_cross_entropy", "gumbel_mix")  # whose memory is shown
 TUNED = "linear_cross_entropy,gumbel_mix,admin_norm,cosreg"  # the longest first; the other suites launch the same
 SANITIZED = "value_and_gradient or published_formula or equals_the_two_functions or long_rows"  # every kernel, small
