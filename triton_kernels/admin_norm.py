@@ -85,15 +85,16 @@ def _forward_kernel(
     weight_values = _parameter(weight, columns, d, 1.0)[None, :]
     bias_values = _parameter(bias, columns, d, 0.0)[None, :]
     branch_bias_values = _parameter(branch_bias, columns, d, 0.0)[None, :]
+    share = 1.0 / d  # the mean's last digit is put right below
     for first in tl.range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
         rows = first + tl.arange(0, ROWS)
         keep = _keep(seed, rows, 0, dropout, scale, COLUMNS)
         z = _block(x, rows, columns, n, d, x_stride) * omega_values
         z += (_block(branch, rows, columns, n, d, branch_stride) + branch_bias_values) * keep
-        mu = tl.sum(z, axis=1) / d if CENTER else tl.zeros((ROWS,), tl.float32)
+        mu = tl.sum(z, axis=1) * share if CENTER else tl.zeros((ROWS,), tl.float32)
         centered = tl.where(inside, z - mu[:, None], 0.0)
         # the mean has lost digits where a row is far from zero; the mean of what is left around it has them
-        shift = tl.sum(centered, axis=1) / d if CENTER else tl.zeros((ROWS,), tl.float32)
+        shift = tl.sum(centered, axis=1) * share if CENTER else tl.zeros((ROWS,), tl.float32)
         r = _inverse_deviation(tl.sum(centered * centered, axis=1), d, shift, eps)
         mu += shift
         out = (z - mu[:, None]) * r[:, None] * weight_values + bias_values
