@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import types
 
 import pytest
 import torch
@@ -247,6 +248,20 @@ def test_bench_ends_with_an_operation_a_row(checkpoint):
     output = invoke(*arguments, COLUMNS="80").split("How we stand against the best rival")[1]
     for op in ("cosreg", "admin_norm"):
         assert re.search(rf"{op} [\d.]+× eager [\d.]+× eager (–|[\d.,]+×) ok", output), output
+
+
+def test_the_last_table_cuts_no_name(monkeypatch):
+    from repdeg_fast.bench import report
+
+    row = types.SimpleNamespace(suite=types.SimpleNamespace(op="mlm_losses_and_sample"), case=None, pass_="forward")
+    row.provider = types.SimpleNamespace(ours=True, rival=False, graph_free=False)
+    row.samples, row.error, row.wrong, row.failed = [], 0.0, False, False
+    monkeypatch.setattr(report, "_against_rival", lambda rows: (2.7, "compile-mixed-first"))
+    console = report.Console(width=80, record=True, file=io.StringIO())
+    console.print(report.summary([row]))
+    text = console.export_text()
+    assert "mlm_losses_and_sample " in text
+    assert text.count("compile-mixed-first") == 2
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])

@@ -172,7 +172,7 @@ def summary(rows: Sequence[Row]) -> Table:
     )
     out = plain_table("How we stand against the best rival", caption)
     for name in ("operation", *map(short_pass, PASSES), "peak", "value"):
-        out.add_column(name)
+        out.add_column(name, no_wrap=name == "operation", overflow="fold")
     for op in dict.fromkeys(row.suite.op for row in rows):
         mine = [row for row in rows if row.suite.op == op]
         cases = list(dict.fromkeys(row.case for row in mine))
