@@ -17,10 +17,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from repdeg_fast.contracts import admin_norm, contrastive, cosreg
+from repdeg_fast.contracts import admin_norm, contrastive, cosreg, gumbel_mix
 from repdeg_fast.contracts import linear_cross_entropy as lce
 from repdeg_fast.ops import admin_norm as admin_norm_ops
 from repdeg_fast.ops import cosreg as cosreg_ops
+from repdeg_fast.ops import gumbel_mix as gumbel_mix_ops
 from repdeg_fast.ops import linear_cross_entropy as lce_ops
 
 TUNED = "sm_90"  # the chip for which every configuration is compiled, not only the one that ships
@@ -69,7 +70,8 @@ def specializations() -> Iterator[Specialization]:
     for launch in launches():
         for chip in launch.chips:
             for specialization in _of(launch, chip):
-                if specialization not in seen:  # labels do not count
+                for_all = replace(specialization, targets=())
+                if specialization not in seen and for_all not in seen:  # labels do not count
                     seen.append(specialization)
                     yield specialization
 
@@ -143,6 +145,7 @@ def launches() -> Iterator[Launch]:
     yield from _admin_norm()
     yield from _contrastive()
     yield from _cosreg()
+    yield from _gumbel_mix()
     yield from _linear_cross_entropy()
 
 
@@ -252,3 +255,29 @@ def _linear_cross_entropy_passes(
         yield Launch(label, partial(kernels.share, head, rule, True), CHIPS)
         yield Launch(label, partial(kernels.total, grad_loss, heads, share), CHIPS)
     yield Launch(label + " chunked", partial(kernels.forward_backward, share.expand(n), head, rule, wanted), CHIPS)
+
+
+def _gumbel_mix() -> Iterator[Launch]:
+    """Whole passes: hard and soft, of heads that are mixed and of one; and samples from the losses' logits."""
+    kernels = gumbel_mix_ops.operation.triton()
+    options = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True), (torch.float16, False))
+    for dtype, bias in options:
+        m, v, d = 4915, 30_522, 768
+        mixed = gumbel_mix.Heads(_empty(3, m, d, dtype=dtype), _empty(m, 3, dtype=dtype))
+        one = gumbel_mix.Heads(mixed.hidden_states[:1], None)
+        weight = _empty(v, d, dtype=dtype)
+        projection = gumbel_mix.Projection(weight, _empty(v) if bias else None)
+        noise = gumbel_mix.Noise(_empty(1, dtype=torch.int64), 0.3)
+        drawn = gumbel_mix.Drawn(_empty(m, dtype=torch.int64), _empty(m))
+        label = _name(dtype) + " bias" * bias
+        for hard, heads in ((True, mixed), (False, one)):
+            name = f"{label} {'hard' if hard else 'soft'}"
+            yield Launch(name, partial(kernels.forward, heads, projection, weight, noise, hard=hard))
+            estimator, wanted = gumbel_mix.Estimator(hard, -1.0), gumbel_mix.Wanted(hard, True)
+            arguments = (_empty(m, d, dtype=dtype), heads, projection, weight, drawn, noise, estimator, wanted)
+            yield Launch(name, partial(kernels.backward, *arguments))
+        for k in (3, 1) if dtype != torch.float16 else ():
+            logits = _empty(k, m, 30_528, dtype=dtype)[:, :, :v]
+            shares = _empty(m, k, dtype=dtype) if k > 1 else None
+            block = gumbel_mix.HeadLogits(logits, shares, projection.bias, 0)
+            yield Launch(f"{label} K={k} logits", partial(kernels.sample_logits, drawn, block, noise))

@@ -37,19 +37,18 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
   m.def(
       "philox_gumbel(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
   m.def(
-      "gumbel_mix_sample(Tensor(a!) token_ids, Tensor(b!) peak, Tensor mixed, Tensor weight, Tensor? bias,"
-      " Tensor seed, float temperature) -> ()");
-  // From logits (K, M, V) without the bias, of rows whose noise starts with that of first_row; alpha is (M, K).
+      "gumbel_mix_forward(Tensor hidden_states, Tensor? mixture_logits, Tensor weight, Tensor? bias, Tensor embedding,"
+      " Tensor seed, float temperature, bool hard) -> (Tensor values, Tensor token_ids, Tensor peak)");
+  // From logits (K, m, V) without the bias, of positions whose noise starts with that of first_row.
   m.def(
-      "gumbel_mix_sample_logits(Tensor(a!) token_ids, Tensor(b!) peak, Tensor logits, Tensor alpha, Tensor? bias,"
-      " Tensor seed, float temperature, int first_row) -> ()");
+      "gumbel_mix_sample_logits(Tensor(a!) token_ids, Tensor(b!) peak, Tensor logits, Tensor? mixture_logits,"
+      " Tensor? bias, Tensor seed, float temperature, int first_row) -> ()");
+  m.def("gumbel_mix_embed(Tensor embedding, Tensor token_ids, Tensor peak) -> Tensor");
   m.def(
-      "gumbel_mix_soft_value(Tensor(a!) value, Tensor mixed, Tensor weight, Tensor? bias, Tensor embedding,"
-      " Tensor token_ids, Tensor peak, Tensor seed, float temperature) -> ()");
-  m.def(
-      "gumbel_mix_backward(Tensor(a!)? grad_mixed, Tensor(b!)? grad_embedding, Tensor grad_embeddings, Tensor mixed,"
-      " Tensor weight, Tensor? bias, Tensor embedding, Tensor token_ids, Tensor peak, Tensor seed, float temperature)"
-      " -> ()");
+      "gumbel_mix_backward(Tensor grad_values, Tensor hidden_states, Tensor? mixture_logits, Tensor weight,"
+      " Tensor? bias, Tensor embedding, Tensor token_ids, Tensor peak, Tensor seed, float temperature, bool hard,"
+      " float gradient_scale, bool wants_mixture, bool wants_embedding)"
+      " -> (Tensor grad_mixture, Tensor grad_embedding)");
   m.def(
       "admin_norm_forward(Tensor x, Tensor branch, Tensor? omega, Tensor? weight, Tensor? bias, Tensor? branch_bias,"
       " Tensor? seed, float dropout, float eps, bool center) -> (Tensor y, Tensor mean, Tensor rstd)");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -35,3 +36,11 @@ def scale_or_repeat_(
         for gradient, right in zip(gradients, make_again(), strict=True):
             if gradient is not None and right is not None:
                 gradient.copy_(right)
+
+
+_PLAIN = nullcontext()
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Dtypes are chosen by then. A context that switches off what is off costs as much as a product of a small call."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _PLAIN

@@ -6,6 +6,7 @@ import math
 import torch
 
 from repdeg_fast import gumbel_mix
+from repdeg_fast._mixture import mix
 from repdeg_fast.reference import gumbel_mix as definition
 
 SEED = 1234
@@ -55,8 +56,7 @@ class Problem:
         )
         if self.hidden_states.element_size() < 4:
             hidden = hidden + (
-                definition.mix(self.hidden_states, self.mixture_logits.detach()).cpu().double()
-                - definition.mix(hidden, logits)
+                mix(self.hidden_states, self.mixture_logits.detach()).cpu().double() - mix(hidden, logits)
             )
             weight = weight.to(self.hidden_states.dtype)
         logits, embedding = logits.to(dtype).requires_grad_(), embedding.to(dtype).requires_grad_()

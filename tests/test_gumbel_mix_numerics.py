@@ -7,6 +7,8 @@ import torch
 from gumbel_mix_cases import SEED, Problem
 from helpers import TOLERANCE, relative_error
 
+from repdeg_fast._mixture import mix, mix_backward
+from repdeg_fast.contracts.gumbel_mix import Drawn, Estimator, Heads, Noise, Projection, Wanted
 from repdeg_fast.ops.gumbel_mix import operation
 from repdeg_fast.reference import philox
 
@@ -39,25 +41,22 @@ def test_no_worse_than_eager_pytorch_at_any_temperature(place, scale, hard):
 def test_a_token_above_the_drawn_one_counts_as_equal(place, temperature):
     """Rounding may put one there that the sweep that drew did not see, far above at a small τ. The reference, whose
     y is a softmax, need not know."""
-    problem = Problem((1, 9, 131, 24, 16), torch.float32, place.device)
-    mixed, weight, bias, embedding = (
-        tensor.detach() for tensor in (problem.hidden_states[0], problem.weight, problem.bias, problem.embedding)
-    )
-    seed = torch.tensor([SEED], device=place.device)
-    s = mixed @ weight.T + bias + philox.gumbel(seed, range(9), range(131))
+    problem = Problem((2, 9, 131, 24, 16), torch.float32, place.device)
+    hidden, mixture_logits, weight, bias, embedding = (tensor.detach() for tensor in problem.tensors())
+    noise = Noise(torch.tensor([SEED], device=place.device), temperature)
+    s = mix(hidden, mixture_logits) @ weight.T + bias + philox.gumbel(noise.seed, range(9), range(131))
     best, second = s.topk(2).indices.t().contiguous()
-    value, gradient = torch.empty_like(problem.upstream), torch.empty_like(mixed)
-    inputs = (mixed, weight, bias, embedding, second, torch.ones_like(s[:, 0]), seed, temperature)
-    kernels = operation.kernels(place.backend, mixed, weight)
-    kernels.soft_value(value, *inputs)
-    kernels.backward(gradient, None, problem.upstream, *inputs)
+    inputs = (Heads(hidden, mixture_logits), Projection(weight, bias), embedding)
+    sample = (Drawn(second, torch.ones_like(s[:, 0])), noise)
+    kernels = operation.kernels(place.backend, hidden, weight)
+    wanted = Wanted(mixture_logits=True, embedding=False)
+    gradient, _ = kernels.backward(problem.upstream, *inputs, *sample, Estimator(True, 1.0), wanted)
     if place.backend == "reference":
-        assert relative_error(value, embedding[best]) <= 1e-6
         assert gradient.norm() <= 1e-6
     else:
-        assert relative_error(value, (embedding[best] + embedding[second]) / 2) <= 1e-6
         products = ((embedding[best] - embedding[second]) * problem.upstream).sum(dim=1, keepdim=True)
-        assert relative_error(gradient * temperature, products / 4 * (weight[best] - weight[second])) <= 1e-5
+        truth = mix_backward(products / 4 * (weight[best] - weight[second]), hidden, mixture_logits)
+        assert relative_error(gradient * temperature, truth) <= 1e-5
 
 
 @either

@@ -7,7 +7,8 @@ from helpers import relative_error, saved_bytes
 
 import repdeg_fast
 from repdeg_fast import gradient_reversal, gumbel_mix
-from repdeg_fast.ops.gumbel_mix import gumbel_sample, gumbel_value, operation
+from repdeg_fast.ops.gumbel_mix import gumbel_mix as operator
+from repdeg_fast.ops.gumbel_mix import gumbel_value, operation
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -26,13 +27,22 @@ def test_gradcheck_of_the_soft_value(backend):
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 def test_opcheck(hard):
     problem = Problem((2, 5, 30, 8, 6))
-    hidden, mixture_logits, weight, bias, embedding = problem.tensors()
     seed = torch.tensor([SEED])
-    sampling = (hidden, mixture_logits.detach(), weight, bias, seed, 0.3, "auto")
-    torch.library.opcheck(gumbel_sample.overload, sampling)
-    token_ids, lse = gumbel_sample(*sampling)
-    arguments = (hidden, mixture_logits, weight, bias, embedding, token_ids, lse, seed, 0.3, hard, -1.0, 3, "auto")
-    torch.library.opcheck(gumbel_value.overload, arguments)
+    torch.library.opcheck(operator.overload, (*problem.tensors(), seed, 0.3, hard, -1.0, 3, "auto"))
+    _, token_ids, peak = operator(*problem.tensors(), seed, 0.3, hard, -1.0, 3, "auto")
+    torch.library.opcheck(gumbel_value.overload, (*problem.tensors(), token_ids, peak, seed, 0.3, -1.0, 3, "auto"))
+
+
+def test_autocast_changes_nothing(place):
+    """Products are of the dtype of the hidden states."""
+    problem = Problem((2, 5, 30, 8, 6), device=place.device)
+    for hard in (True, False):
+        plain = problem.run(hard=hard)
+        with torch.autocast(place.device, torch.bfloat16):
+            token_ids, values = gumbel_mix(*problem.tensors(), hard=hard, seed=SEED, gradient_scale=1.0)
+            leaves = (problem.mixture_logits, problem.embedding)
+            gradients = torch.autograd.grad((values * problem.upstream).sum(), leaves)
+        assert all(torch.equal(a, b) for a, b in zip(plain, (token_ids, values, *gradients), strict=True))
 
 
 @pytest.mark.slow

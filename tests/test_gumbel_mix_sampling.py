@@ -9,8 +9,8 @@ from helpers import relative_error
 
 import repdeg_fast
 from repdeg_fast import gumbel_mix
+from repdeg_fast._mixture import mix
 from repdeg_fast.ops.gumbel_mix import operation  # noqa: F401
-from repdeg_fast.reference import gumbel_mix as definition
 from repdeg_fast.reference import philox
 
 
@@ -42,7 +42,7 @@ def test_same_tokens_on_every_backend_up_to_ties():
             chosen[backend], _ = gumbel_mix(*problem.tensors(), seed=SEED)
     different = (chosen["reference"] != chosen["cpu"]).nonzero().flatten()
     assert len(different) <= 1e-4 * 2000
-    mixed = definition.mix(problem.hidden_states.double(), problem.mixture_logits.detach().double())
+    mixed = mix(problem.hidden_states.double(), problem.mixture_logits.detach().double())
     z = mixed @ problem.weight.double().T + problem.bias.double()
     z += philox.gumbel(torch.tensor([SEED]), range(2000), range(5000), dtype=torch.float64)
     true = z.argmax(dim=1)
@@ -110,16 +110,19 @@ def test_cpu_results_do_not_depend_on_chunks_or_threads():
 
 
 @pytest.mark.interpreter
-def test_triton_results_do_not_depend_on_tiles(monkeypatch):
-    from repdeg_fast.triton_kernels import gumbel_mix as kernels
+def test_triton_results_do_not_depend_on_chunks(monkeypatch):
+    """Nor on how many columns of one are worked on at a time."""
     from repdeg_fast.triton_kernels import tuning
+    from repdeg_fast.triton_kernels.gumbel_mix import Block
 
-    problem = Problem((2, 40, 300, 24, 24))
+    from repdeg_fast.ops import chunked_vocabulary
+
+    problem = Problem((2, 10, 300, 24, 24))
     with repdeg_fast.use_backend("triton"):
         results = [problem.run(hard=False)]
-        for tile, buffer in ((kernels.Tile(16, 32, 16, 4, 2), 1), (kernels.Tile(64, 128, 16, 4, 2), 1 << 20)):
-            monkeypatch.setattr(kernels, "_BUFFER_BYTES", buffer)
-            with tuning.answering(lambda question, configurations, tile=tile: tile):
+        monkeypatch.setattr(chunked_vocabulary, "BUFFER_BYTES", 1)  # 128 columns
+        for columns in (64, 512):
+            with tuning.answering(lambda question, configurations, columns=columns: Block(columns, 4)):
                 results.append(problem.run(hard=False))
     for other in results[1:]:
         assert torch.equal(other[0], results[0][0])

@@ -1,5 +1,7 @@
 """The joint form against the two functions it stands for."""
 
+import sys
+
 import pytest
 import torch
 from helpers import TOLERANCE, relative_error
@@ -7,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 import repdeg_fast
 from repdeg_fast import gumbel_mix, mlm_losses_and_sample, multi_layer_mlm_loss
+from repdeg_fast.contracts.gumbel_mix import Drawn, Estimator, HeadLogits, Heads, Noise, Projection, Wanted
 from repdeg_fast.ops import chunked_logits
-from repdeg_fast.ops.gumbel_mix import Sample, operation
+from repdeg_fast.ops.gumbel_mix import operation
 from repdeg_fast.ops.mlm_losses_and_sample import mlm_losses_and_sample as operator
 from repdeg_fast.reference import gumbel_mix as definition
 
@@ -118,38 +121,39 @@ def test_16_bits_sample_what_their_logits_say(place, small_chunks):
         assert relative_error(result.cpu()[same], truth[same]) <= 3 * TOLERANCE[dtype]  # h̄ is rounded too
 
 
+def _drawn(rows, device="cpu"):
+    return Drawn(torch.empty(rows, dtype=torch.int64, device=device), torch.empty(rows, device=device))
+
+
 def test_heads_may_lie_further_apart_than_32_bits_reach(place):
     """Of 4 GB, pages that nobody touches are not taken."""
     stride, vocabulary = 2**30, 40
     room = torch.empty(2 * stride + vocabulary, dtype=torch.float16, device=place.device)
     logits = room.as_strided((3, 1, vocabulary), (stride, vocabulary, 1))
     logits.copy_(torch.randn(logits.shape))
-    alpha = torch.tensor([[0.2, 0.3, 0.5]], device=place.device)
-    arguments = (alpha, None, torch.tensor([SEED], device=place.device), 0.3, 0)
-    drawn, expected = ((torch.empty(1, dtype=torch.int64), torch.empty(1)) for _ in range(2))
-    drawn = [tensor.to(place.device) for tensor in drawn]
-    operation.kernels(place.backend, logits).sample_logits(*drawn, logits, *arguments)
-    definition.sample_logits(
-        *expected, logits.cpu(), *(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments)
-    )
-    assert drawn[0].item() == expected[0].item()
-    assert relative_error(drawn[1], expected[1]) <= 1e-5
+    mixture_logits, drawn, expected = torch.tensor([[0.2, 0.3, 0.5]]), _drawn(1, place.device), _drawn(1)
+    noise = Noise(torch.tensor([SEED], device=place.device), 0.3)
+    block = HeadLogits(logits, mixture_logits.to(place.device), None, 0)
+    operation.kernels(place.backend, logits).sample_logits(drawn, block, noise)
+    definition.sample_logits(expected, HeadLogits(logits.cpu(), mixture_logits, None, 0), Noise(noise.seed.cpu(), 0.3))
+    assert drawn.token_ids.item() == expected.token_ids.item()
+    assert relative_error(drawn.peak, expected.peak) <= 1e-5
 
 
 def test_a_sample_of_rounded_logits_serves_the_backward_pass(place):
     """y is divided by what it adds up to, so that the drawn token's need only be near."""
-    problem = Problem((1, 20, 200, 16, 16), torch.float32, place.device)
-    mixed, weight, bias, embedding = (
-        t.detach() for t in (problem.hidden_states[0], problem.weight, problem.bias, problem.embedding)
-    )
-    seed = torch.tensor([SEED], device=place.device)
-    kernels = operation.kernels(place.backend, mixed, weight)
-    token_ids, peak = problem.target.new_empty(20), mixed.new_empty(20)
-    kernels.sample(token_ids, peak, mixed, weight, bias, seed, 0.3)
-    gradients = [torch.empty_like(mixed) for _ in range(2)]
-    for gradient, error in zip(gradients, (1.0, 0.75), strict=True):
-        inputs = (problem.upstream, mixed, weight, bias, embedding, token_ids, error * peak, seed, 0.3)
-        kernels.backward(gradient, None, *inputs)
+    problem = Problem((2, 20, 200, 16, 16), torch.float32, place.device)
+    hidden, mixture_logits, weight, bias, embedding = (tensor.detach() for tensor in problem.leaves())
+    inputs = (Heads(hidden, mixture_logits), Projection(weight, bias), embedding)
+    noise = Noise(torch.tensor([SEED], device=place.device), 0.3)
+    kernels = operation.kernels(place.backend, hidden, weight)
+    _, token_ids, peak = kernels.forward(*inputs, noise, hard=True)
+    gradients = [
+        kernels.backward(
+            problem.upstream, *inputs, Drawn(token_ids, error * peak), noise, Estimator(True, 1.0), Wanted(True, False)
+        ).mixture_logits
+        for error in (1.0, 0.75)
+    ]
     assert relative_error(gradients[1], gradients[0]) <= 1e-5
 
 
@@ -172,27 +176,27 @@ def test_any_temperature_of_a_sample_of_rounded_logits(place, scale, small_chunk
 
 
 def test_tokens_may_be_excluded_by_the_tile(place):
-    """Triton takes 4,096 logits at a time."""
-    logits, alpha = torch.randn(2, 5, 4500), torch.rand(5, 2)
-    seed = torch.tensor([SEED], device=place.device)
+    """Triton takes some thousand logits at a time."""
+    logits, mixture_logits = torch.randn(2, 5, 4500), torch.rand(5, 2)
+    noise = Noise(torch.tensor([SEED], device=place.device), 0.3)
     for excluded in (slice(None, 4200), slice(4000, None), slice(None)):
         bias = torch.zeros(4500)
         bias[excluded] = -float("inf")
-        drawn, expected = ((torch.empty(5, dtype=torch.int64), torch.empty(5)) for _ in range(2))
-        drawn = [tensor.to(place.device) for tensor in drawn]
-        inputs = [tensor.to(place.device) for tensor in (logits, alpha, bias)]
-        operation.kernels(place.backend, inputs[0]).sample_logits(*drawn, *inputs, seed, 0.3, 2)
-        definition.sample_logits(*expected, logits, alpha, bias, seed.cpu(), 0.3, 2)
+        drawn, expected = _drawn(5, place.device), _drawn(5)
+        block = HeadLogits(*(tensor.to(place.device) for tensor in (logits, mixture_logits, bias)), 2)
+        operation.kernels(place.backend, block.logits).sample_logits(drawn, block, noise)
+        definition.sample_logits(expected, HeadLogits(logits, mixture_logits, bias, 2), Noise(noise.seed.cpu(), 0.3))
         if excluded == slice(None):
-            assert not drawn[1].isfinite().any()
+            assert not drawn.peak.isfinite().any()
         else:
-            assert torch.equal(drawn[0].cpu(), expected[0])
-            assert relative_error(drawn[1], expected[1]) <= 1e-5
+            assert torch.equal(drawn.token_ids.cpu(), expected.token_ids)
+            assert relative_error(drawn.peak, expected.peak) <= 1e-5
 
 
 def test_one_product_with_the_vocabulary_serves_both(monkeypatch):
     problem = Problem(SHAPES[0])
-    monkeypatch.setattr(Sample, "from_hidden_states", lambda _: pytest.fail("a second sweep"))
+    functional = sys.modules["repdeg_fast.functional.mlm_losses_and_sample"]  # the package exports its function
+    monkeypatch.setattr(functional, "gumbel_mix", lambda *_: pytest.fail("a second sweep"))
     problem.joint(strategy="chunked")
     with pytest.raises(pytest.fail.Exception, match="a second sweep"):
         problem.joint(strategy="streaming")
@@ -285,12 +289,11 @@ def test_compiles_to_one_graph():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunked", [True, False])
-def test_operator_is_registered_right(chunked):
+def test_operator_is_registered_right():
     problem = Problem(SHAPES[0])
     arguments = (problem.hidden_states.flatten(0, 1), problem.weight, problem.target, problem.bias)
     sampling = (problem.mixture_logits.detach(), torch.tensor([SEED]), 0.3)
-    options = (3, -100, 0.0, 0.0, "mean", None, torch.float32, [True] * 3, chunked, "auto")
+    options = (3, -100, 0.0, 0.0, "mean", None, torch.float32, [True] * 3, "auto")
     torch.library.opcheck(operator.overload, (*arguments, *sampling, *options))
 
 

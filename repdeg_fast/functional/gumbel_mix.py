@@ -60,29 +60,12 @@ def gumbel_mix(
     check_head(hidden_states, mixture_logits, weight, bias, embedding)
     check_sampling(temperature, gradient_scale)
     check_flag("hard", hard)
-    padding_idx = row_of_padding(padding_idx, len(weight))
-    seed, backend = seed_tensor(seed, hidden_states.device), backends.requested()
-    token_ids, peak = _gumbel_mix.gumbel_sample(
-        hidden_states.detach(), detached(mixture_logits), weight.detach(), detached(bias), seed, float(temperature),
-        backend,
+    values, token_ids, _ = _gumbel_mix.gumbel_mix(
+        hidden_states.detach(), mixture_logits, weight.detach(), detached(bias), embedding,
+        seed_tensor(seed, hidden_states.device), float(temperature), hard, float(gradient_scale),
+        row_of_padding(padding_idx, len(weight)), backends.requested(),
     )  # fmt: skip
-    embeddings = value(
-        hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed, temperature, hard,
-        gradient_scale, padding_idx,
-    )  # fmt: skip
-    return token_ids, embeddings
-
-
-def value(
-    hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor,
-    token_ids: Tensor, peak: Tensor, seed: Tensor, temperature: float, hard: bool, gradient_scale: float,
-    padding_idx: int | None,
-) -> Tensor:  # fmt: skip
-    """Embeddings of a sample that has been drawn, with its gradients."""
-    return _gumbel_mix.gumbel_value(
-        hidden_states.detach(), mixture_logits, weight.detach(), detached(bias), embedding, token_ids, peak, seed,
-        float(temperature), hard, float(gradient_scale), padding_idx, backends.requested(),
-    )  # fmt: skip
+    return token_ids, values
 
 
 def gradient_reversal(x: Tensor, scale: float = -1.0) -> Tensor:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.contracts.linear_cross_entropy import Head
-from repdeg_fast.functional.gumbel_mix import check_head, check_sampling, detached, value
+from repdeg_fast.functional.gumbel_mix import check_head, check_sampling, detached
 from repdeg_fast.functional.linear_cross_entropy import (
     Options,
     arguments,
@@ -20,6 +21,8 @@ from repdeg_fast.functional.linear_cross_entropy import (
     stacked,
 )
 from repdeg_fast.ops import mlm_losses_and_sample as _ops
+from repdeg_fast.ops.gumbel_mix import gumbel_mix, gumbel_value
+from repdeg_fast.ops.linear_cross_entropy import linear_cross_entropy
 
 
 def mlm_losses_and_sample(
@@ -62,19 +65,23 @@ def mlm_losses_and_sample(
     """
     embedding = weight if embedding is None else embedding
     given = Options(ignore_index, label_smoothing, None, reduction, strategy, accumulate_dtype, padding_idx)
-    hidden_states, options = check_tensors(stacked(hidden_states), weight, target, bias, check_options(given))
+    hidden_states, checked = check_tensors(stacked(hidden_states), weight, target, bias, check_options(given))
     check_heads(hidden_states.shape, target)
     check_head(hidden_states, mixture_logits, weight, bias, embedding)
     check_sampling(temperature, gradient_scale)
     seed = seed_tensor(seed, hidden_states.device)
     head = Head(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, target.contiguous(), bias)
-    sampling = (detached(mixture_logits), seed, float(temperature))
-    joint = _ops.mlm_losses_and_sample(
-        *head, *sampling, *arguments(head, hidden_states.shape[0], options, samples=True)
-    )
-    loss, _, _, _, _, token_ids, peak = joint
-    embeddings = value(
-        hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed, temperature, True,
-        gradient_scale, options.padding_idx,
-    )  # fmt: skip
-    return loss, token_ids, embeddings
+    *options, chunked, backend = arguments(head, hidden_states.shape[0], checked, samples=True)
+    heads = (hidden_states.detach(), mixture_logits, weight.detach(), detached(bias), embedding)
+    sampling, estimator = (seed, float(temperature)), (float(gradient_scale), checked.padding_idx)
+    flat: Any  # the arguments of an operator
+    if not chunked:
+        flat = (*head, *options, chunked, backend)
+        loss, *_ = linear_cross_entropy(*flat)
+        flat = (*heads, *sampling, True, *estimator, backend)
+        values, token_ids, _ = gumbel_mix(*flat)
+        return loss, token_ids, values
+    flat = (*head, detached(mixture_logits), *sampling, *options, backend)
+    loss, _, _, _, _, token_ids, peak = _ops.mlm_losses_and_sample(*flat)
+    flat = (*heads, token_ids, peak, *sampling, *estimator, backend)
+    return loss, token_ids, gumbel_value(*flat)

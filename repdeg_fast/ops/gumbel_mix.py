@@ -1,95 +1,82 @@
 """The operators behind Gumbel mixing. Mathematics: :mod:`repdeg_fast.reference.gumbel_mix`.
 
-Drawing a sample (no gradient) and its value (all of it) are two operators, so that a sweep over the vocabulary that
-serves other ends can draw the sample too.
+``gumbel_mix`` draws a sample and gives its value; ``gumbel_value`` gives the value of one that another sweep over the
+vocabulary has drawn. Both have the same derivative.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from repdeg_fast._arithmetic import arithmetic_dtype
+from repdeg_fast._arithmetic import arithmetic_dtype, without_autocast
 from repdeg_fast.backends import Operation, no_float64, no_limit
-from repdeg_fast.native import build
+from repdeg_fast.contracts.gumbel_mix import (
+    Drawn,
+    Estimator,
+    Heads,
+    Kernels,
+    Noise,
+    Projection,
+    Wanted,
+)
+from repdeg_fast.native import gumbel_mix as native
 from repdeg_fast.ops._operator import Formula, operator
 from repdeg_fast.reference import gumbel_mix as reference
-from repdeg_fast.reference.gumbel_mix import mix, mix_backward
 
-operation = Operation[Any](
+
+def _triton() -> Kernels:
+    from repdeg_fast.ops import triton_gumbel_mix
+
+    return triton_gumbel_mix.kernels
+
+
+operation = Operation[Kernels](
     "gumbel_mix",
     reference=reference,
-    native=lambda namespace: build.operators(
-        "gumbel_mix", *("sample", "sample_logits", "soft_value", "backward"), namespace=namespace
-    ),
-    triton=lambda: importlib.import_module("repdeg_fast.triton_kernels.gumbel_mix"),
+    native=native.Kernels,
+    triton=_triton,
     limits={"cpu": no_limit, "triton": no_float64},
 )
 
 
 @operator()
-def gumbel_sample(
+def gumbel_mix(
     hidden_states: Tensor,
     mixture_logits: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    embedding: Tensor,
     seed: Tensor,
     temperature: float,
+    hard: bool,
+    gradient_scale: float,
+    padding_idx: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Token ids x̂ (M,) and y_x̂ (M,). Not differentiable: takes detached tensors."""
-    sample = Sample(hidden_states, mixture_logits, weight, bias, seed, temperature, backend)
-    sample.from_hidden_states()
-    return sample.token_ids, sample.peak
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values (M, d_f), token ids x̂ (M,) and y_x̂ (M,). Gradients for the mixture logits and the embedding,
+    whose row ``padding_idx`` gets none."""
+    heads, projection = Heads(hidden_states, mixture_logits), Projection(weight, bias)
+    kernels = operation.kernels(backend, hidden_states, weight)
+    with without_autocast(hidden_states.device.type):
+        return kernels.forward(heads, projection, embedding, Noise(seed, temperature), hard=hard)
 
 
-@gumbel_sample.register_fake
-def _(hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_sample(hidden_states, hidden_states.shape[1])
+@gumbel_mix.register_fake
+def _(
+    hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = hidden_states.shape[1]
+    return embedding.new_empty(rows, embedding.shape[1]), *empty_sample(hidden_states, rows)
 
 
-class Sample:
-    """Token ids and their y, drawn in a sweep over the vocabulary of its own or from logits that another
-    sweep makes. Without a seed: none."""
-
-    def __init__(
-        self,
-        hidden_states: Tensor,  # (K, M, d)
-        mixture_logits: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        temperature: float,
-        backend: str,
-    ) -> None:
-        self.token_ids, self.peak = empty_sample(hidden_states, 0 if seed is None else hidden_states.shape[1])
-        self._heads = (hidden_states, mixture_logits, weight)
-        self._options = (_wide(bias, self.peak), seed, temperature)
-        if seed is not None:
-            self._kernels = operation.kernels(backend, hidden_states, weight)
-
-    def from_hidden_states(self) -> None:
-        hidden_states, mixture_logits, weight = self._heads
-        mixed = mix(hidden_states, mixture_logits)
-        self._kernels.sample(self.token_ids, self.peak, mixed, weight, *self._options)
-
-    def from_logits(self, logits: Tensor, first: int) -> None:
-        """Those of the positions from ``first`` on, whose logits (K, m, V) are without the bias."""
-        part, mixture_logits = slice(first, first + logits.shape[1]), self._heads[1]
-        if mixture_logits is None:
-            alpha = self.peak.new_ones(logits.shape[1], 1)
-        else:
-            alpha = mixture_logits[part].to(self.peak.dtype).softmax(dim=1)
-        self._kernels.sample_logits(self.token_ids[part], self.peak[part], logits, alpha, *self._options, first)
-
-
-def empty_sample(hidden_states: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Room for the token ids and the y of ``rows`` positions."""
-    return (
+def empty_sample(hidden_states: Tensor, rows: int) -> Drawn:
+    """Room for the sample of ``rows`` positions."""
+    return Drawn(
         hidden_states.new_empty(rows, dtype=torch.int64),
         hidden_states.new_empty(rows, dtype=arithmetic_dtype(hidden_states)),
     )
@@ -106,41 +93,25 @@ def gumbel_value(
     peak: Tensor,
     seed: Tensor,
     temperature: float,
-    hard: bool,
     gradient_scale: float,
     padding_idx: int | None,
     backend: str,
 ) -> Tensor:
-    """Embeddings (M, d_f) of a sample: of its tokens, or the soft value. Gradients for the mixture logits and the
-    embedding, whose row ``padding_idx`` gets none."""
-    if hard:
-        value = embedding.index_select(0, token_ids)
-    else:
-        sums = peak.new_empty(len(peak), embedding.shape[1])
-        mixed = mix(hidden_states, mixture_logits)
-        kernels = operation.kernels(backend, hidden_states, weight)
-        kernels.soft_value(sums, mixed, weight, _wide(bias, peak), embedding, token_ids, peak, seed, temperature)
-        value = sums.to(embedding.dtype)
-    # a token was drawn even where a logit is NaN; the embedding says so
-    return value.masked_fill_(~peak.isfinite()[:, None], float("nan"))
+    """The hard values (M, d_f) of a sample."""
+    return operation.kernels(backend, hidden_states, weight).embed(embedding, Drawn(token_ids, peak))
 
 
 @gumbel_value.register_fake
 def _(
-    hidden_states: Tensor,
-    mixture_logits: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    embedding: Tensor,
-    token_ids: Tensor,
-    *_: Any,
-) -> Tensor:
+    hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor,
+    token_ids: Tensor, *_: Any,
+) -> Tensor:  # fmt: skip
     return embedding.new_empty(token_ids.shape[0], embedding.shape[1])
 
 
 @operator()
 def gumbel_mix_backward(
-    grad_embeddings: Tensor,
+    grad_values: Tensor,
     hidden_states: Tensor,
     mixture_logits: Tensor | None,
     weight: Tensor,
@@ -158,48 +129,27 @@ def gumbel_mix_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the mixture logits and of the embedding; an empty tensor for one that is not needed."""
-    grad_mixture, grad_embedding = peak.new_empty(0), peak.new_empty(0)
-    if needs_embedding and hard:
-        row = -1 if padding_idx is None else padding_idx
-        grad_embedding = torch.ops.aten.embedding_dense_backward(grad_embeddings, token_ids, len(weight), row, False)
-    elif needs_embedding:
-        grad_embedding = torch.empty_like(embedding)
-    if needs_mixture or (needs_embedding and not hard):
-        mixed = mix(hidden_states, mixture_logits)
-        grad_mixed = peak.new_empty(mixed.shape) if needs_mixture else None
-        grad_soft = grad_embedding if needs_embedding and not hard else None
-        operation.kernels(backend, hidden_states, weight).backward(
-            grad_mixed,
-            grad_soft,
-            grad_embeddings,
-            mixed,
-            weight,
-            _wide(bias, peak),
-            embedding,
-            token_ids,
-            peak,
-            seed,
-            temperature,
-        )
-        if grad_soft is not None and padding_idx is not None:
-            grad_soft[padding_idx] = 0
-        if grad_mixed is not None and mixture_logits is not None:
-            grad_mixture = mix_backward(grad_mixed.mul_(gradient_scale), hidden_states, mixture_logits)
-    return grad_mixture, grad_embedding
+    heads, projection = Heads(hidden_states, mixture_logits), Projection(weight, bias)
+    wanted = Wanted(needs_mixture and mixture_logits is not None, needs_embedding)
+    kernels = operation.kernels(backend, hidden_states, weight)
+    with without_autocast(hidden_states.device.type):
+        grad_mixture, grad_embedding = kernels.backward(
+            grad_values if grad_values.is_contiguous() else grad_values.contiguous(), heads, projection, embedding,
+            Drawn(token_ids, peak), Noise(seed, temperature), Estimator(hard, gradient_scale), wanted,
+        )  # fmt: skip
+    if padding_idx is not None and grad_embedding is not None:
+        grad_embedding[padding_idx] = 0
+    return (
+        peak.new_empty(0) if grad_mixture is None else grad_mixture,
+        peak.new_empty(0) if grad_embedding is None else grad_embedding,
+    )
 
 
 @gumbel_mix_backward.register_fake
 def _(
-    grad_embeddings: Tensor,
-    hidden_states: Tensor,
-    mixture_logits: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    embedding: Tensor,
-    token_ids: Tensor,
-    peak: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
+    grad_values: Tensor, hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None,
+    embedding: Tensor, token_ids: Tensor, peak: Tensor, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     *_, needs_mixture, needs_embedding, _backend = options
     made = mixture_logits is not None and needs_mixture
     return (
@@ -211,7 +161,9 @@ def _(
 gumbel_mix_backward.forbid_second_derivative("gumbel_mix")
 
 
-class _Options(NamedTuple):
+class _Context(NamedTuple):
+    """What a formula keeps beside tensors: the last arguments of the backward operator."""
+
     temperature: float
     hard: bool
     gradient_scale: float
@@ -221,43 +173,54 @@ class _Options(NamedTuple):
     backend: str
 
 
-@gumbel_value.register_formula("gumbel_mix")
+def _gradients_of(ctx: Any, grad_values: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Those of run, hidden states, mixture logits, weight, bias and embedding."""
+    if grad_values is None:
+        return (None,) * 6
+    context = ctx.context
+    arguments: Any = (grad_values, *ctx.saved_tensors, *context)
+    grad_mixture, grad_embedding = gumbel_mix_backward(*arguments)
+    mixture = grad_mixture if context.needs_mixture else None
+    return None, None, mixture, None, None, grad_embedding if context.needs_embedding else None
+
+
+@gumbel_mix.register_formula("gumbel_mix")
 class _Formula(Formula):
     @staticmethod
     def forward(
-        ctx: Any,
-        run: Callable[..., Tensor],
-        hidden_states: Tensor,
-        mixture_logits: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        embedding: Tensor,
-        token_ids: Tensor,
-        peak: Tensor,
-        seed: Tensor,
-        temperature: float,
-        hard: bool,
-        gradient_scale: float,
-        padding_idx: int | None,
-        backend: str,
-    ) -> Tensor:
-        tensors = (hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed)
+        ctx: Any, run: Callable[..., tuple[Tensor, Tensor, Tensor]], hidden_states: Tensor,
+        mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor, seed: Tensor,
+        temperature: float, hard: bool, gradient_scale: float, padding_idx: int | None, backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        head = (hidden_states, mixture_logits, weight, bias, embedding)
+        found = run(*head, seed, temperature, hard, gradient_scale, padding_idx, backend)
+        _, token_ids, peak = found
         _, _, needs_mixture, _, _, needs_embedding, *_ = ctx.needs_input_grad  # of run, hidden states, mixture logits …
-        ctx.options = _Options(temperature, hard, gradient_scale, padding_idx, needs_mixture, needs_embedding, backend)
-        ctx.save_for_backward(*tensors)
-        return run(*tensors, temperature, hard, gradient_scale, padding_idx, backend)
+        ctx.save_for_backward(*head, token_ids, peak, seed)
+        ctx.context = _Context(temperature, hard, gradient_scale, padding_idx, needs_mixture, needs_embedding, backend)
+        ctx.mark_non_differentiable(token_ids, peak)
+        ctx.set_materialize_grads(False)
+        return found
 
     @staticmethod
-    def backward(ctx: Any, grad_embeddings: Tensor) -> tuple[Tensor | None, ...]:
-        options = ctx.options
-        arguments: Any = (grad_embeddings.contiguous(), *ctx.saved_tensors, *options)
-        grad_mixture, grad_embedding = gumbel_mix_backward(*arguments)
-        mixture = grad_mixture if options.needs_mixture else None
-        embedding = grad_embedding if options.needs_embedding else None
-        # of run, hidden states, mixture logits, weight, bias, embedding; token ids, peak, seed and five options
-        return None, None, mixture, None, None, embedding, *(None,) * 8
+    def backward(ctx: Any, grad_values: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return *_gradients_of(ctx, grad_values), *(None,) * 6  # of seed and five options
 
 
-def _wide(bias: Tensor | None, peak: Tensor) -> Tensor | None:
-    """As the kernels take it: contiguous, in the arithmetic dtype."""
-    return None if bias is None else bias.to(peak.dtype).contiguous()
+@gumbel_value.register_formula("gumbel_mix")
+class _ValueFormula(Formula):
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[..., Tensor], hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor,
+        bias: Tensor | None, embedding: Tensor, token_ids: Tensor, peak: Tensor, seed: Tensor, temperature: float,
+        gradient_scale: float, padding_idx: int | None, backend: str,
+    ) -> Tensor:  # fmt: skip
+        tensors = (hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed)
+        _, _, needs_mixture, _, _, needs_embedding, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(*tensors)
+        ctx.context = _Context(temperature, True, gradient_scale, padding_idx, needs_mixture, needs_embedding, backend)
+        return run(*tensors, temperature, gradient_scale, padding_idx, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients_of(ctx, grad_values), *(None,) * 7  # of token ids, peak, seed and four options

@@ -9,14 +9,13 @@ log-sum-exp of every row and makes the gradients in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from repdeg_fast._arithmetic import arithmetic_dtype
+from repdeg_fast._arithmetic import arithmetic_dtype, without_autocast
 from repdeg_fast.backends import Operation, no_float64, no_limit
 from repdeg_fast.contracts.linear_cross_entropy import (
     Gradients,
@@ -308,14 +307,6 @@ def _row_gradients(
     if reduction.name == "mean":
         per_head = grad_loss * kernels.share(head, rule, True)
     return per_head.expand(positions) if heads == 1 else per_head[:, None].expand(heads, positions).reshape(-1)
-
-
-_PLAIN = nullcontext()
-
-
-def without_autocast(device: str) -> AbstractContextManager[object]:
-    """Dtypes are chosen by then. A context that switches off what is off costs as much as a product of a small call."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _PLAIN
 
 
 def _empty_gradients(head: Head, made: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,6 @@
-"""The operator of the joint form: :mod:`repdeg_fast.ops.linear_cross_entropy`'s losses of K heads, and the sample of
-:mod:`repdeg_fast.ops.gumbel_mix`, in one sweep. Mathematics: :mod:`repdeg_fast.reference.mlm_losses_and_sample`."""
+"""The operator of the joint form: :mod:`repdeg_fast.ops.linear_cross_entropy`'s losses of K heads, in chunks, and the
+sample of :mod:`repdeg_fast.ops.gumbel_mix`, in one sweep. Mathematics:
+:mod:`repdeg_fast.reference.mlm_losses_and_sample`."""
 
 from __future__ import annotations
 
@@ -9,14 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from repdeg_fast.contracts.gumbel_mix import Drawn, HeadLogits, Noise
 from repdeg_fast.contracts.linear_cross_entropy import Head, LossRule, Wanted
+from repdeg_fast.ops import gumbel_mix
 from repdeg_fast.ops._operator import Formula, operator
-from repdeg_fast.ops.gumbel_mix import Sample, empty_sample
 from repdeg_fast.ops.linear_cross_entropy import Context, Losses, Reduction, fake_losses, gradients_of, losses, save
 
 
 class Joint(NamedTuple):
-    """The fields of Losses, and the sample as ``gumbel_sample`` returns it."""
+    """The fields of Losses, and those of a sample."""
 
     loss: Tensor
     lse: Tensor
@@ -44,21 +46,22 @@ def mlm_losses_and_sample(
     padding_idx: int | None,
     accumulate_dtype: torch.dtype,
     needs: list[bool],
-    chunked: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Joint: the sample from the losses' logits where `chunked`, else in a sweep of its own."""
+    """The fields of Joint: the sample is drawn from the losses' logits."""
     head, rule = Head(hidden_states, weight, target, bias), LossRule(ignore_index, label_smoothing, softcap)
-    by_head = hidden_states.unflatten(0, (heads, len(target)))
-    of_losses = Reduction(heads, reduction, padding_idx)
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        sample = Sample(by_head, mixture_logits, weight, bias, seed, temperature, backend)
-        if chunked:
-            found = losses(head, rule, of_losses, Wanted.of(needs, accumulate_dtype), backend, sample.from_logits)
-        else:
-            found = losses(head, rule, of_losses, None, backend)
-            sample.from_hidden_states()
-    return Joint(*found, sample.token_ids, sample.peak)
+    wanted, noise = Wanted.of(needs, accumulate_dtype), Noise(seed, temperature)
+    kernels = gumbel_mix.operation.kernels(backend, hidden_states, weight)
+    drawn = gumbel_mix.empty_sample(hidden_states, len(target))
+
+    def look(logits: Tensor, first: int) -> None:
+        part = slice(first, first + logits.shape[1])
+        shares = None if mixture_logits is None else mixture_logits[part]
+        some = Drawn(drawn.token_ids[part], drawn.peak[part])
+        kernels.sample_logits(some, HeadLogits(logits, shares, bias, first), noise)
+
+    found = losses(head, rule, Reduction(heads, reduction, padding_idx), wanted, backend, look)
+    return Joint(*found, *drawn)
 
 
 @mlm_losses_and_sample.register_fake
@@ -73,10 +76,9 @@ def _(
     heads: int,
     *options: Any,
 ) -> Joint:
-    *_, reduction, _padding_idx, _accumulate_dtype, needs, chunked, _backend = options
-    made = [chunked and need for need in needs]
-    found = fake_losses(Head(hidden_states, weight, target, bias), heads, reduction, made)
-    return Joint(*found, *empty_sample(hidden_states, target.shape[0]))
+    *_, reduction, _padding_idx, _accumulate_dtype, needs, _backend = options
+    found = fake_losses(Head(hidden_states, weight, target, bias), heads, reduction, needs)
+    return Joint(*found, *gumbel_mix.empty_sample(hidden_states, target.shape[0]))
 
 
 @mlm_losses_and_sample.register_formula("mlm_losses_and_sample")
@@ -98,8 +100,8 @@ class _Formula(Formula):
     ) -> tuple[Tensor, ...]:
         head = Head(hidden_states, weight, target, bias)
         joint = Joint(*run(*head, mixture_logits, seed, temperature, *options))
-        *context, chunked, backend = options
-        save(ctx, head, Losses(*joint[:5]), Context(*context), chunked, backend)
+        *context, backend = options
+        save(ctx, head, Losses(*joint[:5]), Context(*context), True, backend)
         ctx.mark_non_differentiable(*joint[2:])
         return joint
 
@@ -107,5 +109,5 @@ class _Formula(Formula):
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         hidden_states, weight, bias = gradients_of(ctx, grad_loss, grad_lse)
         sampling = (None, None, None)  # mixture logits, seed, temperature
-        options = (None,) * (len(Context._fields) + 2)  # and chunked, backend
+        options = (None,) * (len(Context._fields) + 1)  # and backend
         return None, hidden_states, weight, None, bias, *sampling, *options

@@ -29,8 +29,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from repdeg_fast._arithmetic import arithmetic_dtype
+from repdeg_fast._mixture import mix, mix_backward
+from repdeg_fast.contracts.gumbel_mix import (
+    Drawn,
+    Estimator,
+    Gradients,
+    HeadLogits,
+    Heads,
+    Noise,
+    Projection,
+    Wanted,
+)
 from repdeg_fast.reference import philox
-from repdeg_fast.reference.cosreg import arithmetic_dtype
 
 _CHUNK = 1 << 23  # logits held at a time
 
@@ -58,113 +69,89 @@ def gumbel_mix(
     return token_ids, y @ embedding
 
 
-def mix(hidden_states: Tensor, mixture_logits: Tensor | None) -> Tensor:
-    """h̄ (M, d) in the dtype of the hidden states, summed in fp32 (float64); no mixture logits: K is 1."""
-    if mixture_logits is None:
-        return hidden_states[0]
-    alpha = mixture_logits.to(arithmetic_dtype(hidden_states)).softmax(dim=1)
-    mixed = alpha[:, :1] * hidden_states[0]
-    for k in range(1, len(hidden_states)):
-        mixed += alpha[:, k : k + 1] * hidden_states[k]
-    return mixed.to(hidden_states.dtype)
-
-
-def mix_backward(grad_mixed: Tensor, hidden_states: Tensor, mixture_logits: Tensor) -> Tensor:
-    """The gradient of the mixture logits, (M, K) in their dtype, from that of h̄."""
-    alpha = mixture_logits.to(grad_mixed.dtype).softmax(dim=1)
-    grad_alpha = torch.stack([(grad_mixed * hidden).sum(dim=1) for hidden in hidden_states], dim=1)
-    grad = alpha * (grad_alpha - (alpha * grad_alpha).sum(dim=1, keepdim=True))
-    return grad.to(mixture_logits.dtype)
-
-
-def sample(
-    token_ids: Tensor,  # (M,), written
-    peak: Tensor,  # (M,), written
-    mixed: Tensor,  # (M, d)
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor,
-    temperature: float,
-) -> None:
-    """x̂ and y_x̂. Where a logit is NaN or +∞, or all are −∞, y_x̂ is not finite, and x̂ is any token."""
-    for rows in _row_chunks(mixed, weight):
+def forward(
+    heads: Heads, projection: Projection, embedding: Tensor, noise: Noise, *, hard: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The value, x̂ and y_x̂. Where a logit is NaN or +∞, or all are −∞, y_x̂ is not finite, and x̂ is any token."""
+    mixed = mix(*heads)
+    drawn = Drawn(
+        mixed.new_empty(len(mixed), dtype=torch.int64), mixed.new_empty(len(mixed), dtype=arithmetic_dtype(mixed))
+    )
+    soft = drawn.peak.new_empty(len(mixed), embedding.shape[1])
+    for rows in _row_chunks(mixed, projection.weight):
         part = slice(rows.start, rows.stop)
-        perturbed = _perturbed_logits(mixed, weight, bias, seed, rows)
-        _draw(token_ids[part], peak[part], perturbed, temperature)
+        perturbed = _perturbed_logits(mixed, projection, noise, rows)
+        _draw(Drawn(drawn.token_ids[part], drawn.peak[part]), perturbed, noise)
+        if not hard:
+            soft[part] = (perturbed / noise.temperature).softmax(dim=1) @ embedding.to(soft.dtype)
+    return embed(embedding, drawn) if hard else _or_nan(soft.to(embedding.dtype), drawn), *drawn
 
 
-def sample_logits(
-    token_ids: Tensor,  # (M,), written
-    peak: Tensor,  # (M,), written
-    logits: Tensor,  # (K, M, V), without the bias
-    alpha: Tensor,  # (M, K)
-    bias: Tensor | None,
-    seed: Tensor,
-    temperature: float,
-    first_row: int,  # whose noise the first row gets
-) -> None:
-    """x̂ and y_x̂ from the K heads' logits, where something else has made them."""
-    mixed = torch.einsum("mk,kmv->mv", alpha, logits.to(alpha.dtype))
+def sample_logits(drawn: Drawn, block: HeadLogits, noise: Noise) -> None:
+    """x̂ and y_x̂ from the K heads' logits."""
+    logits, mixture_logits, bias, first_row = block
+    wide = drawn.peak.dtype
+    alpha = (
+        drawn.peak.new_ones(logits.shape[1], 1) if mixture_logits is None else mixture_logits.to(wide).softmax(dim=1)
+    )
+    mixed = torch.einsum("mk,kmv->mv", alpha, logits.to(wide))
     if bias is not None:
         mixed += bias
     rows, columns = range(first_row, first_row + len(mixed)), range(mixed.shape[1])
-    mixed += philox.gumbel(seed, rows, columns, dtype=mixed.dtype)
-    _draw(token_ids, peak, mixed, temperature)
+    mixed += philox.gumbel(noise.seed, rows, columns, dtype=wide)
+    _draw(drawn, mixed, noise)
 
 
-def soft_value(
-    value: Tensor,  # (M, d_f), written
-    mixed: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    embedding: Tensor,
-    token_ids: Tensor,
-    peak: Tensor,
-    seed: Tensor,
-    temperature: float,
-) -> None:
-    """Σ_v y_v F[v]. Of the sample, only kernels need anything: here y is a softmax."""
-    for rows in _row_chunks(mixed, weight):
-        part = slice(rows.start, rows.stop)
-        y = (_perturbed_logits(mixed, weight, bias, seed, rows) / temperature).softmax(dim=1)
-        value[part] = y @ embedding.to(y.dtype)
+def embed(embedding: Tensor, drawn: Drawn) -> Tensor:
+    """F[x̂]. A token was drawn even where a logit is NaN; the value says so."""
+    return _or_nan(embedding.index_select(0, drawn.token_ids), drawn)
 
 
 def backward(
-    grad_mixed: Tensor | None,  # (M, d), written where given
-    grad_embedding: Tensor | None,  # (V, d_f), the gradient of the soft value, written where given
-    grad_embeddings: Tensor,  # (M, d_f)
-    mixed: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    embedding: Tensor,
-    token_ids: Tensor,
-    peak: Tensor,
-    seed: Tensor,
-    temperature: float,
-) -> None:
-    """dh̄ and, for a soft value, dF. Products F[v]·r are taken from that of the drawn token, so that what rows of F have
-    in common cancels before it is rounded. For dh̄ kernels divide y by what it adds up to: ``peak`` need only be near,
-    as it is where the sample was drawn from logits that had been rounded."""
-    r = grad_embeddings.to(peak.dtype)
-    total = None if grad_embedding is None else torch.zeros_like(grad_embedding, dtype=peak.dtype)
-    for rows in _row_chunks(mixed, weight):
+    grad_values: Tensor, heads: Heads, projection: Projection, embedding: Tensor, drawn: Drawn, noise: Noise,
+    estimator: Estimator, wanted: Wanted,
+) -> Gradients:  # fmt: skip
+    """Products F[v]·r are taken from that of the drawn token, so that what rows of F have in common cancels before it
+    is rounded. For dh̄ kernels divide y by what it adds up to: ``peak`` need only be near, as it is where the sample was
+    drawn from logits that had been rounded."""
+    mixed, weight = mix(*heads), projection.weight
+    r = grad_values.to(drawn.peak.dtype)
+    grad_mixed = r.new_empty(mixed.shape)
+    grad_embedding = r.new_zeros(embedding.shape) if wanted.embedding and not estimator.hard else None
+    for rows in _row_chunks(mixed, weight) if wanted.mixture_logits or not estimator.hard else ():
         part = slice(rows.start, rows.stop)
-        y = (_perturbed_logits(mixed, weight, bias, seed, rows) / temperature).softmax(dim=1)
-        if total is not None:
-            total.addmm_(y.T, r[part])
-        if grad_mixed is not None:
+        y = (_perturbed_logits(mixed, projection, noise, rows) / noise.temperature).softmax(dim=1)
+        if grad_embedding is not None:
+            grad_embedding.addmm_(y.T, r[part])
+        if wanted.mixture_logits:
             fr = r[part] @ embedding.to(r.dtype).T
-            fr -= fr.gather(1, token_ids[part, None])
+            fr -= fr.gather(1, drawn.token_ids[part, None])
             delta = (y * fr).sum(dim=1, keepdim=True)
-            grad_mixed[part] = (y * (fr - delta) / temperature) @ _operand(weight, mixed)
-    if grad_embedding is not None and total is not None:
-        grad_embedding.copy_(total)
+            grad_mixed[part] = (y * (fr - delta) / noise.temperature) @ _operand(weight, mixed)
+    grad_mixture = None
+    if wanted.mixture_logits and heads.mixture_logits is not None:
+        grad_mixture = mix_backward(
+            grad_mixed.mul_(estimator.gradient_scale), heads.hidden_states, heads.mixture_logits
+        )
+    if wanted.embedding and estimator.hard:
+        return Gradients(grad_mixture, embed_backward(grad_values, embedding, drawn))
+    return Gradients(grad_mixture, None if grad_embedding is None else grad_embedding.to(embedding.dtype))
 
 
-def _draw(token_ids: Tensor, peak: Tensor, perturbed: Tensor, temperature: float) -> None:
-    token_ids.copy_(perturbed.argmax(dim=1))
-    peak.copy_((perturbed / temperature).softmax(dim=1).gather(1, token_ids[:, None]).squeeze(1))
+def embed_backward(grad_values: Tensor, embedding: Tensor, drawn: Drawn) -> Tensor:
+    """dF of hard values: rows of a token that was drawn more than once are added up."""
+    grad: Tensor = torch.ops.aten.embedding_dense_backward(grad_values, drawn.token_ids, len(embedding), -1, False)
+    return grad
+
+
+def _draw(drawn: Drawn, perturbed: Tensor, noise: Noise) -> None:
+    token_ids = perturbed.argmax(dim=1)
+    drawn.token_ids.copy_(token_ids)
+    drawn.peak.copy_((perturbed / noise.temperature).softmax(dim=1).gather(1, token_ids[:, None]).squeeze(1))
+
+
+def _or_nan(values: Tensor, drawn: Drawn) -> Tensor:
+    return values.masked_fill_(~drawn.peak.isfinite()[:, None], float("nan"))
 
 
 def _operand(weight: Tensor, mixed: Tensor) -> Tensor:
@@ -172,12 +159,12 @@ def _operand(weight: Tensor, mixed: Tensor) -> Tensor:
     return weight.to(mixed.dtype).to(arithmetic_dtype(mixed))
 
 
-def _perturbed_logits(mixed: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor, rows: range) -> Tensor:
-    wide = arithmetic_dtype(mixed)
+def _perturbed_logits(mixed: Tensor, projection: Projection, noise: Noise, rows: range) -> Tensor:
+    wide, (weight, bias) = arithmetic_dtype(mixed), projection
     logits = mixed[rows.start : rows.stop].to(wide) @ _operand(weight, mixed).T
     if bias is not None:
         logits += bias
-    return logits + philox.gumbel(seed, rows, range(len(weight)), dtype=wide)
+    return logits + philox.gumbel(noise.seed, rows, range(len(weight)), dtype=wide)
 
 
 def _row_chunks(mixed: Tensor, weight: Tensor) -> Iterator[range]:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import repdeg_fast
+from repdeg_fast._arithmetic import arithmetic_dtype
+from repdeg_fast._mixture import mix
 from repdeg_fast.bench import products
 from repdeg_fast.bench.suite import (
     FORWARD,
@@ -35,8 +37,6 @@ from repdeg_fast.bench.suite import (
 from repdeg_fast.bench.suites.linear_cross_entropy import case_of_weights, heads, operands
 from repdeg_fast.ops.gumbel_mix import operation
 from repdeg_fast.reference import philox
-from repdeg_fast.reference.cosreg import arithmetic_dtype
-from repdeg_fast.reference.gumbel_mix import mix
 
 _COLUMNS = 4096  # logits a row of the exact value that are in float64 at a time
 _NEAR_TIES = 0.01  # of all rows: if more got another token, something is wrong

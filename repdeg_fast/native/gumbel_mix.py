@@ -1,0 +1,46 @@
+"""Gumbel mixing's native kernels: csrc/cpu/gumbel_mix*.cpp."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from repdeg_fast.contracts.gumbel_mix import (
+    Drawn,
+    Estimator,
+    Gradients,
+    HeadLogits,
+    Heads,
+    Noise,
+    Projection,
+    Wanted,
+)
+from repdeg_fast.native import Namespace
+
+
+class Kernels:
+    def __init__(self, operators: Namespace) -> None:
+        self._forward = operators.gumbel_mix_forward.default
+        self._sample_logits = operators.gumbel_mix_sample_logits.default
+        self._embed = operators.gumbel_mix_embed.default
+        self._backward = operators.gumbel_mix_backward.default
+
+    def forward(
+        self, heads: Heads, projection: Projection, embedding: Tensor, noise: Noise, *, hard: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values, token_ids, peak = self._forward(*heads, *projection, embedding, *noise, hard)
+        return values, token_ids, peak
+
+    def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise) -> None:
+        logits, mixture_logits, bias, first_row = block
+        self._sample_logits(*drawn, logits, mixture_logits, bias, *noise, first_row)
+
+    def embed(self, embedding: Tensor, drawn: Drawn) -> Tensor:
+        values: Tensor = self._embed(embedding, *drawn)
+        return values
+
+    def backward(
+        self, grad_values: Tensor, heads: Heads, projection: Projection, embedding: Tensor, drawn: Drawn, noise: Noise,
+        estimator: Estimator, wanted: Wanted,
+    ) -> Gradients:  # fmt: skip
+        made = self._backward(grad_values, *heads, *projection, embedding, *drawn, *noise, *estimator, *wanted)
+        return Gradients(*[gradient if want else None for gradient, want in zip(made, wanted, strict=True)])
