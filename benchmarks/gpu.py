@@ -111,7 +111,7 @@ def run_stage(stage: str, visit: Visit, seconds: float, outcomes: dict[str, str]
 def _in_turn(commands: list[Command], log: TextIO, visit: Visit, end: float, outcomes: dict[str, str]) -> str:
     ended = PASSED
     for command in commands:
-        seconds = max(1.0, command.share * (end - time.monotonic()))
+        seconds = max(0.3, command.share * (end - time.monotonic()))
         outcome = run_limited(command.words, log, seconds, visit.site, visit.environment())
         ended = ended if outcome == PASSED else outcome
         hand_over(visit, outcomes)

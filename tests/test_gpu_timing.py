@@ -142,6 +142,31 @@ def test_host_time_is_that_of_a_call_on_an_idle_gpu(monkeypatch):
     assert gpu_timing.host_microseconds([Step()], gpu, seconds=0.0) == pytest.approx(30)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("wait", "method"),
+    [
+        (lambda x: None, "graph, 1 set of inputs"),
+        (lambda x: x.sum().item(), "events, 1 set of inputs; not captured: called a synchronizing CUDA operation"),
+        (lambda x: torch.cuda.synchronize(), "events, 1 set of inputs; not captured: "),  # a capture that fails
+    ],
+)
+def test_on_a_gpu(wait, method):
+    x = torch.randn(64, 64, device="cuda", requires_grad=True)
+
+    def call():
+        wait(x)
+        return (x * torch.rand_like(x)).sum()
+
+    provider = Provider("any", lambda inputs: call)
+    step = measure.Step(provider, call, {"x": x}, FORWARD_BACKWARD)
+    timing = gpu_timing.time_in_turn([step], gpu_timing.gpu(torch.device("cuda")), seconds=0.1)
+    assert timing.method.startswith(method)
+    assert all(ms > 0 for ms in timing.samples)
+    assert measure.lost(torch.device("cuda")) is None
+    assert torch.rand(3, device="cuda").isfinite().all()  # the generator waits for no capture to end
+
+
 def breaks(inputs):
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
