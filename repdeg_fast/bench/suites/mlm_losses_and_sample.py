@@ -93,8 +93,9 @@ def _joint(inputs: Inputs) -> Tensor:
     return losses.mean() + embeddings.mean()
 
 
-def _torchs(name: str, function: Callable[..., Tensor]) -> Provider:
+def _torchs(name: str, compile_: bool) -> Provider:
     def prepare(inputs: Inputs) -> Callable[[], Tensor]:
+        function = compiled(_published) if compile_ else _published  # not before: the compiler is seconds of imports
         return lambda: function(*_arguments(inputs))
 
     return Provider(name, prepare, passes=(FORWARD_BACKWARD,), needs=_logits_needs, own_noise=True)
@@ -109,8 +110,8 @@ def _ours(name: str, call: Callable[[Inputs], Tensor]) -> list[Provider]:
 
 PROVIDERS = [
     Provider("losses-alone", lambda inputs: lambda: _losses(inputs), floor="a floor: ours, no sample"),
-    _torchs("eager", _published),
-    _torchs("compile", compiled(_published)),
+    _torchs("eager", compile_=False),
+    _torchs("compile", compile_=True),
     *_ours("ours-separate", _separate),
     *_ours("ours-joint", _joint),
 ]
