@@ -17,12 +17,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from repdeg_fast.contracts import admin_norm, contrastive, cosreg, gumbel_mix
+from repdeg_fast.contracts import admin_norm, contrastive, cosreg, gumbel_mix, pairwise
 from repdeg_fast.contracts import linear_cross_entropy as lce
 from repdeg_fast.ops import admin_norm as admin_norm_ops
 from repdeg_fast.ops import cosreg as cosreg_ops
 from repdeg_fast.ops import gumbel_mix as gumbel_mix_ops
 from repdeg_fast.ops import linear_cross_entropy as lce_ops
+from repdeg_fast.ops import pairwise as pairwise_ops
 
 TUNED = "sm_90"  # the chip for which every configuration is compiled, not only the one that ships
 CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -147,6 +148,7 @@ def launches() -> Iterator[Launch]:
     yield from _cosreg()
     yield from _gumbel_mix()
     yield from _linear_cross_entropy()
+    yield from _pairwise()
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -281,3 +283,20 @@ def _gumbel_mix() -> Iterator[Launch]:
             shares = _empty(m, k, dtype=dtype) if k > 1 else None
             block = gumbel_mix.HeadLogits(logits, shares, projection.bias, 0)
             yield Launch(f"{label} K={k} logits", partial(kernels.sample_logits, drawn, block, noise))
+
+
+def _pairwise() -> Iterator[Launch]:
+    """Every φ with slopes; the longest of them also without, and in rows without padding."""
+    kernels = pairwise_ops.operation.triton()
+    exp, whole, lower = pairwise.Kind.EXP, pairwise.LeftOut.NOTHING, pairwise.LeftOut.LOWER
+    bf16, fp32 = torch.bfloat16, torch.float32
+    cases = [(bf16, 8192, kind, lower) for kind in pairwise.Kind] + [(fp32, 4099, exp, lower), (bf16, 8192, exp, whole)]
+    for dtype, columns, kind, left_out in cases:
+        block = pairwise.Block(_empty(512, columns, dtype=dtype), _empty(512), _empty(columns), 512, left_out)
+        rule, label = pairwise.Rule(kind, 0.25, _empty()), f"{_name(dtype)} W={columns} {kind.name.lower()}"
+        slopes = left_out == lower
+        yield Launch(label + " slopes" * slopes, partial(kernels.measure, block, rule, _empty(512), slopes=slopes))
+        if kind == exp and slopes:
+            other = block._replace(left_out=pairwise.LeftOut.OWN)
+            index = _empty(512, dtype=torch.int64)
+            yield Launch(f"{_name(dtype)} W={columns}", partial(kernels.maxima, other, _empty(512), index))

@@ -32,6 +32,14 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
       " Tensor positive, Tensor? own, Tensor? threshold, Tensor? row_query_ids, Tensor? column_query_ids,"
       " Tensor? row_document_ids, Tensor? column_document_ids, Tensor? grad_loss, float multiplier, float slope,"
       " float positive_factor, float own_factor, int period, bool softmax_known, bool has_target) -> ()");
+  // Cosines (R, W) of which the own column of row r is diagonal + r: Σ φ of each row, and φ' in place with `slopes`.
+  // The numbers of kinds and of what is left out are those of repdeg_fast/contracts/pairwise.py.
+  m.def(
+      "pairwise_measure(Tensor(a!) cosines, Tensor(b!) sums, Tensor keep_rows, Tensor keep_columns, Tensor origin,"
+      " int kind, float parameter, int diagonal, int left_out, bool slopes) -> ()");
+  m.def(
+      "pairwise_maxima(Tensor(a!) values, Tensor(b!) index, Tensor cosines, Tensor keep_columns, int diagonal,"
+      " int left_out) -> ()");
   m.def(
       "philox_words(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
   m.def(

@@ -15,6 +15,8 @@ from repdeg_fast import (
     linear_cross_entropy,
     mlm_losses_and_sample,
     multi_layer_mlm_loss,
+    pairwise_cosine,
+    pairwise_max_cosine,
     span_pair_loss,
 )
 
@@ -44,6 +46,14 @@ def _mixture(**more):
     return _heads(mixture_logits=torch.randn(M, K), embedding=torch.randn(V, D), **more)
 
 
+def _one_set():
+    return {"x": torch.randn(V, D)}
+
+
+def _two_sets():
+    return {"x": torch.randn(V, D), "y": torch.randn(M, D)}
+
+
 def _case(function, make, **options):
     name = " ".join([function.__name__, *(f"{k}={v}" for k, v in options.items() if k not in ("target", "seed"))])
     return pytest.param(lambda **tensors: function(**tensors, **options), make, id=name)
@@ -64,6 +74,8 @@ CASES = [
     *(_case(multi_layer_mlm_loss, _heads, target=TARGET, strategy=s) for s in ("chunked", "streaming")),
     *(_case(mlm_losses_and_sample, _mixture, target=TARGET, seed=1, strategy=s) for s in ("chunked", "streaming")),
     *(_case(gumbel_mix, _mixture, seed=1, hard=hard) for hard in (True, False)),
+    *(_case(pairwise_cosine, make, kind=kind) for make in (_one_set, _two_sets) for kind in ("mean", "square", "abs")),
+    *(_case(pairwise_max_cosine, make) for make in (_one_set, _two_sets)),
 ]
 
 

@@ -40,6 +40,11 @@ OPERATIONS = {
         lambda hidden, weight, bias: repdeg_fast.mlm_losses_and_sample(hidden, None, weight, TARGET, bias, seed=1)[0],
         [tensor[:1] if tensor.dim() == 3 else tensor for tensor in _head("hidden_states", "weight", "bias")],
     ),
+    "pairwise_cosine": (
+        lambda x, y: repdeg_fast.pairwise_cosine(x, y, kind="abs") + repdeg_fast.pairwise_cosine(x, y, kind="mean"),
+        [torch.randn(6, 8, dtype=torch.float64), torch.randn(7, 8, dtype=torch.float64)],
+    ),
+    "pairwise_max_cosine": (lambda x: repdeg_fast.pairwise_max_cosine(x)[0], _head("weight")),
 }
 
 

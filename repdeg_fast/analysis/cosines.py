@@ -9,6 +9,7 @@ from torch import Tensor
 
 from repdeg_fast.analysis.covariances import CHUNK, check_points
 from repdeg_fast.analysis.tiles import pair_tiles, sampled, unit_rows
+from repdeg_fast.functional import pairwise_cosine
 
 
 def direction_sum(points: Tensor) -> tuple[Tensor, int]:
@@ -47,16 +48,13 @@ def cosine_histogram(points: Tensor, bins: int = 100, sample: int | None = None)
 
 def uniformity(points: Tensor, t: float = 2.0, sample: int | None = None) -> float:
     """log mean exp(−t‖x̂ − ŷ‖²) over pairs of different points (Wang and Isola, 2005.10242): 0 where all point one
-    way, lower the more evenly they are spread; near −2t in high dimension. ``sample`` as in
-    :func:`cosine_histogram`."""
+    way, lower the more evenly they are spread; near −2t in high dimension. Zero points add nothing to the sum, but
+    count among the pairs. ``sample`` as in :func:`cosine_histogram`."""
     points = sampled(points, sample)
     if len(points) < 2:
         raise ValueError(f"points: expected at least 2, got {len(points)}")
-    total, pairs = 0.0, 0
-    for cosines in pair_tiles(points):
-        total += float((2 * t * (cosines - 1)).exp().sum(dtype=torch.float64))
-        pairs += len(cosines)
-    return math.log(total / pairs)
+    with torch.no_grad():
+        return float(pairwise_cosine(unit_rows(points), kind="logmeanexp", temperature=1 / (2 * t))) - 2 * t
 
 
 def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> float:

@@ -55,5 +55,6 @@ ADMIN_TORCH = Peer("admin-torch", "admin-torch", "admin_torch")
 CUT_CROSS_ENTROPY = Peer("cut-cross-entropy", "cut-cross-entropy", "cut_cross_entropy")
 LIGER = Peer("liger", "liger-kernel", "liger_kernel", only_on_gpu=True)
 QUACK = Peer("quack", "quack-kernels", "quack", only_on_gpu=True)
+SENTENCE_TRANSFORMERS = Peer("sentence-transformers", "sentence-transformers", "sentence_transformers")
 TORCH_CHUNKED = Peer("torch-chunked", "torch", "torch", missing=_torch_is_older)
-PACKAGES = (ADMIN_TORCH, CUT_CROSS_ENTROPY, LIGER, QUACK)  # beside torch
+PACKAGES = (ADMIN_TORCH, CUT_CROSS_ENTROPY, LIGER, QUACK, SENTENCE_TRANSFORMERS)  # beside torch

@@ -15,10 +15,17 @@ try:
         MultipleNegativesRankingLoss,
         apply,
     )
+    from repdeg_fast.integrations.sentence_transformers.orthogonality import GlobalOrthogonalRegularizationLoss
 except ImportError as missing:
     raise ImportError(
         f"repdeg_fast.integrations.sentence_transformers needs sentence-transformers 6 ({missing}): "
         "pip install 'repdeg-fast[st]'"
     ) from missing
 
-__all__ = ["CachedMultipleNegativesRankingLoss", "MultipleNegativesRankingLoss", "RepresentationEvaluator", "apply"]
+__all__ = [
+    "CachedMultipleNegativesRankingLoss",
+    "GlobalOrthogonalRegularizationLoss",
+    "MultipleNegativesRankingLoss",
+    "RepresentationEvaluator",
+    "apply",
+]

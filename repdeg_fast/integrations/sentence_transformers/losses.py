@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from repdeg_fast._checks import check_finite
 from repdeg_fast.functional import contrastive_loss
+from repdeg_fast.integrations.sentence_transformers.orthogonality import GlobalOrthogonalRegularizationLoss
 
 Loss = TypeVar("Loss", bound=nn.Module)
 
@@ -103,6 +104,7 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
 
 # the symmetric ones are the others with fixed directions
 CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
+    losses.GlobalOrthogonalRegularizationLoss: GlobalOrthogonalRegularizationLoss,
     losses.MultipleNegativesRankingLoss: MultipleNegativesRankingLoss,
     losses.MultipleNegativesSymmetricRankingLoss: MultipleNegativesRankingLoss,
     losses.CachedMultipleNegativesRankingLoss: CachedMultipleNegativesRankingLoss,
