@@ -12,6 +12,7 @@ from repdeg_fast._checks import check_choice, check_finite, check_flag, check_fl
 from repdeg_fast.contracts.pairwise import Kind
 from repdeg_fast.functional.cosreg import cosine_regularization
 from repdeg_fast.ops import pairwise as _ops
+from repdeg_fast.ops._operator import wants_gradient
 
 KINDS = ("mean", "square", "abs", "relu", "logmeanexp")
 _PHI = {"square": Kind.SQUARE, "abs": Kind.ABS, "relu": Kind.RELU, "logmeanexp": Kind.EXP}
@@ -78,8 +79,7 @@ def pairwise_cosine(
     if kind == "mean" or (kind == "square" and n * columns > rows * x.shape[1]):
         return _ops.pairwise_moment(x, y, 1 if kind == "mean" else 2, skip_diagonal, eps, backend)[0]
     parameter = {"relu": float(margin), "logmeanexp": 1 / temperature}.get(kind, 0.0)
-    grad = torch.is_grad_enabled()
-    needs = [grad and x.requires_grad, grad and y is not None and y.requires_grad]
+    needs = [wants_gradient(x), wants_gradient(y)]
     return _ops.pairwise_cosine(x, y, int(_PHI[kind]), parameter, skip_diagonal, eps, needs, backend)[0]
 
 
