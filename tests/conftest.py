@@ -42,8 +42,12 @@ def place(request):
     backend, device = request.param
     if backend == "cuda-emulated":
         request.getfixturevalue("emulated_cuda")
+    threads = torch.get_num_threads()
+    if backend == "cpu":  # also where processes take the place of threads
+        torch.set_num_threads(max(threads, 2))
     with repdeg_fast.use_backend(backend):
         yield Place(backend, device)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -88,6 +88,11 @@ def test_rows_of_x_and_branch_lie_apart_by_different_strides(place, d, mode):
     assert_matches(tensors, norm, dropout, save=save)
 
 
+def test_more_blocks_than_one_step_of_the_reduction(place):
+    """The sums over rows of 100 rows, which many blocks share."""
+    assert_matches(inputs(100, 64, device=place.device))
+
+
 def test_parameters_that_are_views_into_a_flat_buffer(place):
     tensors = inputs(6, 64, device=place.device)
     flat = torch.rand(4 * 64 + 1, device=place.device) + 0.5

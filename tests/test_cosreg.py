@@ -65,10 +65,11 @@ def test_upstream_gradient_scales(place):
     assert relative_error(weight.grad, -3.5 * expected(weight)[1]) <= 1e-5
 
 
-@pytest.mark.parametrize("view", ["transposed", "columns", "rows", "offset"])
+@pytest.mark.parametrize("view", ["transposed", "columns", "rows", "offset", "a start off 16 bytes"])
 def test_strides(place, view):
     base = embedding(96, 96, torch.float32, place.device)
     weight = {
+        "a start off 16 bytes": base[:, 1:65],
         "transposed": base.T,
         "columns": base[:, ::3],
         "rows": base[::2],

@@ -97,8 +97,9 @@ def test_bad_logits_show_in_the_embedding(place, bad, hard):
 def test_cpu_results_do_not_depend_on_chunks_or_threads():
     """50,000 tokens × 400 rows take three chunks, 40 rows one; noise belongs to (row, token), wherever it is made."""
     problem = Problem((2, 400, 50_000, 4, 4))
-    whole = problem.run()
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    whole = problem.run()
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(whole, problem.run(), strict=True))
     torch.set_num_threads(before)
