@@ -36,7 +36,8 @@ class Peer:
     def provider(self, prepare: Callable[[Inputs], Callable[[], Tensor]], **options: Any) -> Provider:
         """It as one of a suite's providers; ``options`` are those of :class:`Provider`."""
         peer = "" if self.module == "torch" else self.package
-        return Provider(self.name, prepare, unavailable=self.unavailable, peer=peer, **options)
+        options = {"name": self.name, **options}
+        return Provider(prepare=prepare, unavailable=self.unavailable, peer=peer, **options)
 
     @property
     def version(self) -> str | None:
@@ -53,8 +54,18 @@ def _torch_is_older() -> str | None:
 
 ADMIN_TORCH = Peer("admin-torch", "admin-torch", "admin_torch")
 CUT_CROSS_ENTROPY = Peer("cut-cross-entropy", "cut-cross-entropy", "cut_cross_entropy")
+INFO_NCE = Peer("info-nce-pytorch", "info-nce-pytorch", "info_nce")
 LIGER = Peer("liger", "liger-kernel", "liger_kernel", only_on_gpu=True)
+METRIC_LEARNING = Peer("metric-learning", "pytorch-metric-learning", "pytorch_metric_learning")
 QUACK = Peer("quack", "quack-kernels", "quack", only_on_gpu=True)
 SENTENCE_TRANSFORMERS = Peer("sentence-transformers", "sentence-transformers", "sentence_transformers")
 TORCH_CHUNKED = Peer("torch-chunked", "torch", "torch", missing=_torch_is_older)
-PACKAGES = (ADMIN_TORCH, CUT_CROSS_ENTROPY, LIGER, QUACK, SENTENCE_TRANSFORMERS)  # beside torch
+PACKAGES = (
+    ADMIN_TORCH,
+    CUT_CROSS_ENTROPY,
+    INFO_NCE,
+    LIGER,
+    METRIC_LEARNING,
+    QUACK,
+    SENTENCE_TRANSFORMERS,
+)  # beside torch
