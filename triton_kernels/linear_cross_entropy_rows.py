@@ -114,13 +114,14 @@ def _rows_kernel(
         _store_loss(loss, lse, row, counted, valid, zero, sum_exp, z_label, sum_z / vocabulary, label_smoothing)
         g, g_and_u = _row_gradients(grad_loss, grad_lse, row, grad_loss_stride, counted, valid)
         used = (g != 0) | (g_and_u != 0)
+        column = tl.where(valid, label, -1).to(tl.int32)  # comparisons of 64 bits would take twice the registers
         inverse = 1 / sum_exp
         last = (vocabulary - 1) // BLOCK * BLOCK
         for back in range(0, vocabulary, BLOCK):
             columns = last - back + tl.arange(0, BLOCK)
             z = _load_logits(at, bias, columns, width, softcap)
             p = tl.exp(z - zero) * inverse
-            dz = loss_gradient(p, z, label, columns, g, g_and_u, label_smoothing, vocabulary, softcap)
+            dz = loss_gradient(p, z, column, columns, g, g_and_u, label_smoothing, vocabulary, softcap)
             tl.store(at + columns, tl.where(used, dz, 0.0).to(at.dtype.element_ty), mask=columns < width)
 
 
@@ -139,7 +140,8 @@ def _tile_kernel(
     g, g_and_u = _row_gradients(grad_loss, grad_lse, row, grad_loss_stride, counted, valid)
     z = _load_logits(logits + row.to(tl.int64) * row_stride, bias, columns, width, softcap)
     p = tl.exp(z - tl.load(lse + row))
-    dz = loss_gradient(p, z, label - first_column, columns, g, g_and_u, label_smoothing, vocabulary, softcap)
+    column = tl.where(valid, label - first_column, -1).to(tl.int32)
+    dz = loss_gradient(p, z, column, columns, g, g_and_u, label_smoothing, vocabulary, softcap)
     dz = tl.where((g != 0) | (g_and_u != 0), dz, 0.0)
     gradient += row.to(tl.int64) * gradient_row_stride
     tl.store(gradient + columns, dz.to(gradient.dtype.element_ty), mask=columns < width)

@@ -48,7 +48,7 @@ def origin(most):
 @triton.jit
 def softcapped(z, softcap):
     """c·tanh(z/c)."""
-    return softcap * (1 - 2 / (1 + tl.exp(2 * z / softcap)))
+    return softcap * (1 - 2 / (1 + tl.exp(z * (2 / softcap))))
 
 
 @triton.jit
@@ -57,7 +57,8 @@ def loss_gradient(p, z, label, columns, g, g_and_u, label_smoothing, vocabulary,
     dz = g_and_u * p - g * (label_smoothing / vocabulary)
     dz -= tl.where(columns == label, g * (1 - label_smoothing), 0.0)
     if softcap is not None:
-        dz *= 1 - (z / softcap) * (z / softcap)
+        t = z * (1 / softcap)
+        dz *= 1 - t * t
     return dz
 
 

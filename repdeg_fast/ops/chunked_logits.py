@@ -94,8 +94,7 @@ class ChunkedLogits:
                 scale = None if grad_loss is None else _rows(grad_loss, heads, chunk)
                 z, first = logits[: hidden.shape[0]], chunk.start
             hidden = _operand(hidden, dtype)
-            for tile in tiles:
-                self.kernels.multiply(_columns(z, tile), hidden, _operand(_part(weight, tile), dtype).t(), False)
+            self._make_logits(z, hidden, weight, tiles)
             if look is not None:
                 look(z.unflatten(0, (heads, -1)), first)
             at = (target, first) if heads == 1 else (_part(target, chunk), 0)
@@ -105,10 +104,7 @@ class ChunkedLogits:
             _store(lses, lse, heads, chunk)
             if grad_hidden is not None:
                 part = _rows(grad_hidden, heads, chunk)
-                hidden_sum = _Sum(self.kernels, part, wide, len(tiles))
-                for i, tile in enumerate(tiles):
-                    hidden_sum.add(_columns(z, tile), _operand(_part(weight, tile), dtype), i == 0)
-                hidden_sum.finish()
+                self._make_hidden_gradient(part, z, weight, tiles)
                 _store(grad_hidden, part, heads, chunk)
             if grad_weight is not None:
                 for tile in tiles:
@@ -117,6 +113,16 @@ class ChunkedLogits:
         if grad_loss is not None:
             _keep(memory)
         return losses, lses, _like_bias(gradients, bias)
+
+    def _make_logits(self, z: Tensor, hidden: Tensor, weight: Tensor, tiles: list[Piece]) -> None:
+        for tile in tiles:
+            self.kernels.multiply(_columns(z, tile), hidden, _operand(_part(weight, tile), z.dtype).t(), False)
+
+    def _make_hidden_gradient(self, gradient: Tensor, dz: Tensor, weight: Tensor, tiles: list[Piece]) -> None:
+        total = _Sum(self.kernels, gradient, arithmetic_dtype(gradient), len(tiles))
+        for i, tile in enumerate(tiles):
+            total.add(_columns(dz, tile), _operand(_part(weight, tile), dz.dtype), i == 0)
+        total.finish()
 
     def backward(self, upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted) -> Gradients:
         hidden_states, weight, target, bias = head

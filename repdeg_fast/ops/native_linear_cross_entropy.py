@@ -8,7 +8,7 @@ from repdeg_fast.native import Namespace
 from repdeg_fast.native.linear_cross_entropy import RowKernels
 from repdeg_fast.ops.chunked_logits import WIDE, ChunkedLogits
 
-SMALL = 1 << 18  # logits
+SMALL = 1 << 20  # multiplications a product: 20 µs or less
 
 
 class Kernels(ChunkedLogits):
@@ -19,7 +19,7 @@ class Kernels(ChunkedLogits):
     def at_once(self, head: Head, rule: LossRule, heads: int, mean: bool, wanted: Wanted) -> Losses | None:
         hidden_states, weight, _, bias = head
         dtype = hidden_states.dtype
-        if hidden_states.shape[0] * weight.shape[0] > SMALL or dtype not in WIDE or weight.dtype != dtype:
+        if hidden_states.numel() * weight.shape[0] > SMALL or dtype not in WIDE or weight.dtype != dtype:
             return None
         if 1 not in hidden_states.stride() or 1 not in weight.stride():
             return None
