@@ -55,7 +55,7 @@ def step(loss, features):
     return value.detach(), gradient
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options) or "plain")
 def test_drop_in(options):
     model, features = Model(), columns()
     expected = step(theirs.MultipleNegativesRankingLoss(model, **options), features)
@@ -67,7 +67,7 @@ def test_drop_in(options):
         assert ours.get_config_dict() == theirs.MultipleNegativesRankingLoss(model, **options).get_config_dict()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options) or "plain")
 @pytest.mark.parametrize("size", [1, 3, 32])
 def test_cached(options, size):
     model, features = Model(), columns()
@@ -102,7 +102,7 @@ def test_other_similarities_are_theirs():
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]], ids=lambda options: ",".join(options) or "plain")
 def test_ranks(options, rank, monkeypatch):
     """Columns are gathered one by one, and a rank's rows begin behind those of the ranks before it."""
     everywhere = [torch.randn(2, 5, 8).requires_grad_() for _ in range(3)]  # a column: (ranks, N, d)
