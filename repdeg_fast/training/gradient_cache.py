@@ -91,7 +91,8 @@ def cached_backward(
     with torch.no_grad():
         for chunk in chunks:
             chunk.encode_first(remember=train)
-    torch.clear_autocast_cache()  # it keeps copies of weights that were made without a graph, and would use them again
+    # not every PyTorch from 2.10 on knows that copies of weights made without a graph must not serve here
+    torch.clear_autocast_cache()
     embeddings = [torch.cat([chunk.first.embeddings for chunk in column]).requires_grad_(train) for column in columns]
     loss = loss_fn(*embeddings)
     if not isinstance(loss, Tensor) or loss.dim():
