@@ -7,10 +7,26 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "vector_math.h"
 
+// x wᵀ + bias by oneDNN, of torch/csrc/inductor/aoti_torch/c/shim_cpu.h, which cannot be included here; a null pointer
+// where PyTorch was built without oneDNN.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attribute, const double** scalars,
+    int64_t number_of_scalars, const char** algorithm, AtenTensorHandle* product);
+
 namespace repdeg_fast {
+
+// Who multiplies, and in what pieces. Set by repdeg_fast/native/products.py, which has measured what is fastest here.
+struct Products {
+  std::atomic<bool> in_pieces{true};  // each thread multiplies pieces by itself
+  std::atomic<bool> by_onednn{false};  // fp32 only; else by the BLAS library that PyTorch was built with
+};
+inline Products products;  // of this library
+
+inline bool has_onednn() { return aoti_torch_cpu__linear_pointwise != nullptr; }
 
 // out = a @ b, or out += a @ b, by the vendor's GEMM. Past the dispatcher: the threads of a pool know nothing of the
 // caller's autograd and autocast.
@@ -57,35 +73,83 @@ inline void add(const Tensor& total, const Tensor& part) {
   });
 }
 
+// oneDNN takes the second operand as it lies only if it is dense; a slice would go through its reference kernel, a
+// thousand times slower.
+inline bool is_dense(const Tensor& t) {
+  return (t.stride(1) == 1 && t.stride(0) == t.size(1)) || (t.stride(0) == 1 && t.stride(1) == t.size(0));
+}
+
+inline bool takes_onednn(const Tensor& out, const Tensor& a, const Tensor& b) {
+  const auto is_fp32 = [](const Tensor& t) { return t.scalar_type() == ScalarType::Float; };
+  const bool rows = a.stride(1) == 1 || a.stride(0) == 1;
+  return products.by_onednn && is_fp32(out) && is_fp32(a) && is_fp32(b) && rows && out.stride(1) == 1 &&
+         out.numel() > 0 && a.size(1) > 0;
+}
+
+// out = a @ b, or out += a @ b, by oneDNN, which makes a product of its own. It adds up in one chain, so that the error
+// grows with its length; longer ones are cut.
+inline void onednn_multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  constexpr int64_t kChain = 1024;
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1), chains = (k + kChain - 1) / kChain;
+  const Rows<float> rows(out);
+  for (int64_t chain = 0; chain < chains; ++chain) {
+    const int64_t first = k * chain / chains, count = k * (chain + 1) / chains - first;
+    Tensor left = columns_of(a, first, count), right = rows_of(b, first, count);
+    if (!is_dense(right)) right = torch::stable::contiguous(right);
+    right = transposed(right);
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu__linear_pointwise(left.get(), right.get(), nullptr, "none", nullptr, 0, nullptr, &handle));
+    const Tensor product(handle);
+    const Rows<float> part(product);
+    for (int64_t i = 0; i < m; ++i) {
+      float *to = rows.row(i), *from = part.row(i);
+      if (accumulate || chain > 0) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) to[j] += from[j];
+      } else {
+        std::memcpy(to, from, n * sizeof(float));
+      }
+    }
+  }
+}
+
+inline void multiply_piece(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  takes_onednn(out, a, b) ? onednn_multiply(out, a, b, accumulate) : vendor_multiply(out, a, b, accumulate);
+}
+
 // out = a @ b, or out += a @ b, where one of the three dimensions is much longer than the others. A thread that
-// multiplies pieces of that dimension by itself is 4 to 9 % faster than threads that share the vendor's products,
-// which pack the long operand once a thread. Where the long dimension is summed over, each thread has a sum of its own.
+// multiplies pieces of that dimension by itself may be faster than threads that share the vendor's products, which pack
+// the long operand once a thread. Where the long dimension is summed over, each thread has a sum of its own.
 inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
   constexpr int64_t kPiece = 1024;              // columns or rows
-  constexpr int64_t kSums = int64_t(8) << 20;  // bytes, THREAD_SUMS in repdeg_fast/ops/_vocabulary_chunks.py
+  constexpr int64_t kSums = int64_t(8) << 20;  // bytes, THREAD_SUMS in repdeg_fast/ops/chunked_logits.py
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1), threads = torch::stable::get_num_threads();
   const int64_t longest = std::max({m, k, n});
-  if (threads == 1 || longest < threads * kPiece / 2) return vendor_multiply(out, a, b, accumulate);
+  const bool onednn = takes_onednn(out, a, b);  // whose products need pieces: they are made apart, and copied
+  if (!onednn && (!products.in_pieces || threads == 1)) return vendor_multiply(out, a, b, accumulate);
+  if (longest < threads * kPiece / 2) return multiply_piece(out, a, b, accumulate);
+  const int64_t piece = std::min(kPiece, (longest / threads + 63) / 64 * 64);
   if (n == longest) {
-    parallel_pieces(n, kPiece, [&](int64_t first, int64_t count) {
-      vendor_multiply(columns_of(out, first, count), a, columns_of(b, first, count), accumulate);
+    parallel_pieces(n, piece, [&](int64_t first, int64_t count) {
+      multiply_piece(columns_of(out, first, count), a, columns_of(b, first, count), accumulate);
     });
   } else if (m == longest) {
-    parallel_pieces(m, kPiece, [&](int64_t first, int64_t count) {
-      vendor_multiply(rows_of(out, first, count), rows_of(a, first, count), b, accumulate);
+    parallel_pieces(m, piece, [&](int64_t first, int64_t count) {
+      multiply_piece(rows_of(out, first, count), rows_of(a, first, count), b, accumulate);
     });
   } else if (out.element_size() >= 4 && (threads - 1) * m * n * out.element_size() <= kSums) {  // 16 bits are no sum
     const Tensor sums = torch::stable::new_empty(out, {(threads - 1) * m, n});
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = k * t / threads, count = k * (t + 1) / threads - first;
-        vendor_multiply(t ? rows_of(sums, (t - 1) * m, m) : out, columns_of(a, first, count),
-                        rows_of(b, first, count), t == 0 && accumulate);
+        multiply_piece(t ? rows_of(sums, (t - 1) * m, m) : out, columns_of(a, first, count), rows_of(b, first, count),
+                       t == 0 && accumulate);
       }
     });
     for (int64_t t = 1; t < threads; ++t) add(out, rows_of(sums, (t - 1) * m, m));
   } else {
-    vendor_multiply(out, a, b, accumulate);
+    multiply_piece(out, a, b, accumulate);
   }
 }
 

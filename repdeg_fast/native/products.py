@@ -1,0 +1,127 @@
+"""How large matrix products are made on this machine: measured at first use, and kept beside the compiled library.
+
+PyTorch's own call shares a product between the threads of its BLAS library (MKL, OpenBLAS). csrc/cpu/gemm.h can let each
+thread multiply pieces by itself instead, and can hand fp32 pieces to oneDNN, which is inside PyTorch, too, and compiles
+its kernels for the processor it finds. Which is fastest depends on the processor's maker, its instruction sets and the
+number of threads: by a factor of two, and not always the same way. ``REPDEG_FAST_PRODUCTS`` names one instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from repdeg_fast.native import Namespace, cache
+
+VARIABLE = "REPDEG_FAST_PRODUCTS"
+WAYS = {"library": (False, False), "pieces": (True, False), "onednn": (True, True)}  # arguments of use_products
+_BUDGET = 0.25  # seconds of measuring
+_MARGIN = 1.03  # how much faster another way must be than PyTorch's own, which has the smallest error
+
+_chosen: dict[int, str] = {}  # by number of threads
+_in_use: tuple[int, str] | None = None
+
+Timer = Callable[[str, float], float]  # way, seconds that it may take -> seconds of one round of products
+
+
+def settle(operators: Namespace) -> str:
+    """Let the native products be made in the way that is fastest for the number of threads there are; returns it."""
+    global _in_use
+    threads = torch.get_num_threads()
+    if _in_use is not None and _in_use[0] == threads:
+        return _in_use[1]
+    if threads not in _chosen:
+        _chosen[threads] = _asked_for() or _kept(threads) or _measured(operators, threads)
+    way = _chosen[threads]
+    if not operators.use_products.default(*WAYS[way]):
+        way = _chosen[threads] = "pieces"  # PyTorch has no oneDNN
+    _in_use = threads, way
+    return way
+
+
+def forget() -> None:
+    """Look anew at the next call."""
+    global _in_use
+    _chosen.clear()
+    _in_use = None
+
+
+def fastest(time_of: Timer, budget: float = _BUDGET) -> str:
+    """The way whose rounds take least time, all in turn until the budget is spent; ``library`` where none is better."""
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    end = time.perf_counter() + budget
+    while not seconds["library"] or time.perf_counter() < end:
+        for way in WAYS:
+            seconds[way].append(time_of(way, budget))
+    typical = {way: statistics.median(times) for way, times in seconds.items()}
+    best = min(typical, key=lambda way: typical[way])
+    return best if typical[best] * _MARGIN < typical["library"] else "library"
+
+
+def machine() -> str:
+    """What decides the speed of a product beside the number of threads."""
+    return f"{cache.processor()}, torch {torch.__version__}"
+
+
+def file() -> Path:
+    return cache.cache_root() / "products.json"
+
+
+def _asked_for() -> str | None:
+    way = os.environ.get(VARIABLE)
+    if way and way not in WAYS:
+        raise ValueError(f"{VARIABLE}: expected one of {', '.join(WAYS)}, got {way!r}")
+    return way or None
+
+
+def _kept(threads: int) -> str | None:
+    with suppress(OSError, ValueError, AttributeError):  # none, or not ours
+        way = json.loads(file().read_text()).get(machine(), {}).get(str(threads))
+        return way if way in WAYS else None
+    return None
+
+
+def _keep(threads: int, way: str) -> None:
+    """Another process that keeps something at the same moment may win; the next one measures again."""
+    try:
+        found = json.loads(file().read_text())
+        found.setdefault(machine(), {})
+    except (OSError, ValueError, AttributeError):
+        found = {machine(): {}}
+    found[machine()][str(threads)] = way
+    with suppress(OSError):
+        cache.write(file(), json.dumps(found, indent=1))
+
+
+def _measured(operators: Namespace, threads: int) -> str:
+    way = fastest(_timer(operators, threads))
+    _keep(threads, way)
+    return way
+
+
+def _timer(operators: Namespace, threads: int) -> Timer:
+    """Of the three products of a vocabulary's head, small: logits, and the gradients of hidden states and weight."""
+    rows, width, vocabulary = 256, 512, 2048 * threads
+    with torch.inference_mode():
+        hidden, weight, logits = (torch.full(s, 0.5) for s in ((rows, width), (vocabulary, width), (rows, vocabulary)))
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    products = ((logits, hidden, weight.t()), (grad_hidden, logits, weight), (grad_weight, logits.t(), hidden))
+
+    def round_of(way: str) -> float:
+        operators.use_products.default(*WAYS[way])
+        start = time.perf_counter()
+        for out, a, b in products:
+            operators.linear_cross_entropy_multiply.default(out, a, b, False)
+        return time.perf_counter() - start
+
+    return round_of
+
+
