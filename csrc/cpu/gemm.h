@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <optional>
 
 #include "vector_math.h"
 
@@ -79,28 +80,35 @@ inline bool is_dense(const Tensor& t) {
   return (t.stride(1) == 1 && t.stride(0) == t.size(1)) || (t.stride(0) == 1 && t.stride(1) == t.size(0));
 }
 
-inline bool takes_onednn(const Tensor& out, const Tensor& a, const Tensor& b) {
-  const auto is_fp32 = [](const Tensor& t) { return t.scalar_type() == ScalarType::Float; };
+constexpr int64_t kOneDnnChain = 1024;  // it adds up in one chain: the error grows with the length, longer ones are cut
+
+// Whether a @ b is to be made by oneDNN.
+inline bool takes_onednn(const Tensor& a, const Tensor& b) {
+  const bool fp32 = a.scalar_type() == ScalarType::Float && b.scalar_type() == ScalarType::Float;
   const bool rows = a.stride(1) == 1 || a.stride(0) == 1;
-  return products.by_onednn && is_fp32(out) && is_fp32(a) && is_fp32(b) && rows && out.stride(1) == 1 &&
-         out.numel() > 0 && a.size(1) > 0;
+  return products.by_onednn && fp32 && rows && a.numel() > 0 && b.numel() > 0;
 }
 
-// out = a @ b, or out += a @ b, by oneDNN, which makes a product of its own. It adds up in one chain, so that the error
-// grows with its length; longer ones are cut.
+inline bool takes_onednn(const Tensor& out, const Tensor& a, const Tensor& b) {
+  return out.scalar_type() == ScalarType::Float && out.stride(1) == 1 && takes_onednn(a, b);
+}
+
+// a @ b + bias by oneDNN.
+inline Tensor onednn_product(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
+  const Tensor weight = transposed(is_dense(b) ? b : torch::stable::contiguous(b));
+  AtenTensorHandle product = nullptr, addend = bias ? bias->get() : nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a.get(), weight.get(), bias ? &addend : nullptr, "none",
+                                                          nullptr, 0, nullptr, &product));
+  return Tensor(product);
+}
+
+// out = a @ b, or out += a @ b, by oneDNN, which makes a product of its own.
 inline void onednn_multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  constexpr int64_t kChain = 1024;
-  const int64_t m = a.size(0), k = a.size(1), n = b.size(1), chains = (k + kChain - 1) / kChain;
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1), chains = (k + kOneDnnChain - 1) / kOneDnnChain;
   const Rows<float> rows(out);
   for (int64_t chain = 0; chain < chains; ++chain) {
     const int64_t first = k * chain / chains, count = k * (chain + 1) / chains - first;
-    Tensor left = columns_of(a, first, count), right = rows_of(b, first, count);
-    if (!is_dense(right)) right = torch::stable::contiguous(right);
-    right = transposed(right);
-    AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu__linear_pointwise(left.get(), right.get(), nullptr, "none", nullptr, 0, nullptr, &handle));
-    const Tensor product(handle);
+    const Tensor product = onednn_product(columns_of(a, first, count), rows_of(b, first, count));
     const Rows<float> part(product);
     for (int64_t i = 0; i < m; ++i) {
       float *to = rows.row(i), *from = part.row(i);

@@ -244,12 +244,6 @@ void linear_cross_entropy_multiply(Tensor out, const Tensor& a, const Tensor& b,
   multiply(out, a, b, accumulate);
 }
 
-bool use_products(bool in_pieces, bool by_onednn) {
-  products.in_pieces = in_pieces;
-  products.by_onednn = by_onednn && has_onednn();
-  return products.by_onednn == by_onednn;
-}
-
 }  // namespace
 }  // namespace repdeg_fast
 
@@ -261,8 +255,4 @@ STABLE_TORCH_LIBRARY_IMPL(repdeg_fast_native, CPU, m) {
   m.impl("linear_cross_entropy_advise", TORCH_BOX(&repdeg_fast::linear_cross_entropy_advise));
   m.impl("linear_cross_entropy_multiply", TORCH_BOX(&repdeg_fast::linear_cross_entropy_multiply));
   m.impl("linear_cross_entropy_add", TORCH_BOX(&repdeg_fast::linear_cross_entropy_add));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(repdeg_fast_native, CompositeImplicitAutograd, m) {
-  m.impl("use_products", TORCH_BOX(&repdeg_fast::use_products));
 }

@@ -164,12 +164,24 @@ def _cuda_architectures() -> str:
 
 
 @functools.cache
-def _instruction_set() -> str:
+def _processor_facts() -> dict[str, str]:
+    """Of the first processor of /proc/cpuinfo, by lower-case name; {} where there is no such file."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.lower().startswith(("flags", "features")))
-    except (OSError, StopIteration):
-        return platform.processor()
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _instruction_set() -> str:
+    facts = _processor_facts()
+    return facts.get("flags") or facts.get("features") or platform.processor()
+
+
+def processor() -> str:
+    """Its name, with a digest of its instruction set: virtual machines hide parts of one."""
+    name = _processor_facts().get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({hashlib.sha256(_instruction_set().encode()).hexdigest()[:8]})"
 
 
 @functools.cache

@@ -44,6 +44,14 @@ def keep(built: Path, library: Path) -> None:
     _sync(library.parent)
 
 
+def write(file: Path, text: str) -> None:
+    """Write a small file whole: a reader sees what was there before, or all of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.name}.{os.getpid()}")
+    draft.write_text(text)
+    os.replace(draft, file)
+
+
 def make_folder(folder: Path) -> None:
     """Make the folder of a library. Raises ``PermissionError`` for one that another user could put a library into."""
     folder.parent.parent.mkdir(parents=True, exist_ok=True)

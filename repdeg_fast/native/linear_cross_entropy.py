@@ -7,18 +7,20 @@ from torch import Tensor
 from repdeg_fast._arithmetic import arithmetic_dtype
 from repdeg_fast._checks import wrong_target
 from repdeg_fast.contracts.linear_cross_entropy import Columns, Head, LogitBlock, LossRule
-from repdeg_fast.native import Namespace
+from repdeg_fast.native import Namespace, products
 
 
 class Products:
     """What goes around a row kernel."""
 
     def __init__(self, operators: Namespace) -> None:
+        self._operators = operators
         self._multiply = operators.linear_cross_entropy_multiply.default
         self._add = operators.linear_cross_entropy_add.default
         self._advise = operators.linear_cross_entropy_advise.default
 
     def multiply(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+        products.settle(self._operators)
         self._multiply(out, a, b, accumulate)
 
     def add(self, total: Tensor, product: Tensor) -> None:

@@ -1,35 +1,33 @@
 """How large matrix products are made on this machine: measured at first use, and kept beside the compiled library.
 
-PyTorch's own call shares a product between the threads of its BLAS library (MKL, OpenBLAS). csrc/cpu/gemm.h can let each
-thread multiply pieces by itself instead, and can hand fp32 pieces to oneDNN, which is inside PyTorch, too, and compiles
-its kernels for the processor it finds. Which is fastest depends on the processor's maker, its instruction sets and the
-number of threads: by a factor of two, and not always the same way. ``REPDEG_FAST_PRODUCTS`` names one instead.
+PyTorch's own call shares a product between the threads of its BLAS library (MKL, OpenBLAS). csrc/cpu/gemm.h can let
+each thread multiply pieces by itself instead, and can hand fp32 pieces to oneDNN, which is inside PyTorch, too, and
+compiles its kernels for the processor it finds. Which is fastest depends on the processor's maker, its instruction sets
+and the number of threads, by a factor of two and not always the same way. ``REPDEG_FAST_PRODUCTS`` names one instead.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from repdeg_fast.native import Namespace, cache
+from repdeg_fast.native import Namespace, build, cache
 
 VARIABLE = "REPDEG_FAST_PRODUCTS"
 WAYS = {"library": (False, False), "pieces": (True, False), "onednn": (True, True)}  # arguments of use_products
-_BUDGET = 0.25  # seconds of measuring
+_BUDGET = 0.15  # seconds of measuring
 _MARGIN = 1.03  # how much faster another way must be than PyTorch's own, which has the smallest error
 
 _chosen: dict[int, str] = {}  # by number of threads
 _in_use: tuple[int, str] | None = None
 
-Timer = Callable[[str, float], float]  # way, seconds that it may take -> seconds of one round of products
+Round = Callable[[str], float]  # way -> seconds that one round of products took
 
 
 def settle(operators: Namespace) -> str:
@@ -54,21 +52,16 @@ def forget() -> None:
     _in_use = None
 
 
-def fastest(time_of: Timer, budget: float = _BUDGET) -> str:
+def fastest(time_of: Round, budget: float = _BUDGET) -> str:
     """The way whose rounds take least time, all in turn until the budget is spent; ``library`` where none is better."""
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [time_of(way)] for way in WAYS}  # the first also warms up
     end = time.perf_counter() + budget
-    while not seconds["library"] or time.perf_counter() < end:
+    while time.perf_counter() < end:
         for way in WAYS:
-            seconds[way].append(time_of(way, budget))
-    typical = {way: statistics.median(times) for way, times in seconds.items()}
-    best = min(typical, key=lambda way: typical[way])
-    return best if typical[best] * _MARGIN < typical["library"] else "library"
-
-
-def machine() -> str:
-    """What decides the speed of a product beside the number of threads."""
-    return f"{cache.processor()}, torch {torch.__version__}"
+            seconds[way].append(time_of(way))
+    shortest = {way: min(times) for way, times in seconds.items()}
+    best = min(WAYS, key=lambda way: shortest[way])
+    return best if shortest[best] * _MARGIN < shortest["library"] else "library"
 
 
 def file() -> Path:
@@ -83,22 +76,26 @@ def _asked_for() -> str | None:
 
 
 def _kept(threads: int) -> str | None:
-    with suppress(OSError, ValueError, AttributeError):  # none, or not ours
-        way = json.loads(file().read_text()).get(machine(), {}).get(str(threads))
-        return way if way in WAYS else None
-    return None
+    way = _read().get(_key(threads))
+    return way if way in WAYS else None
 
 
 def _keep(threads: int, way: str) -> None:
-    """Another process that keeps something at the same moment may win; the next one measures again."""
-    try:
+    """Where another process keeps something at the same moment one of them wins; the other measures again."""
+    with suppress(OSError):  # a folder that cannot be written: every process measures
+        cache.write(file(), json.dumps({**_read(), _key(threads): way}, indent=1) + "\n")
+
+
+def _read() -> dict[str, str]:
+    with suppress(OSError, ValueError):  # none yet, or cut short
         found = json.loads(file().read_text())
-        found.setdefault(machine(), {})
-    except (OSError, ValueError, AttributeError):
-        found = {machine(): {}}
-    found[machine()][str(threads)] = way
-    with suppress(OSError):
-        cache.write(file(), json.dumps(found, indent=1))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _key(threads: int) -> str:
+    """What decides: folders are shared between machines."""
+    return f"{build.processor()}, torch {torch.__version__}, {threads} threads"
 
 
 def _measured(operators: Namespace, threads: int) -> str:
@@ -107,9 +104,9 @@ def _measured(operators: Namespace, threads: int) -> str:
     return way
 
 
-def _timer(operators: Namespace, threads: int) -> Timer:
+def _timer(operators: Namespace, threads: int) -> Round:
     """Of the three products of a vocabulary's head, small: logits, and the gradients of hidden states and weight."""
-    rows, width, vocabulary = 256, 512, 2048 * threads
+    rows, width, vocabulary = 256, 256, 2048 * threads
     with torch.inference_mode():
         hidden, weight, logits = (torch.full(s, 0.5) for s in ((rows, width), (vocabulary, width), (rows, vocabulary)))
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -123,5 +120,3 @@ def _timer(operators: Namespace, threads: int) -> Timer:
         return time.perf_counter() - start
 
     return round_of
-
-

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repdeg_fast._checks import check_flag, check_floating, check_input
+from repdeg_fast.ops.linear import linear
 
 
 class ArgumentNames(NamedTuple):
@@ -60,7 +61,7 @@ def attend(
         dropout_p=attention.dropout if attention.training else 0.0,
         is_causal=plainly_causal,
     )
-    return attention.out_proj(_joined(attended, query, attention))
+    return project(attention.out_proj, _joined(attended, query, attention))
 
 
 def check_plain(where: str, attention: nn.Module) -> None:
@@ -71,6 +72,18 @@ def check_plain(where: str, attention: nn.Module) -> None:
             f"{where}: expected an nn.MultiheadAttention of one width, without add_bias_kv and add_zero_attn, got "
             f"{type(attention).__name__}; use repdeg_fast.AdminNorm in a layer of your own"
         )
+
+
+def project(layer: nn.Module, rows: Tensor) -> Tensor:
+    """``layer(rows)``, by products of our own where it is a linear layer and nothing else."""
+    if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and not _is_hooked(layer):
+        return linear(rows, layer.weight, layer.bias)
+    return layer(rows)
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks) or nn.modules.module._has_any_global_hook()
 
 
 def _check_rows(attention: nn.MultiheadAttention, query: Tensor, memory: Tensor, names: ArgumentNames) -> None:
@@ -128,9 +141,9 @@ def _check_mask(name: str, mask: Tensor) -> None:
 def _project(attention: nn.MultiheadAttention, query: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
     weight, bias, d = attention.in_proj_weight, attention.in_proj_bias, attention.embed_dim
     if query is memory:
-        return F.linear(query, weight, bias).chunk(3, -1)
+        return linear(query, weight, bias).chunk(3, -1)
     own, other = (None, None) if bias is None else (bias[:d], bias[d:])
-    return F.linear(query, weight[:d], own), *F.linear(memory, weight[d:], other).chunk(2, -1)
+    return linear(query, weight[:d], own), *linear(memory, weight[d:], other).chunk(2, -1)
 
 
 def _heads(rows: Tensor, attention: nn.MultiheadAttention) -> Tensor:

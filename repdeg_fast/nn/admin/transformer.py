@@ -22,7 +22,7 @@ from repdeg_fast._checks import (
     check_positive,
     check_size,
 )
-from repdeg_fast.nn.admin.attention import MEMORY, SOURCE, TARGET, attend
+from repdeg_fast.nn.admin.attention import MEMORY, SOURCE, TARGET, attend, project
 from repdeg_fast.nn.admin.norm import admin_norm_like
 
 Activation = str | Callable[[Tensor], Tensor]
@@ -201,7 +201,7 @@ def check_weights(where: str, layer: nn.Module) -> None:
 
 def feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
     """The last sub-layer's branch."""
-    return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
+    return project(layer.linear2, layer.dropout(layer.activation(project(layer.linear1, x))))
 
 
 def sublayers(layer: nn.Module) -> range:
