@@ -100,12 +100,12 @@ def _widths(accesses: dict[int, int], kind: str = "") -> list[str]:
 
 
 def staged_bytes(name: str, threads: int) -> int:
-    """Shared memory that a CUDA launcher asks for and the compiled code does not tell: admin_norm.cu stages two rows of
+    """Shared memory that a CUDA launcher asks for and the compiled code does not tell: ADMIN's stage two rows of
     each input, cosreg.cu adds up the column sums of its groups, where a block has several."""
-    if found := re.match(r"admin_norm (forward|backward)_kernel<\w+, (\d)", name):
+    if found := re.match(r"admin_norm_\w+ (forward|backward)_kernel<\w+, (\d)", name):
         streams, packs = {"forward": 2, "backward": 3}[found.group(1)], int(found.group(2))
         return 2 * streams * packs * threads * _PACK_BYTES
-    if found := re.match(r"cosreg forward_kernel<Layout<32, 128, (\d+)>", name):
+    if found := re.match(r"cosreg forward_kernel<Layout<32, 128, (\d+), 1>", name):
         return 4 * 32 * int(found.group(1))
     return 0
 

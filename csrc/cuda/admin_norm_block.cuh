@@ -1,8 +1,12 @@
-// What the kernels of admin_norm.cu are made of: the arguments of both passes, sums over the threads that hold a row, the
-// arithmetic of one 16-byte pack, and the fetching of the next row.
+// What the kernels of admin_norm_forward.cu and admin_norm_backward.cu share: the arguments of both passes, sums over the
+// threads that hold a row, the arithmetic of one 16-byte pack, the fetching of the next row, and how rows are spread over
+// blocks. Mathematics: repdeg_fast/reference/admin_norm.py.
 #pragma once
 
 #include <cuda_pipeline.h>
+
+#include <optional>
+#include <utility>
 
 #include "../philox.h"
 #include "rows.cuh"
@@ -10,7 +14,12 @@
 namespace repdeg_fast {
 namespace {
 
-constexpr int kMaxThreads = 512;  // of a block, where a thread has one pack of each row: 128 registers each
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int kMaxThreads = 512;      // of a block, where a thread has one pack of each row: 128 registers each
+constexpr int kLongPacks = 4;         // packs a thread in the longest rows that are held,
+constexpr int kLongThreads = 256;     // by this many threads of 255 registers
+constexpr int kGroupedThreads = 256;  // groups of fewer threads share a block of about this many, and its sums
 
 // What both passes take; null where absent. Matrices: rows of unit stride; parameters: d values, 16-byte aligned.
 template <typename T>
@@ -138,19 +147,23 @@ __device__ Floats<Pack<T>::size> residual_sum(const Block<T>& b, const Pack<T>& 
   return z;
 }
 
-// n of one pack: (y − β)/γ, 0 where γ is 0, or from the inputs (`first` is y or x, `second` the branch).
+// 1/γ; 0 where γ is 0 and y says nothing of n.
+template <int kSize>
+__device__ Floats<kSize> inverse_of(Floats<kSize> weight) {
+  for (int j = 0; j < kSize; ++j) weight.value[j] = weight.value[j] == 0 ? 0 : __fdividef(1, weight.value[j]);
+  return weight;
+}
+
+// n of one pack: (y − β)/γ, or from the inputs (`first` is y or x, `second` the branch).
 template <bool kFromOutput, typename T>
 __device__ Floats<Pack<T>::size> normalized(const Block<T>& b, const Pack<T>& first, const Pack<T>& second,
-                                            uint32_t bits, const Floats<Pack<T>::size>& weight, float mean, float rstd,
-                                            int column) {
+                                            uint32_t bits, const Floats<Pack<T>::size>& inverse_weight, float mean,
+                                            float rstd, int column) {
   constexpr int S = Pack<T>::size;
   Floats<S> n;
   if constexpr (kFromOutput) {
     const auto bias = Floats<S>::parameter(b.bias, column, 0);
-    for (int j = 0; j < S; ++j) {
-      const float centered = to_float(first.value[j]) - bias.value[j];
-      n.value[j] = weight.value[j] == 0 ? 0 : __fdividef(centered, weight.value[j]);
-    }
+    for (int j = 0; j < S; ++j) n.value[j] = (to_float(first.value[j]) - bias.value[j]) * inverse_weight.value[j];
   } else {
     n = residual_sum(b, first, second, bits, column);
     for (int j = 0; j < S; ++j) n.value[j] = (n.value[j] - mean) * rstd;
@@ -199,6 +212,63 @@ struct Prefetch {
     return Pack<T>::load(reinterpret_cast<const T*>(slot(reading, stream, k)));
   }
 };
+
+// How many threads hold a row, and how many of these groups make a block.
+struct Layout {
+  int threads, groups;
+  int block() const { return threads * groups; }
+  static Layout of_columns(int64_t columns_a_thread, int64_t d) {
+    const int threads = int((d + columns_a_thread - 1) / columns_a_thread + 31) / 32 * 32;
+    return {threads, threads < kGroupedThreads ? kGroupedThreads / threads : 1};
+  }
+};
+
+// f(number of packs a thread) for a row that fits into a block's registers; false for a longer one.
+template <typename T, typename F>
+bool dispatch_packs(int64_t d, F&& f) {
+  if (d <= kMaxThreads * Pack<T>::size) return f(std::integral_constant<int, 1>{}), true;
+  if (d <= kLongThreads * kLongPacks * Pack<T>::size) return f(std::integral_constant<int, kLongPacks>{}), true;
+  return false;
+}
+
+template <typename Kernel>
+int64_t resident_blocks(Kernel kernel, const Layout& layout, size_t shared, int64_t rows) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  const int64_t blocks = persistent_blocks(kernel, layout.block(), (rows + layout.groups - 1) / layout.groups, shared);
+  return blocks > 0 ? blocks : 1;
+}
+
+template <typename T>
+const T* pointer(const MaybeTensor& t) {
+  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+// Parameters are read 16 bytes at a time; a view into a flat buffer may start anywhere.
+MaybeTensor aligned(const MaybeTensor& parameter) {
+  const bool misaligned = parameter && reinterpret_cast<uintptr_t>(parameter->data_ptr()) % sizeof(uint4);
+  return misaligned ? MaybeTensor(torch::stable::clone(*parameter)) : parameter;
+}
+
+struct Parameters {
+  MaybeTensor omega, weight, bias, branch_bias;
+  Parameters(const MaybeTensor& omega, const MaybeTensor& weight, const MaybeTensor& bias,
+             const MaybeTensor& branch_bias)
+      : omega(aligned(omega)), weight(aligned(weight)), bias(aligned(bias)), branch_bias(aligned(branch_bias)) {}
+};
+
+template <typename T>
+Block<T> block_of(const MaybeTensor& x, const MaybeTensor& branch, const Parameters& parameters,
+                  const MaybeTensor& seed, double dropout, bool center) {
+  Block<T> b{};
+  b.x = pointer<T>(x), b.branch = pointer<T>(branch);
+  b.omega = pointer<float>(parameters.omega), b.weight = pointer<float>(parameters.weight);
+  b.bias = pointer<float>(parameters.bias), b.branch_bias = pointer<float>(parameters.branch_bias);
+  b.seed = pointer<int64_t>(seed);
+  b.x_stride = x ? x->stride(0) : 0, b.branch_stride = branch ? branch->stride(0) : 0;
+  b.dropout = float(dropout), b.scale = float(1 / (1 - dropout));
+  b.center = center;
+  return b;
+}
 
 }  // namespace
 }  // namespace repdeg_fast

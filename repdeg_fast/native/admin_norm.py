@@ -1,4 +1,4 @@
-"""The native kernels of ADMIN's residual block: csrc/cpu/admin_norm.cpp and csrc/cuda/admin_norm.cu."""
+"""The native kernels of ADMIN's residual block: csrc/cpu/admin_norm.cpp and csrc/cuda/admin_norm_*.cu."""
 
 from __future__ import annotations
 
