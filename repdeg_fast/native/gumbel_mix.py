@@ -14,11 +14,12 @@ from repdeg_fast.contracts.gumbel_mix import (
     Projection,
     Wanted,
 )
-from repdeg_fast.native import Namespace
+from repdeg_fast.native import Namespace, products
 
 
 class Kernels:
     def __init__(self, operators: Namespace) -> None:
+        self._operators = operators
         self._forward = operators.gumbel_mix_forward.default
         self._sample_logits = operators.gumbel_mix_sample_logits.default
         self._embed = operators.gumbel_mix_embed.default
@@ -27,6 +28,7 @@ class Kernels:
     def forward(
         self, heads: Heads, projection: Projection, embedding: Tensor, noise: Noise, *, hard: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        products.settle(self._operators)
         values, token_ids, peak = self._forward(*heads, *projection, embedding, *noise, hard)
         return values, token_ids, peak
 
@@ -42,5 +44,6 @@ class Kernels:
         self, grad_values: Tensor, heads: Heads, projection: Projection, embedding: Tensor, drawn: Drawn, noise: Noise,
         estimator: Estimator, wanted: Wanted,
     ) -> Gradients:  # fmt: skip
+        products.settle(self._operators)
         made = self._backward(grad_values, *heads, *projection, embedding, *drawn, *noise, *estimator, *wanted)
         return Gradients(*[gradient if want else None for gradient, want in zip(made, wanted, strict=True)])
