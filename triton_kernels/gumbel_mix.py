@@ -38,67 +38,78 @@ class Block:
 BLOCKS = (Block(1024, 4), Block(1024, 2))
 
 
-# α of a row: the largest mixture logit and 1/Σ exp(logit − largest). NaN anywhere makes all of them NaN.
+# α of rows: the largest mixture logit and 1/Σ exp(logit − largest). NaN anywhere makes all of them NaN.
 @triton.jit
-def _softmax(logits, head_stride, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr):
-    head = tl.arange(0, PADDED_HEADS)
-    all_logits = tl.load(logits + head * head_stride, mask=head < HEADS, other=float("-inf")).to(tl.float32)
-    most = tl.max(all_logits, axis=0)
-    return most, 1 / tl.sum(tl.where(head < HEADS, tl.exp(all_logits - most), 0.0), axis=0)
+def _softmax(logits, rows, m, stride, head_stride, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr):
+    head = tl.arange(0, PADDED_HEADS)[None, :]
+    inside = (rows < m)[:, None] & (head < HEADS)
+    all_logits = tl.load(logits + rows.to(tl.int64)[:, None] * stride + head * head_stride, mask=inside, other=0.0)
+    all_logits = tl.where(head < HEADS, all_logits.to(tl.float32), float("-inf"))
+    most = tl.max(all_logits, axis=1)
+    return most, 1 / tl.sum(tl.exp(all_logits - most[:, None]), axis=1)
+
+
+# α_k of rows, from what _softmax found.
+@triton.jit
+def _share(logits, k, rows, m, stride, head_stride, most, inverse):
+    logit = tl.load(logits + rows.to(tl.int64) * stride + k * head_stride, mask=rows < m, other=0.0)
+    return tl.exp(logit.to(tl.float32) - most) * inverse
 
 
 # h̄ = Σ α_k h^(k), summed in fp32.
 @triton.jit
 def _mix_kernel(
-    mixed, hidden_states, mixture_logits, depth,
+    mixed, hidden_states, mixture_logits, m, depth,
     hidden_head_stride, hidden_stride, hidden_depth_stride, mixture_stride, mixture_head_stride,
-    HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    hidden_states += row * hidden_stride
-    mixture_logits += row * mixture_stride
-    most, inverse = _softmax(mixture_logits, mixture_head_stride, HEADS, PADDED_HEADS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    most, inverse = _softmax(mixture_logits, rows, m, mixture_stride, mixture_head_stride, HEADS, PADDED_HEADS)
     for first in range(0, depth, BLOCK):
-        k = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        total = tl.zeros((BLOCK,), tl.float32)
-        head = hidden_states
+        k = (first + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
+        inside = (rows < m)[:, None] & (k < depth)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        head = hidden_states + rows.to(tl.int64)[:, None] * hidden_stride + k * hidden_depth_stride
         for h in tl.static_range(HEADS):
-            alpha = tl.exp(tl.load(mixture_logits + h * mixture_head_stride).to(tl.float32) - most) * inverse
-            total += alpha * tl.load(head + k * hidden_depth_stride, mask=k < depth, other=0.0).to(tl.float32)
+            share = _share(mixture_logits, h, rows, m, mixture_stride, mixture_head_stride, most, inverse)
+            total += share[:, None] * tl.load(head, mask=inside, other=0.0).to(tl.float32)
             head += hidden_head_stride  # step by step: h·stride may need 64 bits
-        tl.store(mixed + row * depth + k, total.to(mixed.dtype.element_ty), mask=k < depth)
+        at = rows.to(tl.int64)[:, None] * depth + k
+        tl.store(mixed + at, total.to(mixed.dtype.element_ty), mask=inside)
 
 
-# What is known of a row, after some logits more: the largest z + g so far, its token, Σ exp((z + g − largest)/τ). The
+# What is known of rows, after some logits more: the largest z + g so far, its token, Σ exp((z + g − largest)/τ). The
 # logits are those of K heads, mixed here, or of their mixture.
 @triton.jit
 def _look_kernel(
     most_out, token_ids, total_out, logits, mixture_logits, bias, seed, inverse_temperature,
-    width, padded_width, first_column, first_row, head_stride, row_stride, mixture_stride, mixture_head_stride,
-    HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    m, width, padded_width, first_column, first_row, head_stride, row_stride, mixture_stride, mixture_head_stride,
+    HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    at = row + tl.zeros((1,), tl.int32)
-    logits += row.to(tl.int64) * row_stride
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < m
     key = tl.load(seed)
     if mixture_logits is not None:
-        mixture_logits += row.to(tl.int64) * mixture_stride
-        share_most, share_inverse = _softmax(mixture_logits, mixture_head_stride, HEADS, PADDED_HEADS)
-    most, token, total = tl.load(most_out + at), tl.load(token_ids + at), tl.load(total_out + at)
+        largest, inverse = _softmax(mixture_logits, rows, m, mixture_stride, mixture_head_stride, HEADS, PADDED_HEADS)
+    most = tl.load(most_out + rows, mask=inside, other=0.0)
+    token = tl.load(token_ids + rows, mask=inside, other=0)
+    total = tl.load(total_out + rows, mask=inside, other=0.0)
     for begin in tl.range(0, width, COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
-        s = tl.reshape(gumbel(key, first_row + at, first_column + begin, COLUMNS), (COLUMNS,))
+        s = gumbel(key, first_row + rows, first_column + begin, COLUMNS)
         if bias is not None:
-            s += tl.load(bias + first_column + columns, mask=columns < width, other=0.0).to(tl.float32)
-        head = logits
+            s += tl.load(bias + first_column + columns[None, :], mask=(columns < width)[None, :], other=0.0).to(
+                tl.float32
+            )
+        head = logits + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
         for h in tl.static_range(HEADS):
-            z = tl.load(head + columns, mask=columns < padded_width, other=0.0).to(tl.float32)
+            z = tl.load(head, mask=inside[:, None] & (columns < padded_width)[None, :], other=0.0).to(tl.float32)
             if mixture_logits is not None:
-                share = tl.load(mixture_logits + h * mixture_head_stride).to(tl.float32)
-                z *= tl.exp(share - share_most) * share_inverse
+                share = _share(mixture_logits, h, rows, m, mixture_stride, mixture_head_stride, largest, inverse)
+                z *= share[:, None]
             s += z
             head += head_stride
-        s = tl.where(columns < width, s, float("-inf"))[None, :]
+        s = tl.where((columns < width)[None, :], s, float("-inf"))
         # a NaN is nobody's maximum, but stays in the sum
         here, index = tl.max(tl.where(s == s, s, float("-inf")), axis=1, return_indices=True)
         token = tl.where(here > most, (first_column + begin + index).to(tl.int64), token)
@@ -107,161 +118,159 @@ def _look_kernel(
         total *= tl.exp((most - zero) * inverse_temperature)
         total += tl.sum(tl.exp((s - zero[:, None]) * inverse_temperature), axis=1)
         most = new
-    tl.store(most_out + at, most)
-    tl.store(token_ids + at, token)
-    tl.store(total_out + at, total)
+    tl.store(most_out + rows, most, mask=inside)
+    tl.store(token_ids + rows, token, mask=inside)
+    tl.store(total_out + rows, total, mask=inside)
 
 
-# F[x̂] of a row; NaN where nothing could be drawn.
+# F[x̂] of rows; NaN where nothing could be drawn.
 @triton.jit
-def _embed_kernel(values, embedding, token_ids, peak, depth, stride, depth_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    embedding += tl.load(token_ids + row) * stride
-    y = tl.load(peak + row)
-    drawn = tl.abs(y) < float("inf")
+def _embed_kernel(
+    values, embedding, token_ids, peak, m, depth, stride, depth_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.load(token_ids + rows, mask=rows < m, other=0)
+    drawn = tl.abs(tl.load(peak + rows, mask=rows < m, other=0.0)) < float("inf")
     for first in range(0, depth, BLOCK):
-        k = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        value = tl.load(embedding + k * depth_stride, mask=k < depth, other=0.0)
-        value = tl.where(drawn, value, float("nan")).to(values.dtype.element_ty)
-        tl.store(values + row * depth + k, value, mask=k < depth)
+        k = (first + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
+        inside = (rows < m)[:, None] & (k < depth)
+        value = tl.load(embedding + token[:, None] * stride + k * depth_stride, mask=inside, other=0.0)
+        value = tl.where(drawn[:, None], value, float("nan")).to(values.dtype.element_ty)
+        tl.store(values + rows.to(tl.int64)[:, None] * depth + k, value, mask=inside)
 
 
-# a·b, b rounded to the dtype of a.
-@triton.jit
-def _dot(a, b, depth, a_stride, b_stride, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, depth, BLOCK):
-        k = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        x = tl.load(a + k * a_stride, mask=k < depth, other=0.0)
-        w = tl.load(b + k * b_stride, mask=k < depth, other=0.0)
-        total += x.to(tl.float32) * w.to(x.dtype).to(tl.float32)
-    return tl.sum(total, axis=0)
-
-
-# What a row's y and y F·r count from: z + g of the drawn token and, where there is an upstream gradient, F[x̂]·r. r is
-# brought to length 1 first: neither do large gradients overflow in fp16, nor do small ones vanish.
+# What y and y F·r of rows count from: z + g of the drawn token and, where there is an upstream gradient, F[x̂]·r. r is
+# brought to length 1 first: neither do large gradients overflow in fp16, nor do small ones vanish. Operands are rounded
+# to the dtype that gets multiplied.
 @triton.jit
 def _origins_kernel(
-    perturbed, products, norms, unit, mixed, weight, bias, embedding, grad, token_ids, seed, depth, embedding_depth,
+    perturbed, products, norms, unit, mixed, weight, bias, embedding, grad, token_ids, seed,
+    m, depth, embedding_depth,
     mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride,
-    embedding_stride, embedding_depth_stride, BLOCK: tl.constexpr,
+    embedding_stride, embedding_depth_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(token_ids + row)
-    at = tl.zeros((1,), tl.int64)
-    s = gumbel_at(tl.load(seed), row + at, token + at)
-    s += _dot(
-        mixed + row * mixed_stride, weight + token * weight_stride, depth, mixed_depth_stride, weight_depth_stride,
-        BLOCK,
-    )  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    token = tl.load(token_ids + rows, mask=rows < m, other=0)
+    mixed += rows[:, None] * mixed_stride
+    weight += token[:, None] * weight_stride
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, depth, BLOCK):
+        k = (first + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
+        inside = (rows < m)[:, None] & (k < depth)
+        x = tl.load(mixed + k * mixed_depth_stride, mask=inside, other=0.0)
+        w = tl.load(weight + k * weight_depth_stride, mask=inside, other=0.0)
+        total += x.to(tl.float32) * w.to(x.dtype).to(tl.float32)
+    s = gumbel_at(tl.load(seed), rows, token) + tl.sum(total, axis=1)
     if bias is not None:
         s += tl.load(bias + token).to(tl.float32)
-    tl.store(perturbed + row + at, s)
+    tl.store(perturbed + rows, s, mask=rows < m)
     if grad is not None:
-        grad += row * embedding_depth
-        unit += row * embedding_depth
-        squares = tl.zeros((BLOCK,), tl.float32)
+        grad += rows[:, None] * embedding_depth
+        unit += rows[:, None] * embedding_depth
+        embedding += token[:, None] * embedding_stride
+        squares = tl.zeros((ROWS, BLOCK), tl.float32)
         for first in range(0, embedding_depth, BLOCK):
-            k = first + tl.arange(0, BLOCK)
-            r = tl.load(grad + k, mask=k < embedding_depth, other=0.0).to(tl.float32)
+            k = first + tl.arange(0, BLOCK)[None, :]
+            r = tl.load(grad + k, mask=(rows < m)[:, None] & (k < embedding_depth), other=0.0).to(tl.float32)
             squares += r * r
-        norm = tl.sqrt(tl.sum(squares, axis=0))
+        norm = tl.sqrt(tl.sum(squares, axis=1))
         inverse = tl.where(norm == 0, 0.0, 1 / norm)
-        total = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
         for first in range(0, embedding_depth, BLOCK):
-            k = (first + tl.arange(0, BLOCK)).to(tl.int64)
-            inside = k < embedding_depth
-            r = (tl.load(grad + k, mask=inside, other=0.0).to(tl.float32) * inverse).to(unit.dtype.element_ty)
+            k = (first + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
+            inside = (rows < m)[:, None] & (k < embedding_depth)
+            r = tl.load(grad + k, mask=inside, other=0.0).to(tl.float32) * inverse[:, None]
+            r = r.to(unit.dtype.element_ty)
             tl.store(unit + k, r, mask=inside)
-            f = tl.load(
-                embedding + token * embedding_stride + k * embedding_depth_stride, mask=inside, other=0.0
-            )  # fmt: skip
+            f = tl.load(embedding + k * embedding_depth_stride, mask=inside, other=0.0)
             total += r.to(tl.float32) * f.to(r.dtype).to(tl.float32)
-        tl.store(norms + row, norm)
-        tl.store(products + row, tl.sum(total, axis=0))
+        tl.store(norms + rows, norm, mask=rows < m)
+        tl.store(products + rows, tl.sum(total, axis=1), mask=rows < m)
 
 
-# A row of logits to y and, where `weighted` is given, of products F·r to y (F·r − product), each over its own memory
-# in the dtype that gets multiplied; and their sums over the row so far, of the values as they are stored: what is taken
-# off a sum of rounded numbers must be made of the same ones.
+# Rows of logits to y and, where `weighted` is given, of products F·r to y (F·r − product), each over its own memory in
+# the dtype that gets multiplied; and their sums so far, of the values as they are stored: what is taken off a sum of
+# rounded numbers must be made of the same ones.
 # y = peak · exp((z + g − origin)/τ), where origin is z + g of the drawn token and peak its y, the largest. Where a
 # product rounds otherwise than the sweep that drew, another token may come out above it, at a small τ far above: it
 # counts as equal.
 @triton.jit
 def _weights_kernel(
     y_out, weighted, total, delta, logits, products_out, bias, perturbed, products, token_ids, peak, seed,
-    inverse_temperature, width, padded_width, first_column, row_stride, out_stride, COLUMNS: tl.constexpr,
+    inverse_temperature, m, width, padded_width, first_column, row_stride, out_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    at = row + tl.zeros((1,), tl.int32)
-    logits += row.to(tl.int64) * row_stride
-    y_out += row.to(tl.int64) * out_stride
-    key, token, zero, scale = tl.load(seed), tl.load(token_ids + row), tl.load(perturbed + row), tl.load(peak + row)
-    sum_y = tl.zeros((COLUMNS,), tl.float32)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = rows < m
+    key, token = tl.load(seed), tl.load(token_ids + rows, mask=there, other=0)
+    zero, scale = tl.load(perturbed + rows, mask=there, other=0.0), tl.load(peak + rows, mask=there, other=0.0)
+    sum_y = tl.zeros((ROWS, COLUMNS), tl.float32)
     if weighted is not None:
-        products_out += row.to(tl.int64) * row_stride
-        weighted += row.to(tl.int64) * out_stride
-        product = tl.load(products + row)
-        sum_weighted = tl.zeros((COLUMNS,), tl.float32)
+        product = tl.load(products + rows, mask=there, other=0.0)
+        sum_weighted = tl.zeros((ROWS, COLUMNS), tl.float32)
     for begin in tl.range(0, width, COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
-        inside = columns < padded_width
-        z = tl.load(logits + columns, mask=inside, other=0.0)
+        inside = there[:, None] & (columns < padded_width)[None, :]
+        at = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+        out_at = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+        s = tl.load(logits + at, mask=inside, other=0.0)
         if weighted is not None:
-            fr = tl.load(products_out + columns, mask=inside, other=0.0)
-        s = z + tl.reshape(gumbel(key, at, first_column + begin, COLUMNS), (COLUMNS,))
+            fr = tl.load(products_out + at, mask=inside, other=0.0)
+        s += gumbel(key, rows, first_column + begin, COLUMNS)
         if bias is not None:
-            s += tl.load(bias + first_column + columns, mask=columns < width, other=0.0).to(tl.float32)
-        exponent = (s - zero) * inverse_temperature
-        exponent = tl.where((exponent > 0) | (first_column + columns == token), 0.0, exponent)
-        y = tl.where(columns < width, tl.exp(exponent) * scale, 0.0).to(y_out.dtype.element_ty)
+            s += tl.load(bias + first_column + columns[None, :], mask=(columns < width)[None, :], other=0.0).to(
+                tl.float32
+            )
+        exponent = (s - zero[:, None]) * inverse_temperature
+        is_drawn = (first_column + columns)[None, :] == token[:, None]
+        y = tl.exp(tl.where((exponent > 0) | is_drawn, 0.0, exponent)) * scale[:, None]
+        y = tl.where((columns < width)[None, :], y, 0.0).to(y_out.dtype.element_ty)
         tl.debug_barrier()  # values of 16 bits go where other threads' logits of this step were
-        tl.store(y_out + columns, y, mask=inside)  # the padding too
+        tl.store(y_out + out_at, y, mask=inside)  # the padding too
         sum_y += y.to(tl.float32)
         if weighted is not None:
-            w = tl.where(columns < width, y.to(tl.float32) * (fr - product), 0.0).to(weighted.dtype.element_ty)
-            tl.store(weighted + columns, w, mask=inside)
+            w = tl.where((columns < width)[None, :], y.to(tl.float32) * (fr - product[:, None]), 0.0)
+            w = w.to(weighted.dtype.element_ty)
+            tl.store(weighted + out_at, w, mask=inside)
             sum_weighted += w.to(tl.float32)
-    tl.store(total + at, tl.load(total + at) + tl.sum(sum_y, axis=0))
+    tl.store(total + rows, tl.load(total + rows, mask=there) + tl.sum(sum_y, axis=1), mask=there)
     if weighted is not None:
-        tl.store(delta + at, tl.load(delta + at) + tl.sum(sum_weighted, axis=0))
+        tl.store(delta + rows, tl.load(delta + rows, mask=there) + tl.sum(sum_weighted, axis=1), mask=there)
 
 
-# The gradient of a row's mixture logits, from Σ y E, Σ y (F·r − product) E, Σ y and δ: dh̄·h^(k), then softmax backward.
+# The gradient of rows' mixture logits, from Σ y E, Σ y (F·r − product) E, Σ y and δ: dh̄·h^(k), then softmax backward.
 # y adds up to 1 but for its rounding, and where it was drawn from other logits.
 @triton.jit
 def _mixture_gradient_kernel(
-    grad_mixture, plain, weighted, total, delta, norms, hidden_states, mixture_logits, scale, depth,
+    grad_mixture, plain, weighted, total, delta, norms, hidden_states, mixture_logits, scale, m, depth,
     hidden_head_stride, hidden_stride, hidden_depth_stride, mixture_stride, mixture_head_stride,
-    HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    share = 1 / tl.load(total + row)
-    mean = tl.load(delta + row) * share
-    factor = share * tl.load(norms + row) * scale
-    plain += row * depth
-    weighted += row * depth
-    hidden_states += row * hidden_stride
-    mixture_logits += row * mixture_stride
-    heads = tl.arange(0, PADDED_HEADS)
-    grad_alpha = tl.zeros((PADDED_HEADS,), tl.float32)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there, row = rows < m, rows.to(tl.int64)[:, None]
+    share = 1 / tl.load(total + rows, mask=there, other=1.0)
+    mean = (tl.load(delta + rows, mask=there, other=0.0) * share)[:, None]
+    factor = share * tl.load(norms + rows, mask=there, other=0.0) * scale
+    heads = tl.arange(0, PADDED_HEADS)[None, :]
+    grad_alpha = tl.zeros((ROWS, PADDED_HEADS), tl.float32)
     for h in tl.static_range(HEADS):
-        products = tl.zeros((BLOCK,), tl.float32)
+        products = tl.zeros((ROWS, BLOCK), tl.float32)
         for first in range(0, depth, BLOCK):
-            k = (first + tl.arange(0, BLOCK)).to(tl.int64)
-            inside = k < depth
-            grad_mixed = tl.load(weighted + k, mask=inside, other=0.0) - mean * tl.load(
-                plain + k, mask=inside, other=0.0
-            )
-            hidden = tl.load(hidden_states + k * hidden_depth_stride, mask=inside, other=0.0)
-            products += grad_mixed * factor * hidden.to(tl.float32)
-        grad_alpha = tl.where(heads == h, tl.sum(products, axis=0), grad_alpha)
+            k = (first + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
+            inside = there[:, None] & (k < depth)
+            grad_mixed = tl.load(weighted + row * depth + k, mask=inside, other=0.0)
+            grad_mixed -= mean * tl.load(plain + row * depth + k, mask=inside, other=0.0)
+            hidden = tl.load(hidden_states + row * hidden_stride + k * hidden_depth_stride, mask=inside, other=0.0)
+            products += grad_mixed * factor[:, None] * hidden.to(tl.float32)
+        grad_alpha = tl.where(heads == h, tl.sum(products, axis=1)[:, None], grad_alpha)
         hidden_states += hidden_head_stride
-    most, inverse = _softmax(mixture_logits, mixture_head_stride, HEADS, PADDED_HEADS)
-    logits = tl.load(mixture_logits + heads * mixture_head_stride, mask=heads < HEADS, other=float("-inf"))
-    alpha = tl.where(heads < HEADS, tl.exp(logits.to(tl.float32) - most) * inverse, 0.0)
-    grad = alpha * (grad_alpha - tl.sum(alpha * grad_alpha, axis=0))
-    tl.store(grad_mixture + row * HEADS + heads, grad.to(grad_mixture.dtype.element_ty), mask=heads < HEADS)
+    most, inverse = _softmax(mixture_logits, rows, m, mixture_stride, mixture_head_stride, HEADS, PADDED_HEADS)
+    inside = there[:, None] & (heads < HEADS)
+    logits = tl.load(mixture_logits + row * mixture_stride + heads * mixture_head_stride, mask=inside, other=0.0)
+    alpha = tl.exp(logits.to(tl.float32) - most[:, None]) * inverse[:, None]
+    alpha = tl.where(heads < HEADS, alpha, 0.0)
+    grad = alpha * (grad_alpha - tl.sum(alpha * grad_alpha, axis=1)[:, None])
+    tl.store(grad_mixture + row * HEADS + heads, grad.to(grad_mixture.dtype.element_ty), mask=inside)
 
 
 def mix(heads: Heads) -> Tensor:
@@ -272,9 +281,10 @@ def mix(heads: Heads) -> Tensor:
     k, m, d = hidden_states.shape
     mixed = hidden_states.new_empty(m, d)
     if m > 0:
-        _mix_kernel[(m,)](
-            mixed, hidden_states, mixture_logits, d, *hidden_states.stride(), *mixture_logits.stride(),
-            HEADS=k, PADDED_HEADS=triton.next_power_of_2(k), BLOCK=_BLOCK,
+        rows = _rows(mixed)
+        _mix_kernel[(triton.cdiv(m, rows),)](
+            mixed, hidden_states, mixture_logits, m, d, *hidden_states.stride(), *mixture_logits.stride(),
+            HEADS=k, PADDED_HEADS=triton.next_power_of_2(k), ROWS=rows, BLOCK=_BLOCK,
         )  # fmt: skip
     return mixed
 
@@ -286,11 +296,12 @@ def look(state: RowState, chunk: LogitChunk, mixture_logits: Tensor | None, nois
     if m == 0:
         return
     strides = (0, 0) if mixture_logits is None else mixture_logits.stride()
-    block = choose("gumbel_mix.look", BLOCKS, logits, v=width)
-    _look_kernel[(m,)](
+    block, rows = choose("gumbel_mix.look", BLOCKS, logits, v=width), _rows(logits)
+    _look_kernel[(triton.cdiv(m, rows),)](
         state.most, state.token_ids, state.total, logits, mixture_logits, bias, noise.seed, _inverse(noise),
-        width, padded_columns(logits), first_column, first_row, *logits.stride()[:2], *strides,
-        HEADS=heads, PADDED_HEADS=triton.next_power_of_2(heads), COLUMNS=block.columns, num_warps=block.num_warps,
+        m, width, padded_columns(logits), first_column, first_row, *logits.stride()[:2], *strides,
+        HEADS=heads, PADDED_HEADS=triton.next_power_of_2(heads), ROWS=rows, COLUMNS=block.columns,
+        num_warps=block.num_warps,
     )  # fmt: skip
 
 
@@ -299,7 +310,10 @@ def embed(embedding: Tensor, drawn: Drawn) -> Tensor:
     m, d = len(drawn.token_ids), embedding.shape[1]
     values = embedding.new_empty(m, d)
     if m > 0:
-        _embed_kernel[(m,)](values, embedding, *drawn, d, *embedding.stride(), BLOCK=_BLOCK)
+        rows = _rows(values)
+        _embed_kernel[(triton.cdiv(m, rows),)](
+            values, embedding, *drawn, m, d, *embedding.stride(), ROWS=rows, BLOCK=_BLOCK
+        )
     return values
 
 
@@ -308,12 +322,14 @@ def origins(
     token_ids: Tensor, noise: Noise,
 ) -> None:  # fmt: skip
     """Write what a row's y and y F·r count from."""
-    if len(mixed) == 0:
+    m, d = mixed.shape
+    if m == 0:
         return
-    weight, bias = projection
-    _origins_kernel[(len(mixed),)](
-        *origin, mixed, weight, bias, embedding, grad_values, token_ids, noise.seed, mixed.shape[1],
-        embedding.shape[1], *mixed.stride(), *weight.stride(), *embedding.stride(), BLOCK=_DOT_BLOCK,
+    (weight, bias), rows = projection, _rows(mixed)
+    _origins_kernel[(triton.cdiv(m, rows),)](
+        *origin, mixed, weight, bias, embedding, grad_values, token_ids, noise.seed, m, d,
+        embedding.shape[1], *mixed.stride(), *weight.stride(), *embedding.stride(), ROWS=rows,
+        BLOCK=_DOT_BLOCK,
     )  # fmt: skip
 
 
@@ -327,11 +343,11 @@ def weights(
     _, m, width = logits.shape
     if m == 0:
         return
-    block = choose("gumbel_mix.weights", BLOCKS, y, v=width)
-    _weights_kernel[(m,)](
+    block, rows = choose("gumbel_mix.weights", BLOCKS, y, v=width), _rows(y)
+    _weights_kernel[(triton.cdiv(m, rows),)](
         y, weighted, *sums, logits, products, bias, origin.perturbed, origin.products, *drawn, noise.seed,
-        _inverse(noise), width, padded_columns(logits), first_column, logits.stride(1), y.stride(0),
-        COLUMNS=block.columns, num_warps=block.num_warps,
+        _inverse(noise), m, width, padded_columns(logits), first_column, logits.stride(1), y.stride(0),
+        ROWS=rows, COLUMNS=block.columns, num_warps=block.num_warps,
     )  # fmt: skip
 
 
@@ -343,12 +359,18 @@ def mixture_gradient(
     assert mixture_logits is not None
     (k, m, d), grad = hidden_states.shape, torch.empty_like(mixture_logits, memory_format=torch.contiguous_format)
     if m > 0:
-        _mixture_gradient_kernel[(m,)](
-            grad, *weighted_sums, *sums, norms, hidden_states, mixture_logits, scale, d,
+        rows = _rows(hidden_states)
+        _mixture_gradient_kernel[(triton.cdiv(m, rows),)](
+            grad, *weighted_sums, *sums, norms, hidden_states, mixture_logits, scale, m, d,
             *hidden_states.stride(), *mixture_logits.stride(),
-            HEADS=k, PADDED_HEADS=triton.next_power_of_2(k), BLOCK=_BLOCK,
+            HEADS=k, PADDED_HEADS=triton.next_power_of_2(k), ROWS=rows, BLOCK=_BLOCK,
         )  # fmt: skip
     return grad
+
+
+def _rows(tensor: Tensor) -> int:
+    """Of a program: one. In the interpreter, where an operation costs about the same for many, 32."""
+    return 32 if tensor.device.type == "cpu" else 1
 
 
 def _inverse(noise: Noise) -> float:
