@@ -260,29 +260,30 @@ def _linear_cross_entropy_passes(
 
 
 def _gumbel_mix() -> Iterator[Launch]:
-    """Whole passes: hard and soft, of heads that are mixed and of one; and samples from the losses' logits."""
+    """Whole passes over a whole chunk of the vocabulary and over a last one, that ends anywhere: hard ones of heads that
+    are mixed, soft ones of a single head; and samples from the losses' logits."""
     kernels = gumbel_mix_ops.operation.triton()
-    options = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True), (torch.float16, False))
-    for dtype, bias in options:
-        m, v, d = 4915, 30_522, 768
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    sizes = ((bf16, False, 3072), (bf16, True, 3072), (bf16, True, 2874), (fp32, True, 2874), (fp16, False, 3072))
+    for dtype, bias, v in sizes:
+        m, d = 4915, 768
         mixed = gumbel_mix.Heads(_empty(3, m, d, dtype=dtype), _empty(m, 3, dtype=dtype))
         one = gumbel_mix.Heads(mixed.hidden_states[:1], None)
         weight = _empty(v, d, dtype=dtype)
         projection = gumbel_mix.Projection(weight, _empty(v) if bias else None)
         noise = gumbel_mix.Noise(_empty(1, dtype=torch.int64), 0.3)
         drawn = gumbel_mix.Drawn(_empty(m, dtype=torch.int64), _empty(m))
-        label = _name(dtype) + " bias" * bias
+        label = f"{_name(dtype)} V={v}" + " bias" * bias
         for hard, heads in ((True, mixed), (False, one)):
             name = f"{label} {'hard' if hard else 'soft'}"
             yield Launch(name, partial(kernels.forward, heads, projection, weight, noise, hard=hard))
             estimator, wanted = gumbel_mix.Estimator(hard, -1.0), gumbel_mix.Wanted(hard, True)
             arguments = (_empty(m, d, dtype=dtype), heads, projection, weight, drawn, noise, estimator, wanted)
             yield Launch(name, partial(kernels.backward, *arguments))
-        for k in (3, 1) if dtype != torch.float16 else ():
-            logits = _empty(k, m, 30_528, dtype=dtype)[:, :, :v]
-            shares = _empty(m, k, dtype=dtype) if k > 1 else None
-            block = gumbel_mix.HeadLogits(logits, shares, projection.bias, 0)
-            yield Launch(f"{label} K={k} logits", partial(kernels.sample_logits, drawn, block, noise))
+        if v % 16:
+            logits = _empty(3, m, 2880, dtype=dtype)[:, :, :v]
+            block = gumbel_mix.HeadLogits(logits, mixed.mixture_logits, projection.bias, 0)
+            yield Launch(f"{label} logits", partial(kernels.sample_logits, drawn, block, noise))
 
 
 def _pairwise() -> Iterator[Launch]:
