@@ -260,8 +260,8 @@ def _linear_cross_entropy_passes(
 
 
 def _gumbel_mix() -> Iterator[Launch]:
-    """Whole passes over a whole chunk of the vocabulary and over a last one, that ends anywhere: hard ones of heads that
-    are mixed, soft ones of a single head; and samples from the losses' logits."""
+    """Passes over a whole chunk of the vocabulary and over a last one, that ends anywhere: hard ones of heads that are
+    mixed, soft ones of a single head; and samples from the losses' logits."""
     kernels = gumbel_mix_ops.operation.triton()
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     sizes = ((bf16, False, 3072), (bf16, True, 3072), (bf16, True, 2874), (fp32, True, 2874), (fp16, False, 3072))
