@@ -48,7 +48,8 @@ def contrastive_loss(
 
     Args:
         queries: (N, d), float32, float64, bfloat16 or float16, any strides. Under autocast it is converted to the
-            autocast dtype, as are the others.
+            autocast dtype, as are the others. In float16 on a GPU products of unnormalized vectors must fit the dtype:
+            norms up to 250.
         documents: (C·(1 + H), d): first the positive of each of the C queries, then H blocks of hard negatives, each
             with one for every query. C is N, but for ``all_queries``.
         scale: multiplies similarities; 1/temperature.
