@@ -1,11 +1,14 @@
 """Compiling, keeping and loading the native kernels."""
 
+import grp
 import os
 import platform
+import pwd
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -151,16 +154,42 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path, monkeypatch, not
     cache.make_folder(folder)
     assert folder.stat().st_mode & 0o022 == 0
     folder.chmod(0o777)
-    with pytest.raises(RuntimeError, match=f"{folder} .*can be written by all; .*REPDEG_FAST_CACHE_DIR"):
+    with pytest.raises(RuntimeError, match=f"{folder} can be written by others .*; .*REPDEG_FAST_CACHE_DIR"):
         build.load("cpu")
+    folder.chmod(0o1777)  # nor where they cannot exchange a library, but could be first
+    with pytest.raises(PermissionError, match="can be written by others"):
+        cache.make_folder(folder)
     folder.chmod(0o755)
+    folder.parent.chmod(0o1777)  # as /tmp is
     cache.make_folder(folder)
+    folder.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match=f"{folder.parent} can be written by others"):
+        cache.make_folder(folder)
+    folder.parent.chmod(0o755)
     if os.geteuid() == 0:
         os.chown(folder, 12345, -1)
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(PermissionError, match="belongs to another user"):
         cache.make_folder(folder)
+
+
+def test_a_group_may_write_if_nobody_else_is_in_it(monkeypatch, not_loaded):
+    """With ``umask 002``, where each user has a group of the same name."""
+    folder = build._library_path("cpu").parent
+    cache.make_folder(folder)
+    folder.chmod(0o775)
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    for name, members, refused in (
+        (user, [], False),
+        (user, [user], False),
+        (user, ["eve"], True),
+        ("staff", [], True),
+    ):
+        entry = grp.struct_group((name, "x", folder.stat().st_gid, members))
+        monkeypatch.setattr(grp, "getgrgid", lambda _, entry=entry: entry)
+        with pytest.raises(PermissionError, match="can be written by others") if refused else nullcontext():
+            cache.make_folder(folder)
 
 
 def test_a_home_folder_and_characters_that_ninja_reads_as_its_own(tmp_path):

@@ -58,9 +58,24 @@ def make_folder(folder: Path) -> None:
     for place in (folder.parent, folder):
         place.mkdir(mode=0o755, exist_ok=True)
         status = place.stat()
-        others_write = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
-        if status.st_uid not in (os.geteuid(), 0) or others_write:
-            raise PermissionError(f"{place} belongs to another user or can be written by all")
+        sticky = place is not folder and status.st_mode & stat.S_ISVTX  # others cannot exchange what lies in it
+        group_writes = status.st_mode & stat.S_IWGRP and _has_others(status.st_gid)
+        if status.st_uid not in (os.geteuid(), 0):
+            raise PermissionError(f"{place} belongs to another user")
+        if not sticky and (status.st_mode & stat.S_IWOTH or group_writes):
+            raise PermissionError(f"{place} can be written by others (chmod go-w)")
+
+
+def _has_others(group: int) -> bool:
+    """Whether a group is more than a user's own, whose name it then has: what ``umask 002`` is made for."""
+    import grp
+    import pwd
+
+    try:
+        entry, user = grp.getgrgid(group), pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's user may have no name
+        return True
+    return entry.gr_name != user or bool(set(entry.gr_mem) - {user})
 
 
 @contextmanager
