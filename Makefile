@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
 STAGE ?= all
-PYTEST := $(BIN)/python -m pytest tests -n auto --dist worksteal -p no:benchmark
+PYTEST := $(BIN)/python -m pytest tests -n auto --dist worksteal -p no:benchmark --durations=15 --durations-min=2
 
 .PHONY: help bench test docs versions lint gpu tables clean
 

@@ -1,6 +1,7 @@
 """A wheel built from the tree works outside the tree and owns one import name."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import repdeg_fast
+
 ROOT = Path(__file__).parent.parent
+CHECK = ROOT / "tests/check_install.py"
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,38 @@ main()
     assert "pip install ninja pybind11" in result.stderr
     last = "repdeg-fast: the command line needs rich, safetensors, typer: pip install 'repdeg-fast[cli]'"
     assert (result.returncode, result.stderr.splitlines()[-1]) == (1, last)
+
+
+def test_the_version_stands_in_one_place(site):
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    assert f"\nVersion: {repdeg_fast.__version__}\n" in metadata.read_text(encoding="utf-8")
+    assert not re.search(r'^version = "', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_installed_package_agrees_with_the_definition(site):
+    """The script that releases are checked by, on the unpacked wheel."""
+    code = f"import sys, runpy; sys.path.insert(0, {str(site)!r}); runpy.run_path({str(CHECK)!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=site, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert f"in {site / 'repdeg_fast'}: works" in result.stdout
+
+
+def test_the_workflow_runs_what_there_is():
+    """Targets of make and sessions of nox, by their names."""
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    assert jobs["test"]["needs"] == jobs["docs"]["needs"] == "lint"  # what fails fastest comes first
+    runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = [run for run in runs if not run.startswith(("pip install ", "nox -s "))]
+    assert {"make lint", "make docs", ".ci/run"} == set(commands)
+    assert all(
+        re.search(rf"^{run.removeprefix('make ')}:", makefile, re.MULTILINE) for run in commands if "make" in run
+    )
+    sessions = {line["session"] for line in jobs["matrix"]["strategy"]["matrix"]["include"]}
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    functions = {session: re.match(r"\w+", session)[0] for session in sessions}
+    assert all(f"\ndef {name}(session" in noxfile for name in functions.values())
+    assert {f'"{session.removeprefix("tests-")}"' for session in sessions if "tests-" in session} <= set(
+        re.findall(r'"3\.\d+"', noxfile)
+    )
