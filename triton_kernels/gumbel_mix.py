@@ -36,6 +36,7 @@ class Block:
 
 # The one that ships first. 8 a thread: noise takes about four registers each while it is made.
 BLOCKS = (Block(1024, 4), Block(1024, 2))
+HEAD_BLOCKS = (Block(1024, 8), Block(512, 4))  # of several heads: 4 a thread of each
 
 
 # α of rows: the largest mixture logit and 1/Σ exp(logit − largest). NaN anywhere makes all of them NaN.
@@ -296,7 +297,8 @@ def look(state: RowState, chunk: LogitChunk, mixture_logits: Tensor | None, nois
     if m == 0:
         return
     strides = (0, 0) if mixture_logits is None else mixture_logits.stride()
-    block, rows = choose("gumbel_mix.look", BLOCKS, logits, v=width), _rows(logits)
+    blocks, rows = BLOCKS if heads == 1 else HEAD_BLOCKS, _rows(logits)
+    block = choose("gumbel_mix.look" if heads == 1 else "gumbel_mix.look_at_heads", blocks, logits, v=width)
     _look_kernel[(triton.cdiv(m, rows),)](
         state.most, state.token_ids, state.total, logits, mixture_logits, bias, noise.seed, _inverse(noise),
         m, width, padded_columns(logits), first_column, first_row, *logits.stride()[:2], *strides,

@@ -80,13 +80,14 @@ inline bool is_dense(const Tensor& t) {
   return (t.stride(1) == 1 && t.stride(0) == t.size(1)) || (t.stride(0) == 1 && t.stride(1) == t.size(0));
 }
 
+constexpr int64_t kOneDnnFewest = int64_t(1) << 21;  // multiplications: a call costs about 25 µs more than BLAS's
 constexpr int64_t kOneDnnChain = 1024;  // it adds up in one chain: the error grows with the length, longer ones are cut
 
 // Whether a @ b is to be made by oneDNN.
 inline bool takes_onednn(const Tensor& a, const Tensor& b) {
   const bool fp32 = a.scalar_type() == ScalarType::Float && b.scalar_type() == ScalarType::Float;
   const bool rows = a.stride(1) == 1 || a.stride(0) == 1;
-  return products.by_onednn && fp32 && rows && a.numel() > 0 && b.numel() > 0;
+  return products.by_onednn && fp32 && rows && a.numel() * b.size(1) >= kOneDnnFewest;
 }
 
 inline bool takes_onednn(const Tensor& out, const Tensor& a, const Tensor& b) {
