@@ -56,9 +56,7 @@ def gram_cka(*layers: Tensor) -> float:
 
 
 def our_cka(*layers: Tensor) -> float:
-    covariances = analysis.Covariances().update(*layers)
-    count = range(len(layers))
-    return statistics.mean(analysis.linear_cka(covariances.of(i, j), unbiased=True) for i in count for j in count)
+    return float(analysis.cka_matrix(analysis.Covariances().update(*layers), unbiased=True).mean())
 
 
 def chunked_identity(points: Tensor, tokens: Tensor, k: int = 50) -> float:

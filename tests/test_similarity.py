@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from repdeg_fast.analysis import Covariances, cca, linear_cka, procrustes, pwcca, svcca
+from repdeg_fast.analysis import Covariances, cca, cka_matrix, linear_cka, procrustes, pwcca, svcca
 
 MEASURES = [cca, svcca, pwcca, linear_cka, procrustes]
 
@@ -46,6 +46,27 @@ def test_pwcca_and_cca_against_the_variates_themselves(narrower):
     assert found.distance == 1 - found.similarity
     assert cca(x, y).similarity == pytest.approx(correlations.mean(), rel=1e-9)
     assert (found.rank_x, found.rank_y, found.points) == (x.shape[1], y.shape[1], 400)
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-5])  # the latter's variances are near the threshold: by eigenvectors
+def test_features_of_very_different_scales(smallest):
+    x, y = points()
+    scaled = x.double() * torch.logspace(0, np.log10(smallest), 9, dtype=torch.float64)
+    found = pwcca(scaled, y, threshold=1e-12)
+    correlations, of_x, _ = by_qr(scaled, y)
+    weights = np.abs(of_x.T @ centred(scaled)).sum(1)
+    assert (found.rank_x, found.rank_y) == (9, 13)
+    np.testing.assert_allclose(found.correlations, correlations, rtol=1e-7)
+    np.testing.assert_allclose(found.weights, weights / weights.sum(), rtol=1e-6)
+    assert pwcca(scaled, y, threshold=0.01).rank_x < 9
+
+
+def test_small_correlations_keep_their_digits():
+    directions = np.linalg.qr(centred(torch.randn(500, 8)))[0] * 500**0.5
+    share = np.array([1.0, 1e-3, 1e-6, 0.0])
+    x, noise = torch.from_numpy(directions[:, :4]), torch.from_numpy(directions[:, 4:])
+    y = x * torch.from_numpy(share) + noise * torch.from_numpy(np.sqrt(1 - share**2))
+    np.testing.assert_allclose(cca(x, y).correlations, share, rtol=1e-9, atol=1e-14)
 
 
 def test_svcca_keeps_the_leading_components():
@@ -135,6 +156,18 @@ def test_linear_cka_against_gram_matrices(n):
     x, y = points(n)
     assert linear_cka(x, y) == pytest.approx(gram_cka(x, y), rel=1e-10)
     assert linear_cka(x, y, unbiased=True) == pytest.approx(gram_unbiased_cka(x, y), rel=1e-8)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_cka_of_all_pairs_is_that_of_each(unbiased):
+    sides = [*points(), torch.randn(400, 5)]
+    found = cka_matrix(Covariances().update(*sides), unbiased=unbiased)
+    expected = [[linear_cka(a, b, unbiased=unbiased) for a in sides] for b in sides]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="side 2: all its 400 points are the same"):
+        cka_matrix(Covariances().update(*sides[:2], torch.ones(400, 3)))
+    with pytest.raises(ValueError, match="side 0 and side 2 are further apart"):
+        cka_matrix(Covariances(band=1).update(*sides))
 
 
 def test_procrustes_against_the_best_rotation():

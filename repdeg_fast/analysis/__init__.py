@@ -2,7 +2,7 @@
 
 from repdeg_fast.analysis.admin import plot_table, save_table
 from repdeg_fast.analysis.cca import CanonicalCorrelations, cca, pwcca, svcca
-from repdeg_fast.analysis.cka import linear_cka
+from repdeg_fast.analysis.cka import cka_matrix, linear_cka
 from repdeg_fast.analysis.cosines import alignment, average_cosine, cosine_histogram, uniformity
 from repdeg_fast.analysis.covariances import Covariances
 from repdeg_fast.analysis.frequency import frequency_bins, rare_against_frequent
@@ -36,6 +36,7 @@ __all__ = [
     "alignment",
     "average_cosine",
     "cca",
+    "cka_matrix",
     "collect",
     "cone_projection",
     "cosine_histogram",

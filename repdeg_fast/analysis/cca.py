@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,46 +92,73 @@ def pwcca(
     if convention != "paper":
         raise ValueError(f"convention: expected 'paper' or 'svcca', got {convention!r}")
     found = _Whitened.of(covariances, threshold)
-    return found.weighted(found.projections())
+    return found.weighted(found.projections)
 
 
 @dataclass(frozen=True)
 class _Whitened:
-    """The singular value decomposition of Λx^-½ Vxᵀ Σxy Vy Λy^-½, where Σxx = Vx Λx Vxᵀ, and likewise y."""
+    """The canonical correlations, and the canonical directions on the side of smaller rank (of x where they tie)."""
 
     points: int
-    x: tuple[Tensor, Tensor]  # variances (r,) and directions (d, r)
-    y: tuple[Tensor, Tensor]
-    left: Tensor  # (rank of x, k)
+    ranks: tuple[int, int]
     correlations: Tensor  # (k,)
-    right: Tensor  # (k, rank of y)
+    projections: Tensor  # (k,): Σ_j |⟨h_i, z_j⟩|
 
     @classmethod
     def of(cls, covariances: Covariances, threshold: float, share: float = 1.0) -> _Whitened:
+        """With C = Wxᵀ Σxy Wy = U diag(ρ) Vᵀ, where Wᵀ Σ W = 1. The variates are h = z W U, so that hᵀz = Uᵀ Wᵀ Σ.
+
+        U are the eigenvectors of C Cᵀ, and ρ the lengths of the rows of Uᵀ C: squares would cost the small ones half
+        their digits.
+        """
         if not 0 < threshold < 1:
             raise ValueError(f"threshold: expected a number in (0, 1), got {threshold}")
-        x, y = (_directions(covariances, side, threshold, share) for side in (0, 1))
-        cross = (x[1] * x[0].rsqrt()).T @ covariances.scatter(0, 1) @ (y[1] * y[0].rsqrt())
-        left, correlations, right = torch.linalg.svd(cross, full_matrices=False)
-        return cls(covariances.points, x, y, left, correlations.clamp(max=1), right)
+        x, y = (_whitener(covariances, side, threshold, share) for side in (0, 1))
+        cross = x.apply(y.apply(covariances.scatter(0, 1).T).T)
+        narrower, cross = (y, cross.T) if y.rank < x.rank else (x, cross)
+        turn = torch.linalg.eigh(cross @ cross.T).eigenvectors.T
+        correlations, order = torch.linalg.vector_norm(turn @ cross, dim=1).sort(descending=True)
+        projections = (turn[order] @ narrower.features).abs().sum(1)
+        return cls(covariances.points, (x.rank, y.rank), correlations.clamp(max=1), projections)
 
     def weighted(self, weights: Tensor) -> CanonicalCorrelations:
-        weights = weights / weights.sum()
-        return CanonicalCorrelations(self.correlations, weights, self.points, len(self.x[0]), len(self.y[0]))
-
-    def projections(self) -> Tensor:
-        """(k,): Σ_j |⟨h_i, z_j⟩|. The variates are h = z Vx Λx^-½ U, so that hᵀz = Uᵀ Λx^½ Vxᵀ."""
-        narrower_y = len(self.y[0]) < len(self.x[0])
-        (variances, directions), turn = (self.y, self.right) if narrower_y else (self.x, self.left.T)
-        return (turn @ (directions * variances.sqrt()).T).abs().sum(1)
+        return CanonicalCorrelations(self.correlations, weights / weights.sum(), self.points, *self.ranks)
 
 
-def _directions(covariances: Covariances, side: int, threshold: float, share: float) -> tuple[Tensor, Tensor]:
+class _Whitener(NamedTuple):
+    """W (d, r) with Wᵀ Σ W = 1, by what is done with it."""
+
+    apply: Callable[[Tensor], Tensor]  # from (d, m): Wᵀ of it, (r, m)
+    features: Tensor  # Wᵀ Σ (r, d)
+
+    @property
+    def rank(self) -> int:
+        return len(self.features)
+
+
+def _whitener(covariances: Covariances, side: int, threshold: float, share: float) -> _Whitener:
+    """Any W will do for correlations; of full rank the inverse of a Cholesky factor, which costs far less than
+    eigenvectors."""
     check_varies(covariances, side)
-    variances, directions = torch.linalg.eigh(covariances.scatter(side))
+    scatter = covariances.scatter(side)
+    if share == 1 and (lower := _factor(scatter, threshold)) is not None:
+        return _Whitener(lambda matrix: torch.linalg.solve_triangular(lower, matrix, upper=False), lower.T)
+    variances, directions = torch.linalg.eigh(scatter)
     variances, directions = variances.flip(0), directions.flip(1)
     rank = int((variances > threshold * variances[0]).sum())
     if share < 1:
         cumulative = variances[:rank].cumsum(0)
         rank = min(rank, int((cumulative < share * cumulative[-1]).sum()) + 1)
-    return variances[:rank], directions[:, :rank]
+    scale, directions = variances[:rank].sqrt(), directions[:, :rank]
+    return _Whitener(lambda matrix: (directions / scale).T @ matrix, (directions * scale).T)
+
+
+def _factor(scatter: Tensor, threshold: float) -> Tensor | None:
+    """L with L Lᵀ = ``scatter``, if that shows that no variance is below the threshold: the least is at least
+    1/‖L⁻¹‖²_F, the largest at most the trace."""
+    lower, failed = torch.linalg.cholesky_ex(scatter)
+    if failed:
+        return None
+    one = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, one, upper=False)
+    return lower if 1 / float(inverse.square().sum()) > threshold * float(scatter.trace()) else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+import torch
 from torch import Tensor
 
 from repdeg_fast.analysis.covariances import Covariances, check_varies, paired
@@ -22,14 +21,29 @@ def linear_cka(x: Tensor | Covariances, y: Tensor | None = None, *, unbiased: bo
     Raises:
         ValueError: unequal point counts, NaN, fewer than 2 points (4 unbiased), a side whose points are all the same.
     """
-    covariances = paired(x, y, least=4 if unbiased else 2)
-    for side in (0, 1):
-        check_varies(covariances, side)
-    if unbiased:
-        both, first, second = (covariances.unbiased_hsic(*sides) for sides in ((0, 1), (0, 0), (1, 1)))
-        if min(first, second) <= 0:
-            return math.nan  # too few points: an unbiased estimate of something positive may be negative
-        return both / math.sqrt(first * second)
-    return float(
-        covariances.scatter(0, 1).square().sum() / (covariances.scatter(0).norm() * covariances.scatter(1).norm())
-    )
+    return float(cka_matrix(paired(x, y, least=_least(unbiased)), unbiased=unbiased)[0, 1])
+
+
+def cka_matrix(covariances: Covariances, *, unbiased: bool = False) -> Tensor:
+    """:func:`linear_cka` of all pairs of sides, of the layers of a model say: (L, L) in float64, symmetric, each HSIC
+    computed once. NaN where there are too few points: an unbiased estimate of something positive may be negative.
+
+    Raises:
+        ValueError: fewer than 2 points (4 unbiased), a side whose points are all the same, sides too far apart to have
+            been kept (``band``).
+    """
+    if covariances.points < _least(unbiased):
+        raise ValueError(f"points: expected at least {_least(unbiased)}, got {covariances.points}")
+    sides = range(len(covariances))
+    hsic = torch.zeros(len(sides), len(sides), dtype=torch.float64)
+    for i in sides:
+        check_varies(covariances, i)
+        for j in range(i, len(sides)):
+            found = covariances.unbiased_hsic(i, j) if unbiased else float(covariances.scatter(i, j).square().sum())
+            hsic[i, j] = hsic[j, i] = found
+    scale = hsic.diagonal().sqrt()  # NaN of a negative one
+    return hsic / scale / scale[:, None]
+
+
+def _least(unbiased: bool) -> int:
+    return 4 if unbiased else 2

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096  # points in float64 at a time
+_PANEL = 128  # columns of a product that is symmetric: narrower ones would save more and multiply slower
 
 
 class Covariances:
@@ -50,12 +51,14 @@ class Covariances:
         for chunks in zip(*(side.detach().split(CHUNK) for side in sides), strict=True):
             if len(chunks[0]) == 0:
                 continue
-            doubles = [chunk.double() for chunk in chunks]
             if not self._origins:
-                self._start([chunk.mean(0) for chunk in doubles])
-            features = [_features(chunk, origin) for chunk, origin in zip(doubles, self._origins, strict=True)]
+                self._start([chunk.mean(0, dtype=torch.float64) for chunk in chunks])
+            features = [_features(chunk, origin) for chunk, origin in zip(chunks, self._origins, strict=True)]
             for (i, j), moments in self._moments.items():
-                moments.addmm_(features[i].T, features[j])
+                if i == j:
+                    _add_gram(moments, features[i])
+                else:
+                    moments.addmm_(features[i].T, features[j])
             self.points += len(chunks[0])
         return self
 
@@ -203,12 +206,21 @@ def check_varies(covariances: Covariances, side: int) -> None:
 
 
 def _features(points: Tensor, origin: Tensor) -> Tensor:
-    """(n, d + 2): 1, x − o, ‖x − o‖²."""
-    out = points.new_ones(len(points), points.shape[1] + 2)
+    """(n, d + 2) in float64: 1, x − o, ‖x − o‖²."""
+    out = origin.new_ones(len(points), points.shape[1] + 2)
     torch.sub(points, origin, out=out[:, 1:-1])
     torch.linalg.vector_norm(out[:, 1:-1], dim=1, out=out[:, -1])
     out[:, -1].square_()
     return out
+
+
+def _add_gram(moments: Tensor, features: Tensor) -> None:
+    """moments += gᵀg, of which only the panels on and above the diagonal are computed: the rest is their mirror."""
+    for start in range(0, len(moments), _PANEL):
+        end = start + _PANEL
+        strip = moments[start:end, start:]
+        strip.addmm_(features[:, start:end].T, features[:, start:])
+        moments[end:, start:end] = strip[:, _PANEL:].T
 
 
 def _moved(moments: Tensor, shift: Tensor) -> Tensor:

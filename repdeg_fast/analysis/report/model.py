@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from repdeg_fast.analysis.cka import linear_cka
+from repdeg_fast.analysis.cka import cka_matrix
 from repdeg_fast.analysis.cosines import average_cosine
 from repdeg_fast.analysis.covariances import Covariances
 from repdeg_fast.analysis.hidden_states import HiddenStates
@@ -81,8 +81,8 @@ def cka_table(first: HiddenStates, second: HiddenStates) -> list[list[float]]:
     sides = first.states if same else (*first.states, *second.states)
     covariances = Covariances([f"side {i}" for i in range(len(sides))]).update(*sides)
     offset = 0 if same else len(first.states)
-    rows, columns = range(len(first.states)), range(len(second.states))
-    return [[linear_cka(covariances.of(i, offset + j), unbiased=True) for j in columns] for i in rows]
+    table = cka_matrix(covariances, unbiased=True)[: len(first.states), offset:]
+    return cast("list[list[float]]", table.tolist())
 
 
 def model_report(
