@@ -42,6 +42,8 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
   m.def(
       "pairwise_maxima(Tensor(a!) values, Tensor(b!) index, Tensor cosines, Tensor keep_columns, int diagonal,"
       " int left_out) -> ()");
+  // Row r of cosines (R, W) is one point's with points [first, first + W): into its heap of the k largest so far.
+  m.def("neighbours_look(Tensor(a!) values, Tensor(b!) index, Tensor cosines, int first) -> ()");
   m.def(
       "philox_words(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
   m.def(

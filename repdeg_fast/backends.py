@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Operation(Generic[K]):
         name: the operation's, in every layer.
         reference: its kernels in PyTorch.
         native: makes those of ``cpu`` and ``cuda`` from a namespace of ``torch.ops``; both have the same schemas.
-        triton: imports those in Triton.
+        triton: imports those in Triton, where ``limits`` has it.
         limits: the backends that it has beside the reference, and what their kernels cannot take.
     """
 
@@ -53,10 +53,11 @@ class Operation(Generic[K]):
         *,
         reference: K,
         native: Callable[[Namespace], K],
-        triton: Callable[[], K],
         limits: Mapping[str, Limit],
+        triton: Callable[[], K] | None = None,
     ) -> None:
-        self.name, self.reference, self.native, self.triton = name, reference, native, triton
+        self.name, self.reference, self.native = name, reference, native
+        self.triton = triton or _no_triton
         self.limits: Mapping[str, Limit] = {"reference": no_limit, **limits}
         self._found: dict[tuple[str, str], K | _Unavailable] = {}
         self._unlimited: dict[tuple[str, torch.device], K] = {}  # those that serve every call there
@@ -108,6 +109,10 @@ class Operation(Generic[K]):
         reasons = [f"{name}: {self.unavailable(name, device, *tensors)}" for name in others]
         if reasons:
             announce(f"repdeg_fast: {self.name} on {device} falls back to plain PyTorch: {'; '.join(reasons)}")
+
+
+def _no_triton() -> NoReturn:
+    raise RuntimeError("there are no Triton kernels of this operation")
 
 
 class _Unavailable(str):

@@ -9,6 +9,8 @@ from torch.nn.functional import normalize
 
 from repdeg_fast import analysis
 from repdeg_fast.analysis import neighbours, tiles
+from repdeg_fast.backends import use_backend
+from repdeg_fast.native import build
 
 
 def cone(n=300, d=12):
@@ -26,8 +28,7 @@ def cosines(points):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """So that small data has many tiles, in both directions, and some are narrower."""
-    monkeypatch.setattr(tiles, "ROWS", 70)
-    monkeypatch.setattr(tiles, "COLUMNS", 130)
+    monkeypatch.setattr(tiles, "SIDE", {"cpu": 70})
 
 
 def test_average_cosine_against_all_pairs():
@@ -140,22 +141,42 @@ def test_cone_projection():
     assert analysis.cone_projection(torch.randn(5, 1))[0][:, 1].eq(0).all()
 
 
-@pytest.mark.parametrize(("n", "k"), [(300, 3), (300, 50), (1500, 2), (140, 139)])
-def test_nearest_against_a_sorted_matrix(n, k, small_tiles):
-    points = cone(n)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "k"), [(300, 3), (300, 50), (1500, 2), (140, 139), (2, 1)])
+def test_nearest_against_a_sorted_matrix(n, k, dtype, backend, small_tiles):
+    points = cone(max(n, 6))[:n].to(dtype)
     expected = cosines(points).fill_diagonal_(-2)
-    values, indices = neighbours.nearest(points, k)
+    with use_backend(backend):
+        values, indices = neighbours.nearest(points, k)
+    assert values.dtype == dtype
     torch.testing.assert_close(values.double(), expected.topk(k).values, rtol=0, atol=1e-6)
     torch.testing.assert_close(expected.gather(1, indices), values.double(), rtol=0, atol=1e-6)
     assert all(len(set(row)) == k for row in indices.tolist())
 
 
-def test_largest_is_exact_for_any_width():
-    for columns in (5, 47, 640, 999):
-        tile = torch.randn(20, columns)
-        values, indices = neighbours._largest(tile, 7)
-        assert torch.equal(values, tile.topk(min(7, columns)).values)
-        assert torch.equal(tile.gather(1, indices), values)
+def test_of_equal_cosines_the_lowest_indices_are_nearest(small_tiles):
+    if reason := build.unavailable("cpu"):
+        pytest.skip(reason)
+    kinds = torch.arange(400) % 3
+    values, indices = neighbours.nearest(torch.eye(3)[kinds], 150)  # 134 or 133 of each kind, then those of others
+    for point in (0, 1, 70, 211, 399):
+        others = torch.arange(400)[torch.arange(400) != point]
+        equal, rest = others[kinds[others] == kinds[point]], others[kinds[others] != kinds[point]]
+        assert indices[point].tolist() == torch.cat([equal, rest])[:150].tolist()
+    assert set(values.unique().tolist()) == {0.0, 1.0}
+
+
+def test_nearest_do_not_depend_on_the_number_of_threads():
+    points, before = torch.randn(3000, 16), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(neighbours.nearest(points, 20)[1])
+    finally:
+        torch.set_num_threads(before)
+    assert (found[0] == found[1]).float().mean() > 0.999  # but for cosines that rounding makes equal
 
 
 def test_token_identity_against_all_pairs(small_tiles):

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from repdeg_fast.analysis.covariances import check_points
 from repdeg_fast.analysis.tiles import cosine_tiles
+from repdeg_fast.contracts.neighbours import Nearest
+from repdeg_fast.ops.neighbours import kernels
 
-_GROUP = 16  # columns whose maximum is looked at first
+_ROWS = 1024  # of a block of the results
 
 
 def nearest(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k other points of largest cosine: cosines (N, k), descending, and indices (N, k).
+    """The k other points of largest cosine: cosines (N, k), descending, and indices (N, k). Of equal cosines the lower
+    indices come first; which of them are among the k, where not all are, is certain (the lowest) only with the C++
+    kernels.
 
     Raises:
         ValueError: not a finite matrix, or not more than k points.
@@ -25,43 +29,33 @@ def nearest(points: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def nearest_by_rows(points: Tensor, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """:func:`nearest` a block of rows at a time, for sums that need not keep N×k of them."""
+    """:func:`nearest`, a block of rows at a time."""
+    found = _nearest(points, k)
+    for start in range(0, len(points), _ROWS):
+        values, index = (part[start : start + _ROWS] for part in found)
+        index, order = index.sort(dim=1)
+        values, descending = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+        yield slice(start, start + len(index)), values, index.gather(1, descending)
+
+
+def _nearest(points: Tensor, k: int) -> Nearest:
+    """In no order. Each tile of cosines is looked at twice: by its rows for these points, by its columns for those."""
     check_points("points", points)
     if not 1 <= k < len(points):
         raise ValueError(f"k: expected 1 ≤ k < {len(points)}, the number of points, got {k}")
-    best: tuple[Tensor, Tensor] | None = None
-    for i, j, tile in cosine_tiles(points, points):
-        rows = torch.arange(i, i + len(tile), device=tile.device)
-        own = (rows >= j) & (rows < j + tile.shape[1])
-        tile[own.nonzero()[:, 0], rows[own] - j] = -torch.inf
-        cosines, indices = _largest(tile, k)
-        indices = indices + j
-        if best is not None:
-            cosines, indices = torch.cat([best[0], cosines], 1), torch.cat([best[1], indices], 1)
-            cosines, chosen = cosines.topk(k, dim=1)
-            indices = indices.gather(1, chosen)
-        best = cosines, indices
-        if j + tile.shape[1] == len(points):
-            yield slice(i, i + len(tile)), *best
-            best = None
-
-
-def _largest(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The min(k, columns) largest of each row and where they are. Exact, but ``topk`` sees a sixteenth of the row:
-    the k largest lie in the k groups with the largest maxima, and a group's columns are strided so that maxima
-    vectorize."""
-    rows, columns = tile.shape
-    width = columns // _GROUP
-    if width < 2 * k:
-        return tile.topk(min(k, columns), dim=1)
-    grouped = tile[:, : width * _GROUP].view(rows, _GROUP, width)
-    groups = grouped.amax(1).topk(k, dim=1, sorted=False).indices
-    starts = torch.arange(_GROUP, device=tile.device) * width
-    candidates = (groups[:, :, None] + starts).flatten(1)
-    rest = torch.arange(width * _GROUP, columns, device=tile.device).expand(rows, -1)
-    candidates = torch.cat([candidates, rest], 1)
-    values, chosen = tile.gather(1, candidates).topk(k, dim=1)
-    return values, candidates.gather(1, chosen)
+    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+    found = Nearest(
+        torch.full((len(points), k), -torch.inf, dtype=dtype, device=points.device),
+        torch.zeros((len(points), k), dtype=torch.int64, device=points.device),
+    )
+    look = kernels(points).look
+    for i, j, tile in cosine_tiles(points):
+        if i == j:
+            tile.fill_diagonal_(-torch.inf)
+        else:
+            look(found.rows(j, tile.shape[1]), tile.T, i)
+        look(found.rows(i, len(tile)), tile, j)
+    return found
 
 
 def token_identity(points: Tensor, tokens: Tensor, k: int = 50) -> float:
@@ -77,8 +71,9 @@ def token_identity(points: Tensor, tokens: Tensor, k: int = 50) -> float:
     """
     _check_labels("tokens", tokens, points)
     total = 0
-    for rows, _, indices in nearest_by_rows(points, k):
-        total += int((tokens[indices] == tokens[rows, None]).sum())
+    indices = _nearest(points, k).indices
+    for some, own in zip(indices.split(_ROWS), tokens.split(_ROWS), strict=True):
+        total += int((tokens[some] == own[:, None]).sum())
     return total / (len(points) * k)
 
 

@@ -7,41 +7,54 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from repdeg_fast.analysis.covariances import check_points
+from repdeg_fast.analysis.covariances import CHUNK, check_points
 
-ROWS = 512  # of a tile; with 16,384 columns 32 MiB in float32
-COLUMNS = 16384
+SIDE = {"cpu": 1024}  # of a tile: 4 MiB in float32, which stay in the cache
+_SIDE = 8192  # where launches cost
 
 
-def cosine_tiles(x: Tensor, y: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields (i, j, tile): tile[a, b] is the cosine of x[i + a] and y[j + b]. All columns of a row come in turn.
+def cosine_tiles(points: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Yields (i, j, tile), i ≤ j: tile[a, b] is the cosine of points i + a and j + b. Each unordered pair of points is
+    in one tile, but in those with i = j twice; i and j ascend. A tile is the next one's memory.
 
-    Beyond the inputs one tile and one panel of unit rows are in memory. A zero row has cosine 0 with everything.
+    Beyond the inputs a tile and two panels of unit rows are in memory. A zero row has cosine 0 with everything.
     """
-    for i in range(0, len(x), ROWS):
-        rows = unit_rows(x[i : i + ROWS])
-        for j in range(0, len(y), COLUMNS):
-            yield i, j, rows @ unit_rows(y[j : j + COLUMNS]).T
+    side = SIDE.get(points.device.type, _SIDE)
+    norms = _norms(points)
+    buffer = torch.empty(0)
+    for i in range(0, len(points), side):
+        rows = _unit(points[i : i + side], norms[i : i + side])
+        for j in range(i, len(points), side):
+            columns = rows if i == j else _unit(points[j : j + side], norms[j : j + side])
+            if buffer.shape != (len(rows), len(columns)):
+                buffer = rows.new_empty(len(rows), len(columns))
+            yield i, j, torch.mm(rows, columns.T, out=buffer)
 
 
 def pair_tiles(points: Tensor) -> Iterator[Tensor]:
-    """The cosines of every unordered pair i < j of different points, once each, as vectors of at most 4 M."""
-    side = 2048
-    for i in range(0, len(points), side):
-        rows = unit_rows(points[i : i + side])
-        own = rows @ rows.T
-        yield own[torch.ones_like(own, dtype=torch.bool).triu(1)]
-        for j in range(i + side, len(points), side):
-            yield (rows @ unit_rows(points[j : j + side]).T).flatten()
+    """The cosines of every unordered pair i < j of different points, once each, as vectors."""
+    for i, j, tile in cosine_tiles(points):
+        yield tile[torch.ones_like(tile, dtype=torch.bool).triu(1)] if i == j else tile.flatten()
 
 
 def unit_rows(points: Tensor) -> Tensor:
     """Of length 1, or 0 for a zero row, in float32 at least."""
+    return _unit(points, _norms(points))
+
+
+def _norms(points: Tensor) -> Tensor:
+    """(N, 1), 1 for a zero row. In float64: squares of 1e30 or 1e-30 leave fp32's range."""
+    norms = [
+        torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64) for x in points.detach().split(CHUNK)
+    ]
+    found = torch.cat(norms)
+    return found.masked_fill_(found == 0, 1)
+
+
+def _unit(points: Tensor, norms: Tensor) -> Tensor:
     points = points.detach()
     points = points if points.dtype == torch.float64 else points.float()
-    # in float64: squares of 1e30 or 1e-30 leave fp32's range
-    norms = torch.linalg.vector_norm(points, dim=1, keepdim=True, dtype=torch.float64)
-    return points / norms.masked_fill(norms == 0, 1).to(points.dtype)
+    return points / norms.to(points.dtype)
 
 
 def sampled(points: Tensor, sample: int | None, name: str = "points") -> Tensor:
