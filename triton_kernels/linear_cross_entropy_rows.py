@@ -37,7 +37,7 @@ class RowBlock:
 
 # 16 logits a thread: several 16-byte loads in flight, and registers for as many programs as L1 has room for rows. A row
 # that is longer than a third of it is left to L2, by programs that keep 24 KB in flight.
-_BLOCKS = (RowBlock(4096, 8, 4), RowBlock(4096, 8, 3), RowBlock(4096, 4, 6), RowBlock(8192, 8, 3))
+_BLOCKS = (RowBlock(4096, 8, 4), RowBlock(4096, 8, 3), RowBlock(2048, 4, 6), RowBlock(8192, 16, 2))
 _LONG_BLOCKS = (RowBlock(4096, 8, 3), RowBlock(4096, 8, 2), RowBlock(4096, 8, 4))
 
 

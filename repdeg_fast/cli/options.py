@@ -68,7 +68,11 @@ def with_weights(selections: list[Selection], specification: str, cases: str) ->
             f" {free / 1e9:.1f} GB of memory are free"
         )
     inspection.check_finite(weight, name)
-    return [replace(s, cases=[*(s.cases if cases else []), s.suite.case_of_weights(name, weight)]) for s in selections]
+    made = [(s, s.suite.case_of_weights(name, weight)) for s in selections]
+    fitting = [(s, case) for s, case in made if not case.unavailable]
+    if not fitting:
+        raise InputError(f"weights: {made[0][1].unavailable}")
+    return [replace(s, cases=[*(s.cases if cases else []), case]) for s, case in fitting]
 
 
 def with_dtype(selection: Selection, dtype: str) -> Selection:

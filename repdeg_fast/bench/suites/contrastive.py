@@ -59,7 +59,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 def case_of_weights(name: str, weight: Tensor) -> Case:
     """Neighbouring rows as pairs."""
     n, d = weight.shape
-    return pairs(name, min(n // 2, 16384), d, dtype=weight.dtype, load=lambda: weight)
+    unavailable = "the contrastive loss needs four rows or more: two pairs" if n < 4 else None
+    return pairs(name, min(n // 2, 16384), d, dtype=weight.dtype, load=lambda: weight, unavailable=unavailable)
 
 
 @torch.no_grad()
