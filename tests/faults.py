@@ -195,9 +195,9 @@ FAULTS = [
     ),
     Fault(
         "label smoothing scales with the log-sum-exp's gradient",
-        TRITON + "linear_cross_entropy.py",
-        "- g * (label_smoothing / vocabulary)",
-        "- both * (label_smoothing / vocabulary)",
+        TRITON + "tile.py",
+        "dz = g_and_u * p - g * (label_smoothing / vocabulary)",
+        "dz = g_and_u * p - g_and_u * (label_smoothing / vocabulary)",
         "tests/test_linear_cross_entropy.py -k 'pairs and smoothing and lse and streaming'",
     ),
     Fault(
