@@ -44,10 +44,10 @@ def unit_rows(points: Tensor) -> Tensor:
 
 def _norms(points: Tensor) -> Tensor:
     """(N, 1), 1 for a zero row. In float64: squares of 1e30 or 1e-30 leave fp32's range."""
-    norms = [
-        torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64) for x in points.detach().split(CHUNK)
-    ]
-    found = torch.cat(norms)
+    points = points.detach()
+    found = points.new_empty(len(points), 1, dtype=torch.float64)  # at once: results between copies leave holes
+    for rows, out in zip(points.split(CHUNK // 8), found.split(CHUNK // 8), strict=True):
+        torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64, out=out)
     return found.masked_fill_(found == 0, 1)
 
 
