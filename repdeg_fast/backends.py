@@ -286,7 +286,9 @@ def tuning_file() -> Path:
 
 @functools.cache
 def _load_tuning() -> None:
-    importlib.import_module("repdeg_fast.triton_kernels.tuning").load(tuning_file())
+    from repdeg_fast.triton_kernels import tuning
+
+    tuning.load(tuning_file())
 
 
 @functools.cache

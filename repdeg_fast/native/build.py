@@ -48,9 +48,11 @@ def unavailable(library: str) -> str | None:
         return _failures[library]
     if library == "cuda" and (reason := _cuda_unavailable()):
         return reason
-    if cache.is_whole(_library_path(library)):
-        return None
-    return _compiler_missing(library)
+    try:
+        compiled = cache.is_whole(_library_path(library))
+    except FileNotFoundError as error:
+        return str(error)
+    return None if compiled else _compiler_missing(library)
 
 
 def load(library: str) -> ModuleType:
@@ -132,7 +134,7 @@ def source_root() -> Path:
     for root in (package / "csrc", package.parent / "csrc"):
         if (root / "registration.cpp").exists():
             return root
-    raise RuntimeError("the C++ sources (repdeg_fast/csrc) are missing; reinstall repdeg-fast")
+    raise FileNotFoundError("the C++ sources (csrc) are not there; pip install repdeg-fast brings them")
 
 
 def sources(library: str) -> list[Path]:

@@ -38,7 +38,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_library = torch.library.Library("repdeg_fast", "DEF")
+NAMESPACE = "repdeg_fast"  # of the operators in torch.ops
+_library = torch.library.Library(NAMESPACE, "DEF")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, NoneType, bool, int, float, str, list, torch.dtype))
 
 
@@ -66,7 +67,7 @@ class Operator(Generic[P, R]):
         schema = torch.library.infer_schema(body, mutates_args=mutates)
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
-        self.overload = getattr(torch.ops.repdeg_fast, self.name).default
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     def __call__(self, *arguments: P.args, **_: P.kwargs) -> R:
         if _watched() or not _PLAIN.issuperset(map(type, arguments)) or _first_tensor(arguments).is_meta:
@@ -74,7 +75,7 @@ class Operator(Generic[P, R]):
         return cast(R, self._apply(self._run, *arguments) if is_grad_enabled() else self._run(*arguments))
 
     def register_fake(self, fake: Callable[..., R]) -> None:
-        torch.library.register_fake(f"repdeg_fast::{self.name}", fake, lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
 
     def register_formula(self, public_name: str) -> Callable[[type[Formula]], None]:
         """``public_name``: of the function that users call."""
