@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Resources:
     spilled: int
     shared_bytes: int
     threads: int
-    count_instructions: Callable[[], Mapping[str, int]] = field(repr=False)
+    count_instructions: Callable[[], Mapping[str, int]]
 
     @functools.cached_property
     def instructions(self) -> Mapping[str, int]:

@@ -251,3 +251,36 @@ def test_bad_models_and_batches():
         model(**inputs)
     with pytest.raises(ValueError, match=r"labels: expected shape \(4, 9\), a token a position, got \(4, 8\)"):
         model(**batch() | {"labels": torch.full((4, 8), -100)})
+
+
+def test_trainer_saves_resumes_and_averages_what_it_accumulates(tmp_path):
+    """Its checkpoints are state dicts, in which a tied weight stands once; gradients of two half batches are those of
+    one, which they are not if the model is taken to divide by the number of items itself."""
+    pytest.importorskip("accelerate")
+    rows = batch(rows=4)
+    data = [{name: value[i] for name, value in rows.items()} for i in range(4)]
+
+    def trained(folder, steps, resume=None, **options):
+        torch.manual_seed(0)
+        model = CondenserForPreTraining(language_model().float(), late_mlm=True)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=steps, save_steps=1, logging_steps=1, report_to=[],
+            use_cpu=True,
+            disable_tqdm=True, learning_rate=1e-3, lr_scheduler_type="constant", seed=1, **options,
+        )  # fmt: skip
+        runner = transformers.Trainer(model, arguments, train_dataset=data)
+        runner.train(resume_from_checkpoint=resume)
+        return model, [entry for entry in runner.state.log_history if "loss" in entry]
+
+    options = {"per_device_train_batch_size": 2}
+    whole, _ = trained("whole", 2, **options)
+    trained("broken", 1, **options)
+    resumed, _ = trained("broken", 2, str(tmp_path / "broken" / "checkpoint-1"), **options)
+    for (name, mine), (_, right) in zip(resumed.named_parameters(), whole.named_parameters(), strict=True):
+        torch.testing.assert_close(mine, right, msg=name)
+    assert resumed.model.get_output_embeddings().weight is resumed.model.get_input_embeddings().weight
+
+    _, (once,) = trained("once", 1, per_device_train_batch_size=4)
+    _, (twice,) = trained("twice", 1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert 0.6 * once["grad_norm"] < twice["grad_norm"] < 1.5 * once["grad_norm"]
+    assert twice["loss"] == pytest.approx(once["loss"], rel=0.1)

@@ -340,3 +340,48 @@ def test_mistakes(changed, error, message):
     batches = arguments.pop("batches")
     with pytest.raises(error, match=message):
         cached_backward(arguments.pop("encode"), arguments.pop("loss_fn"), *batches, **arguments)
+
+
+def test_a_mean_of_nothing_that_is_nan_adds_nothing():
+    """A chunk without a masked token, of a loss that is NaN there."""
+    model = nn.Linear(WIDTH, WIDTH)
+    rows = torch.randn(4, WIDTH)
+
+    def encode(chunk):
+        hidden = model(chunk["x"])
+        counted = hidden[chunk["counts"]]
+        return Encoded(hidden, counted.square().mean(), len(counted))
+
+    batch = {"x": rows, "counts": torch.tensor([True, True, False, False])}
+    losses = cached_backward(encode, lambda e: e.sum(), batch, chunk_size=2)
+    found = model.weight.grad.clone()
+    model.zero_grad()
+    hidden = model(rows)
+    loss = hidden.sum() + hidden[:2].square().mean()
+    loss.backward()
+    torch.testing.assert_close(losses.loss, loss.detach())
+    torch.testing.assert_close(found, model.weight.grad)
+
+
+def test_16_bits_count_no_things():
+    model = nn.Linear(WIDTH, WIDTH).half()
+    encode = lambda x: Encoded(model(x), model(x).float().square().mean().half(), 100_000)  # noqa: E731
+    losses = cached_backward(encode, lambda e: e.float().sum(), torch.randn(4, WIDTH).half(), chunk_size=2)
+    assert losses.chunk_loss.isfinite()
+    assert losses.chunk_loss.dtype == torch.float32
+
+
+def test_named_tuples_are_cut_and_losses_are_scalars_with_a_gradient():
+    from collections import namedtuple
+
+    pair = namedtuple("pair", "a b")
+    parts = split_batch(pair(torch.arange(5), torch.arange(5)), 3)
+    assert [type(part) for part in parts] == [pair, pair]
+    assert parts[1].b.tolist() == [3, 4]
+    rows = torch.randn(4, WIDTH)
+    with pytest.raises(
+        ValueError, match="loss_fn: expected a loss of the embeddings that it is given, got one without"
+    ):
+        cached_backward(nn.Linear(WIDTH, 2), lambda e: e.detach().sum(), rows, chunk_size=2)
+    with pytest.raises(ValueError, match="encode: expected the loss of a chunk to be a scalar tensor"):
+        cached_backward(lambda x: Encoded(x, x[:, 0]), lambda e: e.sum(), rows, chunk_size=2)

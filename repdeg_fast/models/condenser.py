@@ -69,6 +69,9 @@ class CondenserForPreTraining(nn.Module):
 
     Only masked positions go through the language-model head, which both losses share, and no logits are kept.
 
+    ``Trainer`` trains it. Its checkpoints, for ``resume_from_checkpoint``, are state dicts, which have a tied weight
+    once. What others load is written by :meth:`save_pretrained`.
+
     Example::
 
         bert = BertForMaskedLM.from_pretrained("bert-base-uncased")
@@ -94,6 +97,7 @@ class CondenserForPreTraining(nn.Module):
 
     model: Any
     head: Any
+    accepts_loss_kwargs = False  # else a Trainer that accumulates gradients leaves the division to the model
 
     def __init__(self, model: nn.Module, *, n_head_layers: int = 2, skip_from: int = 2, late_mlm: bool = False) -> None:
         super().__init__()
@@ -115,6 +119,8 @@ class CondenserForPreTraining(nn.Module):
         self.head = nn.ModuleList(type(layers[0])(model.config) for _ in range(n_head_layers))
         self.head.apply(model._init_weights)
         self.head.to(model.device, model.dtype).train(model.training)
+        self.register_state_dict_post_hook(_leave_out_tied)
+        self.register_load_state_dict_pre_hook(_fill_in_tied)
 
     @property
     def config(self) -> Any:
@@ -290,6 +296,25 @@ class CoCondenserForPreTraining(CondenserForPreTraining):
             raise ValueError(f"input_ids: expected an even number of rows, two spans a text, got {len(cls)}")
         ranks = _world_size()
         return span_pair_loss(_gathered(cls) if ranks > 1 else cls) * ranks
+
+
+def _tied_names(module: nn.Module) -> dict[str, str]:
+    """Parameters that have a name already, which they have."""
+    first: dict[int, str] = {}
+    names = [(name, first.setdefault(id(p), name)) for name, p in module.named_parameters(remove_duplicate=False)]
+    return {name: other for name, other in names if name != other}
+
+
+def _leave_out_tied(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """safetensors, in which Trainer saves, refuses tensors that share memory."""
+    for name in _tied_names(module):
+        state_dict.pop(prefix + name, None)
+
+
+def _fill_in_tied(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, other in _tied_names(module).items():
+        if prefix + other in state_dict:
+            state_dict.setdefault(prefix + name, state_dict[prefix + other])
 
 
 def _check_labels(labels: Tensor | None) -> None:

@@ -99,6 +99,8 @@ def cached_backward(
         raise ValueError(f"loss_fn: expected to return a scalar tensor, got {_shown(loss)}")
     chunk_loss, total_count = _mean([chunk.first for chunk in chunks])
     if train:
+        if not loss.requires_grad:
+            raise ValueError("loss_fn: expected a loss of the embeddings that it is given, got one without a gradient")
         scale: Callable[[Any], Any] = _identity if scaler is None else scaler.scale
         scale(loss).backward()
         weight = None if total_count is None else scale(total_count.new_full((), chunk_loss_weight)) / total_count
@@ -125,7 +127,7 @@ def _put_in(
         with synchronizing(chunk.module, synchronize and number == last[id(chunk.module)]):
             encoded = chunk.encode_again()
             roots = [(encoded.embeddings, gradient)]
-            if encoded.loss is not None and weight is not None:
+            if encoded.loss is not None and weight is not None and not chunk.is_mean_of_nothing():
                 roots.append((encoded.loss, (weight * encoded.count).to(encoded.loss.dtype)))
             roots = [root for root in roots if root[0].requires_grad]  # a frozen encoder has none
             if roots:
@@ -141,6 +143,7 @@ def _mean(encoded: Sequence[Encoded]) -> tuple[Tensor | None, Tensor | None]:
     if not all(given):
         raise ValueError(f"encode: expected a loss of every chunk or of none, got {sum(given)} of {len(given)}")
     losses = torch.stack([one.loss.detach() for one in encoded if one.loss is not None])
+    losses = losses.to(torch.promote_types(losses.dtype, torch.float32))  # 16 bits do not count to 257, or to 65520
     counts = torch.stack([torch.as_tensor(one.count, dtype=losses.dtype, device=losses.device) for one in encoded])
     total = counts.sum().clamp_min(torch.finfo(losses.dtype).tiny)
     return torch.where(counts > 0, losses * counts, 0).sum() / total, total
@@ -166,7 +169,8 @@ def _part(batch: Any, part: slice) -> Any:
     if isinstance(batch, Mapping):
         return {name: _part(value, part) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_part(value, part) for value in batch)
+        parts = [_part(value, part) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # named tuples
     return batch
 
 
@@ -203,6 +207,12 @@ class _Chunk:
             raise ValueError("encode: expected to return the same with gradients as without")
         return encoded
 
+    def is_mean_of_nothing(self) -> bool:
+        """NaN, which 0 times its gradient would still be. A loss that is 0 there stays: data parallelism waits for the
+        gradients of all parameters."""
+        loss = self.first.loss
+        return loss is not None and not self.first.count and bool(loss.isnan())
+
     def _encode(self) -> Encoded:
         encoded = self.encoder(self.inputs)
         encoded = encoded if isinstance(encoded, Encoded) else Encoded(encoded)
@@ -210,6 +220,8 @@ class _Chunk:
             raise ValueError(
                 f"encode: expected to return embeddings (n, d) of a chunk, got {_shown(encoded.embeddings)}"
             )
+        if encoded.loss is not None and (not isinstance(encoded.loss, Tensor) or encoded.loss.dim()):
+            raise ValueError(f"encode: expected the loss of a chunk to be a scalar tensor, got {_shown(encoded.loss)}")
         return encoded
 
 

@@ -67,6 +67,7 @@ class AmosForPreTraining(PreTrainedModel):
     config_class = AmosConfig
     base_model_prefix = "discriminator"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # else a Trainer that accumulates gradients leaves the division to the model
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: AmosConfig) -> None:
