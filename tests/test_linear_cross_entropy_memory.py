@@ -55,6 +55,9 @@ def test_peak_memory(strategy, number, threads):
         linear_cross_entropy(hidden, weight, target, bias, strategy=strategy).backward()
 
     assert 3 * (gradients + (64 << 20)) < 2560 * 30522 * 4
+    step()  # the first call with a number of threads measures how products are best made, in memory of its own
+    hidden.grad = weight.grad = bias.grad = None
+    chunked_logits.release()
     assert gradients < peak_bytes(step) <= gradients + (64 << 20)
 
 
