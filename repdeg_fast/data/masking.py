@@ -152,7 +152,7 @@ def _tensors(row: dict[str, Any], names: Sequence[str], what: str) -> dict[str, 
     if any(name not in row for name in names if name != "attention_mask"):
         expected = "input_ids, and token_type_ids in all examples or in none"
         raise ValueError(f"{what}: expected {expected}, got {', '.join(row)}")
-    result = {name: _integers(row[name], f"{what}: {name}") for name in names if name in row}
+    result = {name: integers(row[name], f"{what}: {name}") for name in names if name in row}
     length = len(result["input_ids"])
     result.setdefault("attention_mask", torch.ones(length, dtype=torch.int64))
     for name, values in result.items():
@@ -161,11 +161,12 @@ def _tensors(row: dict[str, Any], names: Sequence[str], what: str) -> dict[str, 
     return result
 
 
-def _integers(values: Any, what: str) -> Tensor:
+def integers(values: Any, what: str, expected: str = "a sequence of integers") -> Tensor:
+    """(n,) int64."""
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):  # strings, say
         tensor = None
     if tensor is None or tensor.dim() != 1 or (tensor.is_floating_point() and len(tensor)):
-        raise TypeError(f"{what}: expected a sequence of integers, got {values!r:.60}")
+        raise TypeError(f"{what}: expected {expected}, got {values!r:.60}")
     return tensor.long()

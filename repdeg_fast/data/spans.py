@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from repdeg_fast._checks import check_finite, check_size
-from repdeg_fast.data.masking import IGNORE_INDEX
+from repdeg_fast.data.masking import IGNORE_INDEX, integers
 from repdeg_fast.data.words import continuation_token_ids
 
 Span = Sequence[int] | Tensor  # token ids without special tokens
@@ -171,12 +171,7 @@ def _some(examples: Any) -> Any:
 
 def _tokens(span: Any, what: str) -> Tensor:
     """(n,) int64, n at least 1."""
-    try:
-        tokens = torch.as_tensor(span)
-    except (TypeError, ValueError, RuntimeError):  # strings, say
-        tokens = None
-    if tokens is None or tokens.dim() != 1 or (tokens.is_floating_point() and len(tokens)):
-        raise TypeError(f"{what}: expected token ids, a sequence of integers, got {span!r:.60}")
+    tokens = integers(span, what, "token ids, a sequence of integers")
     if not len(tokens):
         raise ValueError(f"{what}: expected at least one token, got none")
-    return tokens.long()
+    return tokens

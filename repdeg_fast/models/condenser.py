@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from repdeg_fast import _ranks
 from repdeg_fast._checks import check_flag, check_integer, check_size
 from repdeg_fast.data import IGNORE_INDEX
 from repdeg_fast.functional import span_pair_loss
@@ -294,7 +295,7 @@ class CoCondenserForPreTraining(CondenserForPreTraining):
         """Of the late CLS vectors (2N, d) of a whole batch of this rank."""
         if len(cls) % 2:
             raise ValueError(f"input_ids: expected an even number of rows, two spans a text, got {len(cls)}")
-        ranks = _world_size()
+        ranks = _ranks.number()
         return span_pair_loss(_gathered(cls) if ranks > 1 else cls) * ranks
 
 
@@ -325,14 +326,6 @@ def _check_labels(labels: Tensor | None) -> None:
         raise ValueError(
             f"labels: expected {IGNORE_INDEX} at position 0, the CLS, which is never masked; got {wrong[0].item()}"
         )
-
-
-def _world_size() -> int:
-    return torch.distributed.get_world_size() if _distributed() else 1
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _gathered(rows: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
+from repdeg_fast import _ranks
 from repdeg_fast._arithmetic import autocast_dtype
 from repdeg_fast.data import IGNORE_INDEX
 from repdeg_fast.functional import mlm_losses_and_sample
@@ -177,7 +178,7 @@ class AmosForPreTraining(PreTrainedModel):
 
     def _weight_of_rank(self, target: Tensor) -> Tensor | float:
         """This rank's number of masked positions over the mean of all ranks'."""
-        if not self.training or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        if not self.training or not _ranks.are_there():
             return 1.0
         own = torch.tensor(float(len(target)), device=target.device)
         total = own.clone()

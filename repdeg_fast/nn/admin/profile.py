@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from repdeg_fast import _ranks
 from repdeg_fast._checks import check_module
 from repdeg_fast.nn.admin.norm import AdminNorm
 from repdeg_fast.nn.admin.table import DependencyTable, Share
@@ -110,7 +111,7 @@ def variances(norm: AdminNorm, x: Tensor, branch: Tensor, group: Any | None = No
     The second is the variance that dropout has over all masks, not that of one mask.
     """
     moments = torch.stack([_moments(x, norm.omega, None), _moments(branch, None, norm.branch_bias)])
-    if distributed.is_available() and distributed.is_initialized():
+    if _ranks.are_there():
         distributed.all_reduce(moments, group=group)
     (count, total, squares), (_, branch_total, branch_squares) = moments.tolist()
     if count == 0:

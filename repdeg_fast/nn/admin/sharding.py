@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from torch import distributed, nn
+from torch import nn
 
+from repdeg_fast import _ranks
 from repdeg_fast._checks import is_dtensor
 
 
 def reshard(model: nn.Module) -> None:
     """FSDP2 puts whole copies in the place of its parameters for a forward pass, and the outermost module keeps them
     there afterwards: what is written to a copy is lost. This takes them away."""
-    if distributed.is_available() and distributed.is_initialized():
+    if _ranks.are_there():
         from torch.distributed.fsdp import FSDPModule  # half a second, which nobody else should pay
 
         for part in model.modules():
