@@ -6,7 +6,7 @@ import torch
 from helpers import relative_error
 
 from repdeg_fast.contracts.contrastive import DIRECTIONS, Batch, LossRule
-from repdeg_fast.ops import chunked_logits
+from repdeg_fast.ops import buffers
 from repdeg_fast.reference import contrastive as reference
 
 # every option alone, and those that meet in the kernel together: names of arguments of contrastive_loss
@@ -39,7 +39,7 @@ OPTIONS = {
 
 def cut_small(monkeypatch):
     """Several chunks of rows also at test sizes."""
-    monkeypatch.setattr(chunked_logits, "LIMIT", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(buffers, "LIMIT", {"cpu": 0, "cuda": 0})
 
 
 def inputs(n=21, hard=1, width=12, dtype=torch.float64, device="cpu"):

@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from helpers import relative_error
 
-from repdeg_fast.ops import chunked_logits, native_linear_cross_entropy
+from repdeg_fast.ops import buffers, chunked_logits, native_linear_cross_entropy
 
 STRATEGIES = ("chunked", "streaming")
 
 
 def cut_small(monkeypatch):
     """Several chunks of rows and tiles of the vocabulary also at test sizes."""
-    monkeypatch.setattr(chunked_logits, "LIMIT", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(buffers, "LIMIT", {"cpu": 0, "cuda": 0})
     monkeypatch.setattr(chunked_logits, "TILE", 48)
     monkeypatch.setattr(native_linear_cross_entropy, "SMALL", 0)
 

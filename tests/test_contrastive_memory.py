@@ -7,7 +7,7 @@ from helpers import relative_error, saved_bytes
 from test_linear_cross_entropy_memory import peak_bytes
 
 from repdeg_fast import contrastive_loss
-from repdeg_fast.ops import chunked_logits
+from repdeg_fast.ops import buffers
 
 
 def test_saves_the_gradients():
@@ -18,7 +18,7 @@ def test_saves_the_gradients():
 @pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "query_to_query", "doc_to_query")])
 def test_peak_memory(directions):
     """Beyond inputs and gradients at most 64 MiB, where the scores alone would be 256 MiB a direction."""
-    chunked_logits.release()
+    buffers.release()
     queries, documents = (torch.randn(8192, 16, requires_grad=True) for _ in range(2))
     with torch.no_grad():  # kernels are looked up
         contrastive_loss(queries[:2], documents[:2])
@@ -27,7 +27,7 @@ def test_peak_memory(directions):
         contrastive_loss(queries, documents, directions=directions).backward()
 
     assert 2 * queries.nbytes < peak_bytes(step) <= 2 * queries.nbytes + (64 << 20)
-    chunked_logits.release()
+    buffers.release()
 
 
 @pytest.mark.parametrize("hard", [0, 2])

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from repdeg_fast import linear_cross_entropy, multi_layer_mlm_loss
 from repdeg_fast.contracts.linear_cross_entropy import Wanted
-from repdeg_fast.ops import chunked_logits
+from repdeg_fast.ops import buffers, chunked_logits
 from repdeg_fast.ops import linear_cross_entropy as ops
 
 
@@ -47,7 +47,7 @@ def threads():
 def test_peak_memory(strategy, number, threads):
     """Beyond the gradients, at most 64 MiB; the logits would be 313 MB. The backward pass adds nothing to that."""
     threads(number)
-    chunked_logits.release()
+    buffers.release()
     hidden, weight, target, bias = inputs(30522, 2560, 128)
     gradients = sum(t.nbytes for t in (hidden, weight, bias))
 
@@ -57,16 +57,16 @@ def test_peak_memory(strategy, number, threads):
     assert 3 * (gradients + (64 << 20)) < 2560 * 30522 * 4
     step()  # the first call with a number of threads measures how products are best made, in memory of its own
     hidden.grad = weight.grad = bias.grad = None
-    chunked_logits.release()
+    buffers.release()
     assert gradients < peak_bytes(step) <= gradients + (64 << 20)
 
 
 def test_the_buffer_is_kept_on_the_cpu():
     """Between calls, for either kind, never more than the limit; results do not depend on what is in it."""
-    chunked_logits.release()
+    buffers.release()
     hidden, weight, target, bias = inputs(2000, 64, 16)
     first = linear_cross_entropy(hidden, weight, target, bias)
-    (kept,) = chunked_logits._kept.values()
+    (kept,) = buffers._kept.values()
     kept.fill_(torch.nan)
     with torch.inference_mode():
         assert linear_cross_entropy(hidden, weight, target, bias) == first
@@ -74,11 +74,11 @@ def test_the_buffer_is_kept_on_the_cpu():
     loss.backward()
     assert loss == first
     assert hidden.grad.isfinite().all()
-    kept = chunked_logits._kept[torch.float32]
-    assert kept.nbytes <= chunked_logits.LIMIT["cpu"]
+    kept = buffers._kept[torch.float32]
+    assert kept.nbytes <= buffers.LIMIT["cpu"]
     assert not kept.is_inference()
-    chunked_logits.release()
-    assert not chunked_logits._kept
+    buffers.release()
+    assert not buffers._kept
 
 
 def test_chunk_positions(threads):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import repdeg_fast
 from repdeg_fast import gumbel_mix, mlm_losses_and_sample, multi_layer_mlm_loss
 from repdeg_fast.contracts.gumbel_mix import Drawn, Estimator, HeadLogits, Heads, Noise, Projection, Wanted
-from repdeg_fast.ops import chunked_logits
+from repdeg_fast.ops import buffers, chunked_logits
 from repdeg_fast.ops.gumbel_mix import operation
 from repdeg_fast.ops.mlm_losses_and_sample import mlm_losses_and_sample as operator
 from repdeg_fast.reference import gumbel_mix as definition
@@ -69,7 +69,7 @@ class Problem:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Buffers of a few positions."""
-    monkeypatch.setattr(chunked_logits, "LIMIT", {"cpu": 40_000, "cuda": 40_000})
+    monkeypatch.setattr(buffers, "LIMIT", {"cpu": 40_000, "cuda": 40_000})
     monkeypatch.setattr(chunked_logits, "FEWEST_ROWS", 8)
 
 
@@ -222,7 +222,7 @@ def test_chunks_do_not_change_the_sample(rows, monkeypatch):
     expected = problem.results(problem.joint(strategy="chunked"))
     monkeypatch.setattr(chunked_logits, "FEWEST_ROWS", 1)
     for limit in (1, 20_000, 100_000):
-        monkeypatch.setattr(chunked_logits, "LIMIT", {"cpu": limit, "cuda": limit})
+        monkeypatch.setattr(buffers, "LIMIT", {"cpu": limit, "cuda": limit})
         results = problem.results(problem.joint(strategy="chunked"))
         assert torch.equal(results[1], expected[1])
         assert all(

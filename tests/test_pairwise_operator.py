@@ -8,7 +8,7 @@ import repdeg_fast
 from repdeg_fast import CosineRegularization, global_orthogonal_regularization, pairwise_cosine, pairwise_max_cosine
 from repdeg_fast.contracts.pairwise import Kind
 from repdeg_fast.functional.pairwise import KINDS
-from repdeg_fast.ops import chunked_logits, pairwise_blocks
+from repdeg_fast.ops import buffers, chunked_logits, pairwise_blocks
 from repdeg_fast.ops import pairwise as ops
 
 
@@ -89,13 +89,13 @@ def test_cosines_are_held_a_chunk_at_a_time(monkeypatch):
     n, d = 1500, 8
     x = torch.randn(n, d, requires_grad=True)
     monkeypatch.setattr(pairwise_blocks, "ROWS", 16)
-    chunked_logits.release()
+    buffers.release()
     for limit in (64 << 20, chunked_logits.THREAD_SUMS + (1 << 18)):
-        monkeypatch.setattr(chunked_logits, "LIMIT", {"cpu": limit, "cuda": limit})
+        monkeypatch.setattr(buffers, "LIMIT", {"cpu": limit, "cuda": limit})
         buffer = min(limit - chunked_logits.THREAD_SUMS, 4 * (n // 16 + 16) * 1504)
         for call in (lambda: pairwise_cosine(x, kind="abs").backward(), lambda: pairwise_max_cosine(x)):
             assert peak_bytes(call) <= buffer + 4 * (5 * n * d + 10 * n) + (1 << 18)
-    chunked_logits.release()
+    buffers.release()
 
 
 def good(*shape):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repdeg_fast.bench.measure import Step
 from repdeg_fast.bench.suite import Inputs
-from repdeg_fast.ops import chunked_logits
+from repdeg_fast.ops import buffers
 
 _PHASE = "repdeg_fast phase: "
 
@@ -44,7 +44,7 @@ def record(step: Step, device: torch.device) -> Timeline:
         return torch.profiler.record_function(_PHASE + name)
 
     step.reset()
-    chunked_logits.release()
+    buffers.release()
     _synchronize(device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with phase("both passes" if step.graph_free else "forward"):

@@ -17,7 +17,7 @@ from repdeg_fast._checks import check_dense, check_finite, check_floating, check
 from repdeg_fast.contracts.linear_cross_entropy import Head
 from repdeg_fast.ops import linear_cross_entropy as _ops
 from repdeg_fast.ops._operator import wants_gradient
-from repdeg_fast.ops.chunked_logits import LIMIT
+from repdeg_fast.ops.buffers import LIMIT
 
 REDUCTIONS = ("none", "sum", "mean")
 FP32 = torch.finfo(torch.float32)

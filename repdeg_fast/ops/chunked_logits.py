@@ -18,7 +18,6 @@ tile by tile, never as a whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,20 +33,18 @@ from repdeg_fast.contracts.linear_cross_entropy import (
     Look,
     Losses,
     LossRule,
-    Products,
     RowKernels,
     Upstream,
     Wanted,
 )
+from repdeg_fast.ops import buffers
+from repdeg_fast.ops.products import Piece, Sum, is_operand, needs_sum, operand, operand_dtype
 
 TILE = 4096  # rows of the weight that are converted at a time: 6 MB in bf16 at d = 768
-LIMIT = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes of buffers; the GEMMs of a GPU need more rows to be efficient
 THREAD_SUMS = 8 << 20  # bytes that the CPU's products may take for sums of each thread's own (csrc/cpu/gemm.h)
 FEWEST_ROWS = 16  # of logits that are held at once, however large the vocabulary
-ALIGNMENT = 64  # bytes: rows of logits that start on a cache line make MKL's h Eᵀ a quarter faster
 NOTHING = Wanted(False, False, False, torch.float32)
 WIDE = frozenset((torch.float32, torch.float64))  # in which sums are made
-Piece = slice | None  # of rows or columns; None: all of them, since slicing costs as much as a small kernel
 
 
 class ChunkedLogits:
@@ -80,20 +77,20 @@ class ChunkedLogits:
         losses, lses = hidden_states.new_empty(n, dtype=wide), hidden_states.new_empty(n, dtype=wide)
         gradients = _gradients(head, wide, wanted)
         grad_hidden, grad_weight, grad_bias = gradients
-        tiles = _pieces(vocabulary, vocabulary if _is_operand(weight, dtype) else TILE)
+        tiles = _pieces(vocabulary, vocabulary if is_operand(weight, dtype) else TILE)
         step = chunk_positions(n // heads, heads, weight, dtype, wanted)
         chunks = _pieces(n // heads, step)
-        weight_sum = _Sum(self.kernels, grad_weight, wanted.accumulate_dtype, len(chunks))
+        weight_sum = Sum(self.kernels, grad_weight, wanted.accumulate_dtype, len(chunks))
         size = (heads * min(step, n // heads), vocabulary, dtype)
-        memory = _memory(self.kernels, hidden_states, *size)
-        logits, values, whole = _matrix(hidden_states, *size, memory), _wide(bias, wide), Columns(0, vocabulary)
+        memory = buffers.take(self.kernels, hidden_states, *size)
+        logits, values, whole = buffers.matrix(hidden_states, *size, memory), _wide(bias, wide), Columns(0, vocabulary)
         for chunk in chunks:
             hidden, loss, lse, scale, z, first = hidden_states, losses, lses, grad_loss, logits, 0
             if chunk is not None:
                 hidden, loss, lse = (_rows(tensor, heads, chunk) for tensor in (hidden_states, losses, lses))
                 scale = None if grad_loss is None else _rows(grad_loss, heads, chunk)
                 z, first = logits[: hidden.shape[0]], chunk.start
-            hidden = _operand(hidden, dtype)
+            hidden = operand(hidden, dtype)
             self._make_logits(z, hidden, weight, tiles)
             if look is not None:
                 look(z.unflatten(0, (heads, -1)), first)
@@ -111,17 +108,17 @@ class ChunkedLogits:
                     weight_sum.add(_columns(z, tile).t(), hidden, first == 0, tile)
         weight_sum.finish()
         if grad_loss is not None:
-            _keep(memory)
+            buffers.keep(memory)
         return losses, lses, _like_bias(gradients, bias)
 
     def _make_logits(self, z: Tensor, hidden: Tensor, weight: Tensor, tiles: list[Piece]) -> None:
         for tile in tiles:
-            self.kernels.multiply(_columns(z, tile), hidden, _operand(_part(weight, tile), z.dtype).t(), False)
+            self.kernels.multiply(_columns(z, tile), hidden, operand(_part(weight, tile), z.dtype).t(), False)
 
     def _make_hidden_gradient(self, gradient: Tensor, dz: Tensor, weight: Tensor, tiles: list[Piece]) -> None:
-        total = _Sum(self.kernels, gradient, arithmetic_dtype(gradient), len(tiles))
+        total = Sum(self.kernels, gradient, arithmetic_dtype(gradient), len(tiles))
         for i, tile in enumerate(tiles):
-            total.add(_columns(dz, tile), _operand(_part(weight, tile), dz.dtype), i == 0)
+            total.add(_columns(dz, tile), operand(_part(weight, tile), dz.dtype), i == 0)
         total.finish()
 
     def backward(self, upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted) -> Gradients:
@@ -133,19 +130,19 @@ class ChunkedLogits:
         made_in = wide if self.kernels.wide_logits else dtype
         size = tile_size(n, weight, {made_in, dtype})
         tiles, chunks = _pieces(vocabulary, size.columns), _pieces(n, size.rows)
-        hidden_sum = _Sum(self.kernels, grad_hidden, wide, len(tiles))
+        hidden_sum = Sum(self.kernels, grad_hidden, wide, len(tiles))
         at_once = (min(size.rows, n), min(size.columns, vocabulary))
-        logits, values = _matrix(hidden_states, *at_once, made_in), _wide(bias, wide)
-        gradient = None if made_in == dtype else _matrix(hidden_states, *at_once, dtype)
+        logits, values = buffers.matrix(hidden_states, *at_once, made_in), _wide(bias, wide)
+        gradient = None if made_in == dtype else buffers.matrix(hidden_states, *at_once, dtype)
         for tile in tiles:
             begin = 0 if tile is None else tile.start
-            part, columns = _operand(_part(weight, tile), dtype), Columns(begin, vocabulary)
+            part, columns = operand(_part(weight, tile), dtype), Columns(begin, vocabulary)
             grad_part, grad_bias_part, bias_part = (
                 None if t is None else _part(t, tile) for t in (grad_weight, grad_bias, values)
             )
-            weight_sum = _Sum(self.kernels, grad_part, wanted.accumulate_dtype, len(chunks))
+            weight_sum = Sum(self.kernels, grad_part, wanted.accumulate_dtype, len(chunks))
             for chunk in chunks:
-                hidden, first = _operand(_part(hidden_states, chunk), dtype), 0 if chunk is None else chunk.start
+                hidden, first = operand(_part(hidden_states, chunk), dtype), 0 if chunk is None else chunk.start
                 of = (slice(hidden.shape[0]), slice(part.shape[0]))
                 z, dz = logits[of], None if gradient is None else gradient[of]
                 self.kernels.multiply(z, hidden, part.t(), False)
@@ -170,34 +167,6 @@ class ChunkedLogits:
         scale_or_repeat_(gradients, grad_heads, lambda: self.forward_backward(rows(), head, rule, wanted)[2])
 
 
-class LibraryProducts:
-    """What :class:`ChunkedLogits` needs beside a row kernel, from PyTorch."""
-
-    def multiply(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-        if out.dtype == a.dtype:
-            torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-        elif _adds_to_fp32(out.device, a.dtype):
-            torch.addmm(out, a, b, out.dtype, out=out) if accumulate else torch.mm(a, b, out.dtype, out=out)
-        else:
-            self.multiply(out, a.to(out.dtype), b.to(out.dtype), accumulate)
-
-    def add(self, total: Tensor, product: Tensor) -> None:
-        total.add_(product)
-
-    def advise(self, fresh: Tensor) -> None:
-        pass
-
-
-def operand_dtype(hidden_states: Tensor) -> torch.dtype:
-    """What the GEMMs multiply: the dtype of the hidden states, but fp32 on a CPU that has no fast path for it."""
-    dtype = hidden_states.dtype
-    if hidden_states.device.type == "cpu" and (
-        dtype == torch.float16 or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    ):
-        return torch.float32
-    return dtype
-
-
 def chunk_positions(positions: int, heads: int, weight: Tensor, dtype: torch.dtype, wanted: Wanted) -> int:
     """How many positions, each with a row of logits a head, are held at once: as many as LIMIT allows, in chunks of
     about equal size.
@@ -206,16 +175,16 @@ def chunk_positions(positions: int, heads: int, weight: Tensor, dtype: torch.dty
     a wide copy of itself.
     """
     vocabulary, width = weight.shape
-    row_bytes = _aligned(vocabulary, dtype) * dtype.itemsize
+    row_bytes = buffers.aligned(vocabulary, dtype) * dtype.itemsize
     if heads * positions <= FEWEST_ROWS:
         return max(1, positions)
-    limit = _limit(weight) - 24 * heads * positions - 12 * vocabulary  # targets, losses, log-sum-exps; biases
-    if not _is_operand(weight, dtype):
+    limit = buffers.limit(weight) - 24 * heads * positions - 12 * vocabulary  # targets, losses, log-sum-exps; biases
+    if not is_operand(weight, dtype):
         limit -= 2 * TILE * width * dtype.itemsize  # one converted tile of the weight, one of its gradient
     if weight.device.type == "cpu":
         sums = (torch.get_num_threads() - 1) * (limit // row_bytes) * width * arithmetic_dtype(weight).itemsize
         limit -= sums if sums <= THREAD_SUMS else 0
-    if wanted.weight and _needs_sum(weight.dtype, wanted.accumulate_dtype):
+    if wanted.weight and needs_sum(weight.dtype, wanted.accumulate_dtype):
         wide_copy = vocabulary * width * wanted.accumulate_dtype.itemsize
         if heads * positions * row_bytes <= wide_copy + limit:
             return max(1, positions)
@@ -248,52 +217,13 @@ def tile_size(rows: int, weight: Tensor, dtypes: set[torch.dtype]) -> TileSize:
     """How many logits are held at once where their log-sum-exp is known, in each of ``dtypes``. On a GPU as many
     columns for all rows as LIMIT allows: a product of few columns leaves multiprocessors idle, and the rows' gradient
     is read and written once a tile."""
-    logit_bytes, limit, columns = sum(dtype.itemsize for dtype in dtypes), _limit(weight), TILE
+    logit_bytes, limit, columns = sum(dtype.itemsize for dtype in dtypes), buffers.limit(weight), TILE
     if weight.device.type != "cpu":
         columns = max(TILE, min(limit // (logit_bytes * max(rows, 1)), weight.shape[0]))
-        columns = _aligned(-(-weight.shape[0] // -(-weight.shape[0] // columns)), torch.float32)  # of about equal size
+        columns = buffers.aligned(
+            -(-weight.shape[0] // -(-weight.shape[0] // columns)), torch.float32
+        )  # of about equal size
     return TileSize(max(limit // (columns * logit_bytes), FEWEST_ROWS), columns)
-
-
-class _Sum:
-    """A gradient that is a sum of products, held in a wide dtype until the last of `parts` has been added."""
-
-    def __init__(self, kernels: Products, gradient: Tensor | None, wide: torch.dtype, parts: int) -> None:
-        self.kernels = kernels
-        self.gradient = self.total = gradient
-        if gradient is not None and parts > 1 and _needs_sum(gradient.dtype, wide):
-            self.total = gradient.new_empty(gradient.shape, dtype=wide)
-
-    def add(self, a: Tensor, b: Tensor, first: bool, part: Piece = None) -> None:
-        """total[part] += a @ b, or = where `first`."""
-        assert self.total is not None
-        total = _part(self.total, part)
-        if total.dtype == a.dtype or (total.dtype == torch.float32 and _adds_to_fp32(total.device, a.dtype)):
-            self.kernels.multiply(total, a, b, not first)
-        else:
-            product = torch.mm(a, b)
-            total.copy_(product) if first else self.kernels.add(total, product)
-
-    def finish(self) -> None:
-        if self.gradient is not None and self.total is not None and self.total is not self.gradient:
-            self.gradient.copy_(self.total)
-
-
-@functools.cache
-def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this PyTorch's GEMM adds 16-bit products to an fp32 sum: on a GPU only, and not in every version."""
-    if device.type != "cuda":
-        return False
-    total, factor = (torch.zeros(16, 16, dtype=t, device=device) for t in (torch.float32, dtype))
-    try:
-        torch.addmm(total, factor, factor, torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return True
-
-
-def _needs_sum(dtype: torch.dtype, wide: torch.dtype) -> bool:
-    return torch.promote_types(dtype, wide) != dtype
 
 
 def _gradients(head: Head, wide: torch.dtype, wanted: Wanted) -> Gradients:
@@ -311,58 +241,10 @@ def _gradients(head: Head, wide: torch.dtype, wanted: Wanted) -> Gradients:
     return gradients
 
 
-def _matrix(like: Tensor, rows: int, columns: int, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
-    """(rows, columns) with rows on cache lines, uninitialized; in ``memory`` where it is given."""
-    stride = _aligned(columns, dtype)
-    memory = like.new_empty(rows * stride, dtype=dtype) if memory is None else memory
-    return memory.as_strided((rows, columns), (stride, 1))
-
-
-def _memory(kernels: Products, like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """For a :func:`_matrix`: on a CPU what :func:`_keep` kept, if it is enough, else in large pages."""
-    size = rows * _aligned(columns, dtype)
-    kept = _kept.pop(dtype, None) if like.device.type == "cpu" else None  # another thread's call finds none
-    if kept is not None and kept.numel() >= size:
-        return kept
-    with torch.inference_mode(False):  # kept, it may serve a call that trains
-        memory = torch.empty(size, dtype=dtype, device=like.device)
-    kernels.advise(memory)
-    return memory
-
-
-def _keep(memory: Tensor) -> None:
-    """Keep a CPU's buffer for the next call, as BLAS libraries keep theirs: PyTorch would give its pages back to the
-    system, and taking them again costs 2 to 8 % of a call. In large pages products are faster, too."""
-    if memory.device.type == "cpu" and memory.nbytes <= LIMIT["cpu"]:
-        _kept[memory.dtype] = memory
-
-
-def release() -> None:
-    """Give back the memory that is kept between calls."""
-    _kept.clear()
-
-
-_kept: dict[torch.dtype, Tensor] = {}
-
-
-def _aligned(columns: int, dtype: torch.dtype) -> int:
-    step = ALIGNMENT // dtype.itemsize
-    return -(-columns // step) * step
-
-
-def _limit(tensor: Tensor) -> int:
-    return LIMIT["cpu" if tensor.device.type == "cpu" else "cuda"]
-
-
 def _pieces(length: int, step: int) -> list[Piece]:
     if 0 < length <= step:
         return [None]
-    return [slice(*ends) for ends in _ranges(length, step)]
-
-
-def _ranges(length: int, step: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, length, step):
-        yield first, min(first + step, length)
+    return [slice(*ends) for ends in buffers.ranges(length, step)]
 
 
 def _part(tensor: Tensor, piece: Piece) -> Tensor:
@@ -386,15 +268,6 @@ def _store(tensor: Tensor, rows: Tensor, heads: int, positions: Piece) -> None:
     """Write ``rows`` where :func:`_rows` took them from, unless they are there."""
     if heads > 1 and positions is not None:
         tensor.unflatten(0, (heads, -1))[:, positions] = rows.unflatten(0, (heads, -1))
-
-
-def _is_operand(matrix: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a GEMM reads the matrix where it lies: right dtype, and unit stride along one dimension."""
-    return matrix.dtype == dtype and 1 in matrix.stride()
-
-
-def _operand(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    return matrix if _is_operand(matrix, dtype) else matrix.to(dtype).contiguous()
 
 
 def _wide(bias: Tensor | None, wide: torch.dtype) -> Tensor | None:

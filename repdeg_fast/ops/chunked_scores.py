@@ -28,18 +28,9 @@ from repdeg_fast.contracts.contrastive import (
     ScoreBlock,
     Wanted,
 )
-from repdeg_fast.ops.chunked_logits import (
-    FEWEST_ROWS,
-    _aligned,
-    _keep,
-    _limit,
-    _matrix,
-    _memory,
-    _operand,
-    _ranges,
-    _Sum,
-    operand_dtype,
-)
+from repdeg_fast.ops import buffers
+from repdeg_fast.ops.chunked_logits import FEWEST_ROWS
+from repdeg_fast.ops.products import Sum, operand, operand_dtype
 
 EPS = 1e-12  # a shorter vector is divided by this, as F.normalize does
 BLOCK = 1024  # vectors whose gradient is taken off its radial part at a time
@@ -66,10 +57,10 @@ class ChunkedScores:
         queries, n = batch.queries, len(batch.queries)
         dtype, width = operand_dtype(queries), directions[-1].last
         step = _chunk_rows(n, width, directions, dtype)
-        memory = _memory(self.kernels, queries, step, width, dtype)
-        buffer = _matrix(queries, step, width, dtype, memory)
+        memory = buffers.take(self.kernels, queries, step, width, dtype)
+        buffer = buffers.matrix(queries, step, width, dtype, memory)
         loss = queries.new_empty(n, dtype=arithmetic_dtype(queries))
-        for chunk in (slice(*ends) for ends in _ranges(n, step)):
+        for chunk in (slice(*ends) for ends in buffers.ranges(n, step)):
             parts = [_Part(direction, buffer, chunk, batch.positive[chunk]) for direction in directions]
             for part in parts:
                 self.kernels.multiply(part.scores, part.rows, part.direction.columns.values.t(), False)
@@ -80,7 +71,7 @@ class ChunkedScores:
                     part.add_to_rows(self.kernels)
                     part.direction.columns.add(part.scores.t(), part.rows)
         if grad_loss is not None:
-            _keep(memory)
+            buffers.keep(memory)
         return loss, Gradients(*[None if side is None else side.finished() for side in sides])
 
     def _softmaxes(self, parts: list[_Part], batch: Batch, rule: LossRule, upstream: Tensor | None) -> Tensor:
@@ -122,10 +113,10 @@ class _Side:
     """One matrix of vectors: as the products take it, its inverse norms, and the sum that becomes its gradient."""
 
     def __init__(self, kernels: RowKernels, vectors: Tensor, cosine: bool, wanted: bool) -> None:
-        self.vectors, self.values = vectors, _operand(vectors, operand_dtype(vectors))
+        self.vectors, self.values = vectors, operand(vectors, operand_dtype(vectors))
         self.inverse_norm = inverse_norms(vectors) if cosine else None
         gradient = torch.empty_like(vectors, memory_format=torch.contiguous_format) if wanted else None
-        self.sum = _Sum(kernels, gradient, arithmetic_dtype(vectors), 2)
+        self.sum = Sum(kernels, gradient, arithmetic_dtype(vectors), 2)
         if self.sum.total is not None:
             self.sum.total.zero_()
 
@@ -235,7 +226,7 @@ def _directions(
         columns = (all_queries or queries) if target == "query" else documents or queries
         last = first + len(columns.vectors)
         found.append(_Direction(name, rows, source == "doc", columns, first, last, _block_rule(name, batch, rule)))
-        first += _aligned(len(columns.vectors), operand_dtype(batch.queries))
+        first += buffers.aligned(len(columns.vectors), operand_dtype(batch.queries))
     return found, [queries, documents, all_queries]
 
 
@@ -265,9 +256,9 @@ def _ids(ids: Tensor | None, positive: Tensor, width: int) -> Ids | None:
 def _chunk_rows(rows: int, width: int, directions: list[_Direction], dtype: torch.dtype) -> int:
     """How many rows are held at once: as many as the limit of the buffers allows, in chunks of about equal size."""
     vectors = directions[0].rows.vectors
-    limit = _limit(vectors) - 32 * rows - 8 * width  # positives, losses and norms
+    limit = buffers.limit(vectors) - 32 * rows - 8 * width  # positives, losses and norms
     copies = vectors.shape[1] * 4 * (torch.get_num_threads() - 1 if vectors.device.type == "cpu" else 0)
     copies += vectors.shape[1] * 2 * dtype.itemsize * any(direction.rows_by_positive for direction in directions)
-    row_bytes = _aligned(width, dtype) * dtype.itemsize + copies + 64
+    row_bytes = buffers.aligned(width, dtype) * dtype.itemsize + copies + 64
     chunks = max(1, -(-rows // max(limit // row_bytes, FEWEST_ROWS)))
     return -(-rows // chunks)

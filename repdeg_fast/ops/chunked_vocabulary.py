@@ -33,7 +33,7 @@ from repdeg_fast.contracts.gumbel_mix import (
     Wanted,
 )
 from repdeg_fast.contracts.linear_cross_entropy import Columns
-from repdeg_fast.ops.chunked_logits import LibraryProducts, _operand
+from repdeg_fast.ops.products import LibraryProducts, operand
 from repdeg_fast.reference.gumbel_mix import embed_backward
 
 BUFFER_BYTES = 64 << 20  # of logits; as much again for products F·r
@@ -110,7 +110,7 @@ class ChunkedVocabulary:
         return Gradients(grad_mixture, grad_embedding if grad_soft is None else grad_soft)
 
     def _mix(self, heads: Heads) -> Tensor:
-        return _operand(self.kernels.mix(heads), heads.hidden_states.dtype)
+        return operand(self.kernels.mix(heads), heads.hidden_states.dtype)
 
     def _soft_values(self, sample: _Sample) -> Tensor:
         origin = self._origin(sample, None)
@@ -179,7 +179,7 @@ def _chunk(logits: Tensor, projection: Projection, part: slice) -> LogitChunk:
 
 def _rows(matrix: Tensor, part: slice, like: Tensor) -> Tensor:
     """Some rows, in the dtype that gets multiplied."""
-    return _operand(matrix[part], like.dtype)
+    return operand(matrix[part], like.dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

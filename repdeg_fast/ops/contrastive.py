@@ -27,8 +27,8 @@ from repdeg_fast.contracts.contrastive import (
 )
 from repdeg_fast.native import contrastive as native
 from repdeg_fast.ops._operator import Formula, operator
-from repdeg_fast.ops.chunked_logits import LibraryProducts
 from repdeg_fast.ops.chunked_scores import ChunkedScores
+from repdeg_fast.ops.products import LibraryProducts
 from repdeg_fast.reference import contrastive as reference
 
 

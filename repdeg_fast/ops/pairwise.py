@@ -18,8 +18,8 @@ from repdeg_fast.backends import Operation, no_float64, no_limit
 from repdeg_fast.contracts.pairwise import Kind, RowKernels, Vectors
 from repdeg_fast.native import pairwise as native
 from repdeg_fast.ops._operator import Formula, operator
-from repdeg_fast.ops.chunked_logits import LibraryProducts
 from repdeg_fast.ops.pairwise_blocks import Blocks, norms
+from repdeg_fast.ops.products import LibraryProducts
 from repdeg_fast.reference import pairwise as reference
 
 

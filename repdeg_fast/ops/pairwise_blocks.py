@@ -23,20 +23,9 @@ from torch import Tensor
 
 from repdeg_fast.contracts.cosreg import Rows, Sums
 from repdeg_fast.contracts.pairwise import Block, Kind, LeftOut, RowKernels, Rule, Vectors
-from repdeg_fast.ops import cosreg
-from repdeg_fast.ops.chunked_logits import (
-    FEWEST_ROWS,
-    THREAD_SUMS,
-    TILE,
-    _aligned,
-    _keep,
-    _limit,
-    _matrix,
-    _memory,
-    _ranges,
-    _Sum,
-    operand_dtype,
-)
+from repdeg_fast.ops import buffers, cosreg
+from repdeg_fast.ops.chunked_logits import FEWEST_ROWS, THREAD_SUMS, TILE
+from repdeg_fast.ops.products import Sum, operand_dtype
 from repdeg_fast.reference.pairwise import count_pairs, project_
 
 ROWS = 512  # of a chunk, at least
@@ -125,19 +114,19 @@ class Blocks:
         """The cosines of some rows at a time with all columns, or with those from the rows' own on."""
         left, right, dtype = self.left, self.right, self.left.rows.dtype
         n, m = len(left.rows), len(right.rows)
-        row_bytes = _aligned(m, dtype) * dtype.itemsize
-        most = max((_limit(left.rows) - THREAD_SUMS) // row_bytes, FEWEST_ROWS)
+        row_bytes = buffers.aligned(m, dtype) * dtype.itemsize
+        most = max((buffers.limit(left.rows) - THREAD_SUMS) // row_bytes, FEWEST_ROWS)
         step = min(n, most, max(ROWS, -(-n // PIECES)))
-        memory = _memory(self.kernels, left.rows, step, m, dtype)
-        for first, last in _ranges(n, step):
+        memory = buffers.take(self.kernels, left.rows, step, m, dtype)
+        for first, last in buffers.ranges(n, step):
             begin = first if upper else 0
-            cosines = _matrix(left.rows, last - first, m - begin, dtype, memory)
+            cosines = buffers.matrix(left.rows, last - first, m - begin, dtype, memory)
             self.kernels.multiply(cosines, left.rows[first:last], right.rows[begin:].t(), False)
             yield (
                 slice(first, last),
                 Block(cosines, left.keep[first:last], right.keep[begin:], first - begin, left_out),
             )
-        _keep(memory)
+        buffers.keep(memory)
 
     def _origin(self, parameter: float) -> Tensor:
         zero = self.left.inverse.new_zeros(())
@@ -148,10 +137,10 @@ class Blocks:
         return torch.where(largest == -math.inf, 0, largest) * parameter
 
     def _add(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        _Sum(self.kernels, total, total.dtype, 1).add(a, b, False)
+        Sum(self.kernels, total, total.dtype, 1).add(a, b, False)
 
     def _finish(self, gradient: Tensor, one: Unit, scale: Tensor) -> None:
-        for first, last in _ranges(len(gradient), TILE):
+        for first, last in buffers.ranges(len(gradient), TILE):
             chunk = slice(first, last)
             project_(gradient[chunk], one.x[chunk] * one.inverse[chunk, None], one.inverse[chunk], self.eps)
             gradient[chunk] *= scale

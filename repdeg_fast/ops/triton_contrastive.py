@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from repdeg_fast.contracts.contrastive import BlockRule, ScoreBlock
-from repdeg_fast.ops.chunked_logits import LibraryProducts
+from repdeg_fast.ops.products import LibraryProducts
 
 if TYPE_CHECKING:
     from triton_kernels import contrastive as launchers

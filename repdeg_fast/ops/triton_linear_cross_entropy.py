@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from repdeg_fast.contracts.linear_cross_entropy import Columns, Gradients, GradRows, Head, LogitBlock, LossRule, Wanted
-from repdeg_fast.ops.chunked_logits import ChunkedLogits, LibraryProducts
+from repdeg_fast.ops.chunked_logits import ChunkedLogits
+from repdeg_fast.ops.products import LibraryProducts
 
 if TYPE_CHECKING:
     from triton_kernels import linear_cross_entropy as streaming
