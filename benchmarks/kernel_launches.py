@@ -251,12 +251,14 @@ def _linear_cross_entropy_passes(
     upstream = lce.Upstream(grad_loss, grad_loss if everything else None)
     if vocabulary == 30_522:
         yield Launch(label, partial(kernels.forward, head, rule), CHIPS)
-        rescale = partial(kernels.rescale_, made, grad_heads, lambda: grad_loss, head, rule, wanted)
+        rescale = partial(kernels.rescale_, made, grad_heads, lambda: lce.Upstream(grad_loss), head, rule, wanted)
         yield Launch(label + " rescale", rescale, CHIPS)
         yield Launch(label + " streaming", partial(kernels.backward, upstream, head, grad_loss, rule, wanted), CHIPS)
         yield Launch(label, partial(kernels.share, head, rule, True), CHIPS)
         yield Launch(label, partial(kernels.total, grad_loss, heads, share), CHIPS)
-    yield Launch(label + " chunked", partial(kernels.forward_backward, share.expand(n), head, rule, wanted), CHIPS)
+    yield Launch(
+        label + " chunked", partial(kernels.forward_backward, lce.Upstream(share.expand(n)), head, rule, wanted), CHIPS
+    )
 
 
 def _gumbel_mix() -> Iterator[Launch]:

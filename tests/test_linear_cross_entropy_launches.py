@@ -50,7 +50,7 @@ def test_forward(problem):
 
     def losses():
         share = kernels.share(head, rule, True)
-        loss, _, _ = kernels.forward_backward(share.expand(12), head, rule, wanted)
+        loss, _, _ = kernels.forward_backward(Upstream(share.expand(12)), head, rule, wanted)
         kernels.total(loss, 3, share)
 
     assert sorted(launched(losses)) == ["_rows_kernel", "_share_kernel", "_total_kernel", "mm", "mm", "mm"]
@@ -60,9 +60,9 @@ def test_rescaling_asks_nothing_of_the_device(problem):
     """Two gradients are scaled, and what is a sum over heads is made again where the device finds that it must be."""
     kernels, head, rule, wanted, empty = problem
     made = Gradients(head.hidden_states, head.weight, None)
-    found = launched(lambda: kernels.rescale_(made, empty(3), lambda: empty(12), head, rule, wanted))
+    found = launched(lambda: kernels.rescale_(made, empty(3), lambda: Upstream(empty(12)), head, rule, wanted))
     assert found == ["_scale_kernel", "_scale_kernel", "_forward_kernel", "_combine_kernel", "_vocabulary_kernel"]
-    alone = launched(lambda: kernels.rescale_(made, empty(1), lambda: empty(12), head, rule, wanted))
+    alone = launched(lambda: kernels.rescale_(made, empty(1), lambda: Upstream(empty(12)), head, rule, wanted))
     assert alone == ["_scale_kernel", "_scale_kernel"]
 
 

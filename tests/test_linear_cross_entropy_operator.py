@@ -14,8 +14,9 @@ from repdeg_fast.ops import linear_cross_entropy as ops
 @pytest.mark.parametrize("chunked", [False, True])
 def test_opcheck(chunked):
     hidden, weight, target, bias = inputs(9, 6, 5, torch.float64)
-    options = (1, -100, 0.0, 0.0, "mean", None, torch.float64, [True, True, True])
-    arguments = (hidden, weight, target, bias, *options, chunked, "auto")
+    class_weight = torch.rand(9).double()
+    options = (class_weight, -100, 0.1, 0.0, 0.0, 1, 1e-3, "mean", None, torch.float64, [True, True, True])
+    arguments = (hidden, weight, target, bias, *options, False, chunked, "auto")
     torch.library.opcheck(ops.linear_cross_entropy.overload, arguments)
     made = [t.detach().clone() for t in (hidden, weight, bias)]
     grad_loss, inputs_ = torch.tensor([0.5]).double(), (hidden.detach(), weight.detach(), target, bias.detach())

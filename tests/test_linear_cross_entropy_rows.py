@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from repdeg_fast.contracts.linear_cross_entropy import Columns, Gradients, Head, LogitBlock, LossRule, Wanted
+from repdeg_fast.contracts.linear_cross_entropy import Columns, Gradients, Head, LogitBlock, LossRule, Upstream, Wanted
 from repdeg_fast.ops.linear_cross_entropy import operation
 
 pytestmark = pytest.mark.interpreter
@@ -59,9 +59,9 @@ def test_rescaling(kernels, upstream):
     wanted, share = Wanted(True, True, False, torch.float32), kernels.share(head, rule, True)
     assert share == 1 / 3
     grad_heads = torch.tensor(upstream)
-    rows = (grad_heads * share)[:, None].expand(heads, positions).reshape(-1)
+    rows = Upstream((grad_heads * share)[:, None].expand(heads, positions).reshape(-1))
     right = operation.reference.forward_backward(rows, head, rule, wanted)[2]
-    made = kernels.forward_backward(share.expand(heads * positions), head, rule, wanted)[2]
+    made = kernels.forward_backward(Upstream(share.expand(heads * positions)), head, rule, wanted)[2]
     kernels.rescale_(made, grad_heads, lambda: rows, head, rule, wanted)
     torch.testing.assert_close(made, Gradients(*right), equal_nan=True)
 

@@ -111,7 +111,9 @@ def _combine_kernel(
     tl.store(loss + rows, tl.where(label == ignore_index, 0.0, value), mask=rows < n)
 
 
-def forward(head: Head, rule: LossRule, grad_heads: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    head: Head, rule: LossRule, predicted: Tensor | None = None, grad_heads: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of every row; arbitrary where ``grad_heads`` (K,) are all the same."""
     hidden_states, weight, target, bias = head
     (n, d), vocabulary, positions = hidden_states.shape, weight.shape[0], target.shape[0]

@@ -157,7 +157,7 @@ def rescale_(gradients: Gradients, grad_heads: Tensor, rows: GradRows, head: Hea
         if gradient is not None:
             _scale(gradient, grad_heads, 1)
     if heads > 1 and head.hidden_states.shape[0] and (grad_weight is not None or grad_bias is not None):
-        _make_again(grad_weight, grad_bias, grad_heads, rows().contiguous(), head, rule)
+        _make_again(grad_weight, grad_bias, grad_heads, rows().grad_loss.contiguous(), head, rule)
 
 
 def _scale(gradient: Tensor, grad_heads: Tensor, of_heads: int) -> None:
@@ -176,7 +176,7 @@ def _make_again(
     hidden_states, weight, target, bias = head
     (n, d), vocabulary = hidden_states.shape, weight.shape[0]
     stride, heads = heads_of(grad_heads)
-    _, lse = forward(head, rule, grad_heads)
+    _, lse = forward(head, rule, None, grad_heads)
     tile = choose_tile("vocabulary", VOCABULARY_TILES, head)
     slices = 1 if grad_weight is None else triton.cdiv(d, tile.width)
     _vocabulary_kernel[(triton.cdiv(vocabulary, tile.columns), slices)](

@@ -183,7 +183,7 @@ def rows(block: LogitBlock, columns: Columns, rule: LossRule, accumulate_bias: b
 
 
 def _launch_rows(block: LogitBlock, vocabulary: int, rule: LossRule) -> None:
-    logits, lse, loss, _, target, first_row, bias, grad_loss, grad_lse, _ = block
+    logits, lse, loss, _, target, first_row, bias, grad_loss, grad_lse, *_ = block
     assert grad_loss is not None
     n, width = logits.shape[0], padded_columns(logits)
     tensors = (logits, lse, loss, target, padded_vector(bias, width), grad_loss, grad_lse)
@@ -200,7 +200,7 @@ def _launch_rows(block: LogitBlock, vocabulary: int, rule: LossRule) -> None:
 
 
 def _launch_tile(block: LogitBlock, gradient: Tensor, columns: Columns, rule: LossRule) -> None:
-    logits, lse, _, _, target, first_row, bias, grad_loss, grad_lse, _ = block
+    logits, lse, _, _, target, first_row, bias, grad_loss, grad_lse, *_ = block
     assert grad_loss is not None
     width = padded_columns(logits)
     _tile_kernel[(logits.shape[0], triton.cdiv(width, _TILE_COLUMNS))](

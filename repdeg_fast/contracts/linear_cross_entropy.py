@@ -22,10 +22,17 @@ class Head(NamedTuple):
     bias: Tensor | None  # (V,)
 
 
+class ClassWeight(NamedTuple):
+    each: Tensor  # (V,), contiguous, in the arithmetic dtype
+    total: Tensor  # (): their sum
+
+
 class LossRule(NamedTuple):
     ignore_index: int
     label_smoothing: float
     softcap: float  # 0: none
+    class_weight: ClassWeight | None = None
+    gradient_filter: float = 0.0  # what is less probable, and not the target, gets no gradient
 
 
 class Wanted(NamedTuple):
@@ -43,10 +50,20 @@ class Wanted(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What comes from above, a row each: of ℓ (may be one value, expanded) and of the log-sum-exp."""
+    """What comes from above, a row each: of ℓ, of the log-sum-exp, and of its square in rows that count (a z-loss).
+    The first and the last may be one value, expanded."""
 
     grad_loss: Tensor  # (N,)
-    grad_lse: Tensor | None  # (N,), contiguous
+    grad_lse: Tensor | None = None  # (N,), contiguous
+    grad_lse_square: Tensor | None = None  # (N,)
+
+    def at(self, lse: Tensor, target: Tensor, ignore_index: int) -> Upstream:
+        """The same without the square, whose gradient is 2·grad_lse_square·lse where the log-sum-exp is known."""
+        if self.grad_lse_square is None:
+            return self
+        counts = (target != ignore_index).repeat(lse.shape[0] // max(target.shape[0], 1))
+        of_square = (2 * self.grad_lse_square * lse).where(counts, 0)
+        return Upstream(self.grad_loss, of_square if self.grad_lse is None else self.grad_lse + of_square)
 
 
 class Gradients(NamedTuple):
@@ -58,7 +75,7 @@ class Gradients(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What an operator returns; gradients of Σ loss that were not made are empty."""
+    """Gradients of Σ loss that were not made are empty."""
 
     loss: Tensor  # (K,), or (K, M) without reduction
     lse: Tensor  # (N,)
@@ -67,8 +84,8 @@ class Losses(NamedTuple):
     grad_bias: Tensor
 
 
-# What `grad_heads` means for the rows, (N,), made when it is asked for.
-GradRows = Callable[[], Tensor]
+# What `grad_heads` means for the rows, made when it is asked for.
+GradRows = Callable[[], Upstream]
 
 # Shown the logits (K, m, V) of positions [first, first + m), without the bias, before they turn to gradients.
 Look = Callable[[Tensor, int], None]
@@ -77,26 +94,31 @@ Look = Callable[[Tensor, int], None]
 class Kernels(Protocol):
     def at_once(self, head: Head, rule: LossRule, heads: int, mean: bool, wanted: Wanted) -> Losses | None:
         """All that follows, up to the losses and the gradients of their sum, in one call: where a backend has one, for
-        problems so small that calls cost more than products. ``None``: step by step."""
+        problems so small that calls cost more than products, and nothing but label smoothing and a softcap. ``None``:
+        step by step."""
 
     def share(self, head: Head, rule: LossRule, mean: bool) -> Tensor:
         """What the ℓ of each row that counts adds to its head's loss: (), 1, or for a ``mean`` 1 over the number of
-        targets that count (1 where none does). A target outside the vocabulary is an error where looking costs no
-        wait: on a CPU."""
+        targets that count, or over the sum of their classes' weights (1 where that is 0). A target outside the
+        vocabulary is an error where looking costs no wait: on a CPU."""
 
     def total(self, losses: Tensor, heads: int, share: Tensor) -> Tensor:
         """(K,): the sum of each head's rows, times their share."""
 
-    def forward(self, head: Head, rule: LossRule) -> tuple[Tensor, Tensor]:
-        """ℓ and the log-sum-exp of every row, (N,) each. A target outside the vocabulary makes its rows' ℓ NaN."""
+    def forward(self, head: Head, rule: LossRule, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """ℓ and the log-sum-exp of every row, (N,) each. A target outside the vocabulary makes its rows' ℓ NaN.
+        ``predicted`` (N,), int64, is written: the first of the classes with the largest logit."""
 
     def forward_backward(
-        self, grad_loss: Tensor, head: Head, rule: LossRule, wanted: Wanted, look: Look | None = None
-    ) -> tuple[Tensor, Tensor, Gradients]:
-        """ℓ, log-sum-exp and the gradients of Σ grad_loss·ℓ in one sweep, where grad_loss (N,) is known beforehand."""
+        self, upstream: Upstream, head: Head, rule: LossRule, wanted: Wanted, look: Look | None = None,
+        predicted: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Gradients]:  # fmt: skip
+        """As ``forward``, and the gradients of Σ grad_loss·ℓ + Σ grad_lse·lse + Σ grad_lse_square·lse² in one sweep,
+        where these are known beforehand."""
 
     def backward(self, upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted) -> Gradients:
-        """The gradients of Σ grad_loss·ℓ + Σ grad_lse·lse from the saved log-sum-exp."""
+        """The gradients of Σ grad_loss·ℓ + Σ grad_lse·lse from the saved log-sum-exp, without a square: what that
+        means is known by then (:meth:`Upstream.at`)."""
 
     def rescale_(
         self, gradients: Gradients, grad_heads: Tensor, rows: GradRows, head: Head, rule: LossRule, wanted: Wanted
@@ -125,6 +147,8 @@ class LogitBlock(NamedTuple):
     grad_loss: Tensor | None  # (R,); None: no gradient is wanted, and logits are left as they come
     grad_lse: Tensor | None  # (R,)
     gradient: Tensor | None = None  # (R, W), in another dtype: where the gradient goes, not in place
+    grad_lse_square: Tensor | None = None  # (R,), where the log-sum-exp is written
+    predicted: Tensor | None = None  # (R,), int64, written with ``loss``
 
 
 class Products(Protocol):

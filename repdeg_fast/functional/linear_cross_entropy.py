@@ -132,16 +132,24 @@ class Options(NamedTuple):
     strategy: str
     accumulate_dtype: torch.dtype
     padding_idx: int | None  # then counted from the front
+    class_weight: Tensor | None = None
+    lse_square_scale: float = 0.0
+    gradient_filter: float = 0.0
 
 
-def arguments(head: Head, heads: int, options: Options, *, upstream_known: bool = True, samples: bool = False) -> Any:
-    """What operators take behind their tensors: heads, options, which gradients to make, whether in chunks, backend.
+def arguments(
+    head: Head, heads: int, options: Options, *, upstream_known: bool = True, samples: bool = False,
+    predict: bool = False,
+) -> Any:  # fmt: skip
+    """What operators take behind a head: class weights, rule, heads, reduction, which gradients to make, whether to
+    predict, whether in chunks, backend.
 
     A sample is drawn in the same way whether or not gradients are needed: activation checkpointing draws it twice.
     """
     hidden_states, weight, _, bias = head
     needs = [wants_gradient(tensor) for tensor in (hidden_states, weight, bias)]
-    ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx = options
+    ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx, *extras = options
+    class_weight, lse_square_scale, gradient_filter = extras
     chunked = strategy != "streaming" and reduction != "none" and (samples or True in needs)
     if chunked and strategy == "auto":
         (rows, width), device = hidden_states.shape, weight.device
@@ -150,13 +158,14 @@ def arguments(head: Head, heads: int, options: Options, *, upstream_known: bool 
             buffer_bytes=LIMIT["cpu" if device.type == "cpu" else "cuda"], memory=_memory(device),
         )  # fmt: skip
         chunked = strategy == "chunked"
-    rule = (ignore_index, label_smoothing, softcap)
-    return heads, *rule, reduction, padding_idx, accumulate_dtype, needs, chunked, backends.requested()
+    rule = (class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
+    reduced = (heads, lse_square_scale, reduction, padding_idx, accumulate_dtype)
+    return *rule, *reduced, needs, predict, chunked, backends.requested()
 
 
 def check_options(options: Options) -> Options:
     """All but what concerns tensors."""
-    ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx = options
+    label_smoothing, softcap, reduction, strategy = options[1:5]
     if not (type(label_smoothing) is float and 0 <= label_smoothing < 1):
         check_finite("label_smoothing", label_smoothing)
         if not 0 <= label_smoothing < 1:
@@ -169,8 +178,7 @@ def check_options(options: Options) -> Options:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    label_smoothing, softcap = float(label_smoothing), float(softcap or 0)
-    return Options(ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx)
+    return options._replace(label_smoothing=float(label_smoothing), softcap=float(softcap or 0))
 
 
 def check_target(target: Tensor, ignore_index: int) -> None:

@@ -71,17 +71,17 @@ def mlm_losses_and_sample(
     check_sampling(temperature, gradient_scale)
     seed = seed_tensor(seed, hidden_states.device)
     head = Head(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, target.contiguous(), bias)
-    *options, chunked, backend = arguments(head, hidden_states.shape[0], checked, samples=True)
+    class_weight, *options, _, chunked, backend = arguments(head, hidden_states.shape[0], checked, samples=True)
     heads = (hidden_states.detach(), mixture_logits, weight.detach(), detached(bias), embedding)
     sampling, estimator = (seed, float(temperature)), (float(gradient_scale), checked.padding_idx)
     flat: Any  # the arguments of an operator
     if not chunked:
-        flat = (*head, *options, chunked, backend)
+        flat = (*head, class_weight, *options, False, chunked, backend)
         loss, *_ = linear_cross_entropy(*flat)
         flat = (*heads, *sampling, True, *estimator, backend)
         values, token_ids, _ = gumbel_mix(*flat)
         return loss, token_ids, values
-    flat = (*head, detached(mixture_logits), *sampling, *options, backend)
+    flat = (*head, class_weight, detached(mixture_logits), *sampling, *options, backend)
     loss, _, _, _, _, token_ids, peak = _ops.mlm_losses_and_sample(*flat)
     flat = (*heads, token_ids, peak, *sampling, *estimator, backend)
     return loss, token_ids, gumbel_value(*flat)

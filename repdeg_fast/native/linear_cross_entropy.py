@@ -40,10 +40,10 @@ class RowKernels(Products):
         self._total = operators.linear_cross_entropy_total.default
 
     def rows(self, block: LogitBlock, columns: Columns, rule: LossRule, *, accumulate_bias: bool) -> None:
-        logits, lse, loss, grad_bias, target, first_row, bias, grad_loss, grad_lse, _ = block
+        logits, lse, loss, grad_bias, target, first_row, bias, grad_loss, grad_lse, *_ = block
         self._rows(
             logits, lse, loss, grad_bias, target, bias, grad_loss, grad_lse, columns.vocabulary, first_row,
-            columns.first, *rule, accumulate_bias,
+            columns.first, *rule[:3], accumulate_bias,
         )  # fmt: skip
 
     def share(self, head: Head, rule: LossRule, mean: bool) -> Tensor:

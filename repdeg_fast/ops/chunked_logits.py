@@ -62,14 +62,15 @@ class ChunkedLogits:
     def total(self, losses: Tensor, heads: int, share: Tensor) -> Tensor:
         return self.kernels.total(losses, heads, share)
 
-    def forward(self, head: Head, rule: LossRule) -> tuple[Tensor, Tensor]:
-        loss, lse, _ = self.forward_backward(None, head, rule, NOTHING)
+    def forward(self, head: Head, rule: LossRule, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        loss, lse, _ = self.forward_backward(None, head, rule, NOTHING, None, predicted)
         return loss, lse
 
     def forward_backward(
-        self, grad_loss: Tensor | None, head: Head, rule: LossRule, wanted: Wanted, look: Look | None = None
-    ) -> tuple[Tensor, Tensor, Gradients]:
-        """Without ``grad_loss``: no gradients."""
+        self, upstream: Upstream | None, head: Head, rule: LossRule, wanted: Wanted, look: Look | None = None,
+        predicted: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Gradients]:  # fmt: skip
+        """Without ``upstream``: no gradients."""
         hidden_states, weight, target, bias = head
         dtype, wide = operand_dtype(hidden_states), arithmetic_dtype(hidden_states)
         (n, _), vocabulary = hidden_states.shape, weight.shape[0]
@@ -84,21 +85,28 @@ class ChunkedLogits:
         size = (heads * min(step, n // heads), vocabulary, dtype)
         memory = buffers.take(self.kernels, hidden_states, *size)
         logits, values, whole = buffers.matrix(hidden_states, *size, memory), _wide(bias, wide), Columns(0, vocabulary)
+        grad_loss, grad_lse, of_square = (None, None, None) if upstream is None else upstream
+        a_row = (grad_loss, grad_lse, of_square, predicted)
         for chunk in chunks:
-            hidden, loss, lse, scale, z, first = hidden_states, losses, lses, grad_loss, logits, 0
+            hidden, loss, lse, z, first = hidden_states, losses, lses, logits, 0
+            scale, of_lse, of_lse_square, classes = a_row
             if chunk is not None:
                 hidden, loss, lse = (_rows(tensor, heads, chunk) for tensor in (hidden_states, losses, lses))
-                scale = None if grad_loss is None else _rows(grad_loss, heads, chunk)
+                scale, of_lse, of_lse_square, classes = (t if t is None else _rows(t, heads, chunk) for t in a_row)
                 z, first = logits[: hidden.shape[0]], chunk.start
             hidden = operand(hidden, dtype)
             self._make_logits(z, hidden, weight, tiles)
             if look is not None:
                 look(z.unflatten(0, (heads, -1)), first)
             at = (target, first) if heads == 1 else (_part(target, chunk), 0)
-            block = LogitBlock(z, lse, loss, grad_bias, *at, values, scale, None)
+            block = LogitBlock(
+                z, lse, loss, grad_bias, *at, values, scale, of_lse, None, of_lse_square, classes
+            )  # fmt: skip
             self.kernels.rows(block, whole, rule, accumulate_bias=first > 0)
             _store(losses, loss, heads, chunk)
             _store(lses, lse, heads, chunk)
+            if predicted is not None and classes is not None:
+                _store(predicted, classes, heads, chunk)
             if grad_hidden is not None:
                 part = _rows(grad_hidden, heads, chunk)
                 self._make_hidden_gradient(part, z, weight, tiles)

@@ -18,6 +18,7 @@ from torch import Tensor
 from repdeg_fast._arithmetic import arithmetic_dtype, without_autocast
 from repdeg_fast.backends import Operation, no_float64, no_limit
 from repdeg_fast.contracts.linear_cross_entropy import (
+    ClassWeight,
     Gradients,
     Head,
     Kernels,
@@ -75,11 +76,23 @@ def choose_strategy(
 
 
 class Reduction(NamedTuple):
-    """How the rows' losses become K losses, and which row of the weight gets no gradient."""
+    """How the rows' losses become K losses, what of lse² is added, and which row of the weight gets no gradient."""
 
     heads: int
+    lse_square_scale: float
     name: str  # "mean", "sum" or "none"
     padding_idx: int | None
+
+
+def rule_of(
+    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float, gradient_filter: float
+) -> LossRule:
+    """From the arguments of an operator."""
+    weight = None
+    if class_weight is not None:
+        each = class_weight.to(arithmetic_dtype(class_weight)).contiguous()
+        weight = ClassWeight(each, each.sum(dtype=torch.float64).to(each.dtype))
+    return LossRule(ignore_index, label_smoothing, softcap, weight, gradient_filter)
 
 
 _NO_GRADIENTS = Gradients(None, None, None)
@@ -91,55 +104,90 @@ def linear_cross_entropy(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    heads: int,
+    class_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    gradient_filter: float,
+    heads: int,
+    lse_square_scale: float,
     reduction: str,
     padding_idx: int | None,
     accumulate_dtype: torch.dtype,
     needs: list[bool],
+    predict: bool,
     chunked: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Losses, with the needed gradients where `chunked`."""
-    head, rule = Head(hidden_states, weight, target, bias), LossRule(ignore_index, label_smoothing, softcap)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of Losses, with the needed gradients where `chunked`, and the predicted classes (else empty)."""
+    head = Head(hidden_states, weight, target, bias)
+    rule = rule_of(class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
     wanted = Wanted.of(needs, accumulate_dtype) if chunked else None
-    return losses(head, rule, Reduction(heads, reduction, padding_idx), wanted, backend)
+    predicted = target.new_empty(hidden_states.shape[0] if predict else 0, dtype=torch.int64)
+    to_write = predicted if predict else None
+    reduced = Reduction(heads, lse_square_scale, reduction, padding_idx)
+    return *losses(head, rule, reduced, wanted, backend, None, to_write), predicted
 
 
 def losses(
-    head: Head, rule: LossRule, reduction: Reduction, wanted: Wanted | None, backend: str, look: Look | None = None
-) -> Losses:
+    head: Head, rule: LossRule, reduction: Reduction, wanted: Wanted | None, backend: str, look: Look | None = None,
+    predicted: Tensor | None = None,
+) -> Losses:  # fmt: skip
     """One sweep; ``wanted``: with gradients, and a look at the logits. ``None``: streaming."""
-    hidden_states, weight, _, _ = head
-    kernels, mean = operation.kernels(backend, hidden_states, weight), reduction.name == "mean"
-    if look is None and reduction.name != "none":
-        found = kernels.at_once(head, rule, reduction.heads, mean, wanted or NOTHING)
+    hidden_states, weight, target, _ = head
+    heads, lse_square_scale, name, padding_idx = reduction
+    kernels, mean = operation.kernels(backend, hidden_states, weight), name == "mean"
+    plain = not lse_square_scale and rule.class_weight is None and not rule.gradient_filter
+    if plain and look is None and predicted is None and name != "none":
+        found = kernels.at_once(head, rule, heads, mean, wanted or NOTHING)
         if found is not None:
-            _clear_padding(found.grad_weight, reduction.padding_idx)
+            _clear_padding(found.grad_weight, padding_idx)
             return found
     share = kernels.share(head, rule, mean)
     gradients = _NO_GRADIENTS
     with without_autocast(hidden_states.device.type):
         if wanted is None:
-            rows, lse = kernels.forward(head, rule)
+            rows, lse = kernels.forward(head, rule, predicted)
         else:
-            grad_loss = share.expand(hidden_states.shape[0])
-            rows, lse, gradients = kernels.forward_backward(grad_loss, head, rule, wanted, look)
-        if reduction.name == "none":
-            loss = rows.clone().view(reduction.heads, head.target.shape[0])
-        else:
-            loss = kernels.total(rows, reduction.heads, share)
-    return Losses(loss, lse, *_filled(gradients, hidden_states, reduction.padding_idx))
+            of_square = None
+            if lse_square_scale:
+                of_square = (lse_square_scale * z_loss_share(target, rule.ignore_index, mean, share.dtype)).expand(
+                    hidden_states.shape[0]
+                )
+            upstream = Upstream(share.expand(hidden_states.shape[0]), None, of_square)
+            rows, lse, gradients = kernels.forward_backward(upstream, head, rule, wanted, look, predicted)
+        none = name == "none"
+        loss = rows.clone().view(heads, target.shape[0]) if none else kernels.total(rows, heads, share)
+        if lse_square_scale:
+            loss = loss + z_loss(lse, target, rule.ignore_index, reduction)
+    return Losses(loss, lse, *_filled(gradients, hidden_states, padding_idx))
+
+
+def z_loss_share(target: Tensor, ignore_index: int, mean: bool, dtype: torch.dtype) -> Tensor:
+    """What lse² of each row that counts adds to a z-loss: classes have no weight there."""
+    if not mean:
+        return torch.ones((), dtype=dtype, device=target.device)
+    return (target != ignore_index).sum().clamp_min(1).to(dtype).reciprocal()
+
+
+def z_loss(lse: Tensor, target: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+    """lse_square_scale·lse² of each head, reduced, or (K, M)."""
+    rows = lse.double().square().view(reduction.heads, target.shape[0]).where(target != ignore_index, 0)
+    if reduction.name == "none":
+        return (reduction.lse_square_scale * rows).to(lse.dtype)
+    share = z_loss_share(target, ignore_index, reduction.name == "mean", rows.dtype)
+    return (reduction.lse_square_scale * share * rows.sum(dim=1)).to(lse.dtype)
 
 
 @linear_cross_entropy.register_fake
-def _(hidden_states: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, heads: int, *options: Any) -> Losses:
-    *_, reduction, _padding_idx, _accumulate_dtype, needs, chunked, _backend = options
-    return fake_losses(
-        Head(hidden_states, weight, target, bias), heads, reduction, [chunked and need for need in needs]
-    )
+def _(
+    hidden_states: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, class_weight: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    *_, heads, _scale, reduction, _padding_idx, _accumulate_dtype, needs, predict, chunked, _backend = options
+    made = [chunked and need for need in needs]
+    found = fake_losses(Head(hidden_states, weight, target, bias), heads, reduction, made)
+    return *found, target.new_empty(hidden_states.shape[0] if predict else 0, dtype=torch.int64)
 
 
 def fake_losses(head: Head, heads: int, reduction: str, made: list[bool]) -> Losses:
@@ -159,10 +207,13 @@ def linear_cross_entropy_backward(
     target: Tensor,
     bias: Tensor | None,
     lse: Tensor | None,
-    heads: int,
+    class_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    gradient_filter: float,
+    heads: int,
+    lse_square_scale: float,
     reduction: str,
     padding_idx: int | None,
     accumulate_dtype: torch.dtype,
@@ -170,16 +221,17 @@ def linear_cross_entropy_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The needed gradients of Σ grad_loss·loss + Σ grad_lse·lse (else empty); ``lse=None``: it was not saved."""
-    head, rule = Head(hidden_states, weight, target, bias), LossRule(ignore_index, label_smoothing, softcap)
+    head = Head(hidden_states, weight, target, bias)
+    rule = rule_of(class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
     wanted, kernels = Wanted.of(needs, accumulate_dtype), operation.kernels(backend, hidden_states, weight)
-    grad_rows = _row_gradients(kernels, grad_loss, head, rule, Reduction(heads, reduction, padding_idx))
+    reduced = Reduction(heads, lse_square_scale, reduction, padding_idx)
+    upstream = _row_gradients(kernels, grad_loss, head, rule, reduced)
+    upstream = upstream._replace(grad_lse=None if grad_lse is None else grad_lse.contiguous())
     with without_autocast(hidden_states.device.type):
-        if lse is None and grad_lse is None:
-            *_, gradients = kernels.forward_backward(grad_rows, head, rule, wanted)
+        if lse is None:
+            *_, gradients = kernels.forward_backward(upstream, head, rule, wanted)
         else:
-            lse = kernels.forward(head, rule)[1] if lse is None else lse
-            upstream = Upstream(grad_rows, None if grad_lse is None else grad_lse.contiguous())
-            gradients = kernels.backward(upstream, head, lse, rule, wanted)
+            gradients = kernels.backward(upstream.at(lse, target, ignore_index), head, lse, rule, wanted)
     return _filled(gradients, hidden_states, padding_idx)
 
 
@@ -205,10 +257,13 @@ def linear_cross_entropy_rescale_(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    heads: int,
+    class_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    gradient_filter: float,
+    heads: int,
+    lse_square_scale: float,
     reduction: str,
     padding_idx: int | None,
     accumulate_dtype: torch.dtype,
@@ -216,8 +271,10 @@ def linear_cross_entropy_rescale_(
     backend: str,
 ) -> None:
     """Turn the gradients of Σ loss, made in the forward pass, into those of Σ grad_loss·loss, in place."""
-    head, rule = Head(hidden_states, weight, target, bias), LossRule(ignore_index, label_smoothing, softcap)
-    kernels, of_losses = operation.kernels(backend, hidden_states, weight), Reduction(heads, reduction, None)
+    head = Head(hidden_states, weight, target, bias)
+    rule = rule_of(class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
+    kernels = operation.kernels(backend, hidden_states, weight)
+    of_losses = Reduction(heads, lse_square_scale, reduction, None)
     made = _needed((grad_hidden, grad_weight, grad_bias), needs)
     rows = partial(_row_gradients, kernels, grad_loss, head, rule, of_losses)
     with without_autocast(hidden_states.device.type):
@@ -233,19 +290,23 @@ def _(*_: Any) -> None:
 class Context(NamedTuple):
     """What a formula keeps beside tensors."""
 
-    heads: int
     ignore_index: int
     label_smoothing: float
     softcap: float
+    gradient_filter: float
+    heads: int
+    lse_square_scale: float
     reduction: str
     padding_idx: int | None
     accumulate_dtype: torch.dtype
     needs: list[bool]
 
 
-def save(ctx: Any, head: Head, found: Losses, context: Context, chunked: bool, backend: str) -> None:
+def save(
+    ctx: Any, head: Head, class_weight: Tensor | None, found: Losses, context: Context, chunked: bool, backend: str
+) -> None:
     """*Chunked* keeps the gradients that it made, *streaming* the log-sum-exp."""
-    ctx.save_for_backward(*head, *(found[2:] if chunked else (found.lse,)))
+    ctx.save_for_backward(*head, class_weight, *(found[2:] if chunked else (found.lse,)))
     ctx.context, ctx.chunked, ctx.backend, ctx.made_used = context, chunked, backend, False
     ctx.set_materialize_grads(False)
 
@@ -254,17 +315,19 @@ def gradients_of(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) ->
     """Those of hidden states, weight and bias, from what :func:`save` kept."""
     if grad_loss is None and grad_lse is None:
         return _NO_GRADIENTS
-    hidden_states, weight, target, bias, *kept = ctx.saved_tensors
-    options: Any = (*ctx.context, ctx.backend)
+    hidden_states, weight, target, bias, class_weight, *kept = ctx.saved_tensors
+    head, options = (hidden_states, weight, target, bias), (class_weight, *ctx.context, ctx.backend)
+    arguments: Any
     # with gradients enabled (create_graph) the result must carry the error about second derivatives
     if ctx.chunked and grad_loss is not None and grad_lse is None and not ctx.made_used and not torch.is_grad_enabled():
         ctx.made_used = True
         # .data: scaled under another version counter, since a second backward pass unpacks but does not use them
         made = (kept[0].data, kept[1].data, kept[2].data)
-        linear_cross_entropy_rescale_(*made, grad_loss, hidden_states, weight, target, bias, *options)
+        arguments = (*made, grad_loss, *head, *options)
+        linear_cross_entropy_rescale_(*arguments)
     else:
-        lse = None if ctx.chunked else kept[0]
-        made = linear_cross_entropy_backward(grad_loss, grad_lse, hidden_states, weight, target, bias, lse, *options)
+        arguments = (grad_loss, grad_lse, *head, None if ctx.chunked else kept[0], *options)
+        made = linear_cross_entropy_backward(*arguments)
     return _needed(made, ctx.context.needs)
 
 
@@ -273,18 +336,20 @@ class _Formula(Formula):
     @staticmethod
     def forward(
         ctx: Any, run: Callable[..., tuple[Tensor, ...]], hidden_states: Tensor, weight: Tensor, target: Tensor,
-        bias: Tensor | None, *options: Any,
+        bias: Tensor | None, class_weight: Tensor | None, *options: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        found = Losses(*run(hidden_states, weight, target, bias, *options))
-        *context, chunked, backend = options
-        save(ctx, Head(hidden_states, weight, target, bias), found, Context(*context), chunked, backend)
-        ctx.mark_non_differentiable(found.grad_hidden_states, found.grad_weight, found.grad_bias)
-        return found
+        head = Head(hidden_states, weight, target, bias)
+        *found, predicted = run(*head, class_weight, *options)
+        made = Losses(*found)
+        *context, _predict, chunked, backend = options
+        save(ctx, head, class_weight, made, Context(*context), chunked, backend)
+        ctx.mark_non_differentiable(made.grad_hidden_states, made.grad_weight, made.grad_bias, predicted)
+        return *made, predicted
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         hidden_states, weight, bias = gradients_of(ctx, grad_loss, grad_lse)
-        options = (None,) * (len(Context._fields) + 2)  # and chunked, backend
+        options = (None,) * (len(Context._fields) + 4)  # and class_weight, predict, chunked, backend
         return None, hidden_states, weight, None, bias, *options
 
 
@@ -295,18 +360,25 @@ def _needed(made: tuple[Tensor, Tensor, Tensor], needs: list[bool]) -> Gradients
 
 def _row_gradients(
     kernels: Kernels, grad_loss: Tensor | None, head: Head, rule: LossRule, reduction: Reduction
-) -> Tensor:
-    """(N,), from (K, M) or (K,); one value expanded where it serves every row."""
-    heads, positions = reduction.heads, head.target.shape[0]
+) -> Upstream:
+    """Each (N,), from (K, M) or (K,); one value expanded where it serves every row."""
+    heads, lse_square_scale, name, _ = reduction
+    positions, mean = head.target.shape[0], name == "mean"
     if grad_loss is None:
         dtype = arithmetic_dtype(head.hidden_states)
-        return head.hidden_states.new_zeros((), dtype=dtype).expand(heads * positions)
-    if reduction.name == "none":
-        return grad_loss.reshape(-1)
-    per_head = grad_loss
-    if reduction.name == "mean":
-        per_head = grad_loss * kernels.share(head, rule, True)
-    return per_head.expand(positions) if heads == 1 else per_head[:, None].expand(heads, positions).reshape(-1)
+        return Upstream(head.hidden_states.new_zeros((), dtype=dtype).expand(heads * positions))
+    of_rows = partial(_of_rows, heads=heads, positions=positions)
+    of_loss = of_rows(grad_loss * kernels.share(head, rule, True) if mean else grad_loss)
+    if not lse_square_scale:
+        return Upstream(of_loss)
+    share = z_loss_share(head.target, rule.ignore_index, mean, grad_loss.dtype)
+    return Upstream(of_loss, None, of_rows(lse_square_scale * share * grad_loss))
+
+
+def _of_rows(of_losses: Tensor, heads: int, positions: int) -> Tensor:
+    if of_losses.dim() == 2:
+        return of_losses.reshape(-1)
+    return of_losses.expand(positions) if heads == 1 else of_losses[:, None].expand(heads, positions).reshape(-1)
 
 
 def _empty_gradients(head: Head, made: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

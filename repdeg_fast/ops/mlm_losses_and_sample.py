@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from repdeg_fast.contracts.gumbel_mix import Drawn, HeadLogits, Noise
-from repdeg_fast.contracts.linear_cross_entropy import Head, LossRule, Wanted
+from repdeg_fast.contracts.linear_cross_entropy import Head, Losses, Wanted
 from repdeg_fast.ops import gumbel_mix
 from repdeg_fast.ops._operator import Formula, operator
-from repdeg_fast.ops.linear_cross_entropy import Context, Losses, Reduction, fake_losses, gradients_of, losses, save
+from repdeg_fast.ops.linear_cross_entropy import Context, Reduction, fake_losses, gradients_of, losses, rule_of, save
 
 
 class Joint(NamedTuple):
@@ -35,13 +35,16 @@ def mlm_losses_and_sample(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    class_weight: Tensor | None,
     mixture_logits: Tensor | None,
     seed: Tensor,
     temperature: float,
-    heads: int,
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    gradient_filter: float,
+    heads: int,
+    lse_square_scale: float,
     reduction: str,
     padding_idx: int | None,
     accumulate_dtype: torch.dtype,
@@ -49,7 +52,8 @@ def mlm_losses_and_sample(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of Joint: the sample is drawn from the losses' logits."""
-    head, rule = Head(hidden_states, weight, target, bias), LossRule(ignore_index, label_smoothing, softcap)
+    head = Head(hidden_states, weight, target, bias)
+    rule = rule_of(class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
     wanted, noise = Wanted.of(needs, accumulate_dtype), Noise(seed, temperature)
     kernels = gumbel_mix.operation.kernels(backend, hidden_states, weight)
     drawn = gumbel_mix.empty_sample(hidden_states, len(target))
@@ -60,7 +64,7 @@ def mlm_losses_and_sample(
         some = Drawn(drawn.token_ids[part], drawn.peak[part])
         kernels.sample_logits(some, HeadLogits(logits, shares, bias, first), noise)
 
-    found = losses(head, rule, Reduction(heads, reduction, padding_idx), wanted, backend, look)
+    found = losses(head, rule, Reduction(heads, lse_square_scale, reduction, padding_idx), wanted, backend, look)
     return Joint(*found, *drawn)
 
 
@@ -70,13 +74,13 @@ def _(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    class_weight: Tensor | None,
     mixture_logits: Tensor | None,
     seed: Tensor,
     temperature: float,
-    heads: int,
     *options: Any,
 ) -> Joint:
-    *_, reduction, _padding_idx, _accumulate_dtype, needs, _backend = options
+    *_, heads, _lse_square_scale, reduction, _padding_idx, _accumulate_dtype, needs, _backend = options
     found = fake_losses(Head(hidden_states, weight, target, bias), heads, reduction, needs)
     return Joint(*found, *gumbel_mix.empty_sample(hidden_states, target.shape[0]))
 
@@ -93,21 +97,22 @@ class _Formula(Formula):
         weight: Tensor,
         target: Tensor,
         bias: Tensor | None,
+        class_weight: Tensor | None,
         mixture_logits: Tensor | None,
         seed: Tensor,
         temperature: float,
         *options: Any,
     ) -> tuple[Tensor, ...]:
         head = Head(hidden_states, weight, target, bias)
-        joint = Joint(*run(*head, mixture_logits, seed, temperature, *options))
+        joint = Joint(*run(*head, class_weight, mixture_logits, seed, temperature, *options))
         *context, backend = options
-        save(ctx, head, Losses(*joint[:5]), Context(*context), True, backend)
+        save(ctx, head, class_weight, Losses(*joint[:5]), Context(*context), True, backend)
         ctx.mark_non_differentiable(*joint[2:])
         return joint
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         hidden_states, weight, bias = gradients_of(ctx, grad_loss, grad_lse)
-        sampling = (None, None, None)  # mixture logits, seed, temperature
+        sampling = (None, None, None, None)  # class weights, mixture logits, seed, temperature
         options = (None,) * (len(Context._fields) + 1)  # and backend
         return None, hidden_states, weight, None, bias, *sampling, *options

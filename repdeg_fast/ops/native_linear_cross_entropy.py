@@ -26,7 +26,7 @@ class Kernels(ChunkedLogits):
         if bias is not None and not (bias.dtype == dtype and bias.is_contiguous()):
             return None
         try:
-            return Losses(*self._small(*head, heads, *rule, mean, *wanted[:3]))
+            return Losses(*self._small(*head, heads, *rule[:3], mean, *wanted[:3]))
         except RuntimeError:
             self.share(head, rule, mean)  # says what is wrong with a target, where that is what it was
             raise

@@ -38,8 +38,8 @@ class Kernels(ChunkedLogits):
     def __init__(self) -> None:
         super().__init__(RowKernels())
 
-    def forward(self, head: Head, rule: LossRule) -> tuple[Tensor, Tensor]:
-        return streaming.forward(head, rule)
+    def forward(self, head: Head, rule: LossRule, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return streaming.forward(head, rule, predicted)
 
     def rescale_(
         self, gradients: Gradients, grad_heads: Tensor, rows: GradRows, head: Head, rule: LossRule, wanted: Wanted

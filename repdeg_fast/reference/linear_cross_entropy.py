@@ -1,17 +1,19 @@
 """Cross entropy of a linear layer, z = softcap(h Eᵀ + b), without keeping the (N, V) logits.
 
 N rows of hidden states h, of which row r belongs to target x = target[r mod M]: K heads of M rows each share one
-target vector (AMOS, arXiv 2204.03243, equation 4; K = 1 is the ordinary loss). With label smoothing ε and
-y_v = (1 − ε)[v = x] + ε/V,
+target vector (AMOS, arXiv 2204.03243, equation 4; K = 1 is the ordinary loss). With label smoothing ε, class weights w
+(1 without) and y_v = (1 − ε) w_x [v = x] + ε w_v/V, as in torch.nn.functional.cross_entropy,
 
-    lse = log Σ_v exp z_v,        ℓ = lse − Σ_v y_v z_v        (0 where x is ignore_index)
+    lse = log Σ_v exp z_v,        ℓ = Σ_v y_v (lse − z_v)        (0 where x is ignore_index)
 
 and, with upstream gradients g for ℓ and u for lse, p = exp(z − lse), softcap(a) = c·tanh(a/c):
 
-    ∂/∂z_v = (g + u) p_v − g y_v,        ∂/∂(h Eᵀ + b) = ∂/∂z · (1 − (z/c)²)
+    ∂/∂z_v = (g Σ y + u) p_v − g y_v,        ∂/∂(h Eᵀ + b) = ∂/∂z · (1 − (z/c)²)
     dh = dz E,        dE = dzᵀ h,        db = Σ_r dz
 
-Sums are in fp32 (fp64 for doubles).
+A z-loss (PaLM, arXiv 2204.02311, section 5) adds q·lse² to rows that count: u = 2q·lse. A gradient filter t leaves out
+the ∂/∂z_v of v ≠ x with p_v < t. The mean is over Σ w_x, that of a z-loss over the number of rows that count. Sums are
+in fp32 (fp64 for doubles).
 """
 
 from __future__ import annotations
@@ -29,14 +31,21 @@ def at_once(head: Head, rule: LossRule, heads: int, mean: bool, wanted: Wanted) 
 
 
 def share(head: Head, rule: LossRule, mean: bool) -> Tensor:
-    """1, or 1/n for a mean over the n targets that count, (); on a CPU, values are looked at."""
+    """1, or for a mean 1/n, n targets that count, or 1 over their classes' weights, (); on a CPU, values are looked
+    at."""
     target, vocabulary, dtype = head.target, len(head.weight), arithmetic_dtype(head.hidden_states)
     counts = target != rule.ignore_index
     if target.device.type == "cpu":
         wrong = target[((target < 0) | (target >= vocabulary)) & counts]
         if len(wrong):
             raise wrong_target(int(wrong[0]), vocabulary, rule.ignore_index)
-    return counts.sum().clamp_min(1).to(dtype).reciprocal() if mean else head.hidden_states.new_ones((), dtype=dtype)
+    if not mean:
+        return head.hidden_states.new_ones((), dtype=dtype)
+    if rule.class_weight is None:
+        return counts.sum().clamp_min(1).to(dtype).reciprocal()
+    inside = counts & (target >= 0) & (target < vocabulary)
+    weight = rule.class_weight.each[target.where(inside, 0).long()].where(inside, 0).sum(dtype=torch.float64)
+    return weight.where(weight != 0, 1).reciprocal().to(dtype)
 
 
 def total(losses: Tensor, heads: int, share: Tensor) -> Tensor:
@@ -44,14 +53,17 @@ def total(losses: Tensor, heads: int, share: Tensor) -> Tensor:
     return losses.view(heads, len(losses) // heads).sum(1, dtype=torch.float64).mul_(share).to(losses.dtype)
 
 
-def forward(head: Head, rule: LossRule) -> tuple[Tensor, Tensor]:
-    """ℓ and lse of every row, (N,) each."""
+def forward(head: Head, rule: LossRule, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """ℓ and lse of every row, (N,) each, and the class with the largest logit."""
     z = _logits(head, rule.softcap)
     target, ignored, invalid = _rows_of_target(head, rule.ignore_index)
+    if predicted is not None:
+        predicted.copy_(z.argmax(dim=1))
     log_p = z.log_softmax(dim=1)  # z − lse, as exact where z is far from zero as elsewhere
-    loss = -(1 - rule.label_smoothing) * log_p.gather(1, target[:, None])[:, 0]
+    of_target, of_each = _label_distribution(target, z, rule)
+    loss = -of_target * log_p.gather(1, target[:, None])[:, 0]
     if rule.label_smoothing:
-        loss = loss - rule.label_smoothing * log_p.mean(dim=1)
+        loss = loss - (of_each * log_p).sum(dim=1)
     return loss.masked_fill(invalid, float("nan")).masked_fill(ignored, 0), z.logsumexp(dim=1)
 
 
@@ -62,10 +74,15 @@ def backward(upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted
     target, ignored, invalid = _rows_of_target(head, rule.ignore_index)
     g = upstream.grad_loss.masked_fill(invalid, float("nan")).masked_fill(ignored, 0)[:, None]
     u = torch.zeros_like(g) if upstream.grad_lse is None else upstream.grad_lse[:, None]
-    dz = (g + u) * z.softmax(dim=1) - g * rule.label_smoothing / len(weight)
-    dz.scatter_add_(1, target[:, None], -(1 - rule.label_smoothing) * g)
+    of_target, of_each = _label_distribution(target, z, rule)
+    p = z.softmax(dim=1)
+    dz = (g * (of_target[:, None] + of_each.sum()) + u) * p - g * of_each
+    dz.scatter_add_(1, target[:, None], -g * of_target[:, None])
     if rule.softcap:
         dz = dz * (1 - (z / rule.softcap) ** 2)
+    if rule.gradient_filter:
+        rare, at = p < rule.gradient_filter, target[:, None]
+        dz.masked_fill_(rare.scatter(1, at, rare.gather(1, at) & ignored[:, None]), 0)
     dz.masked_fill_((g == 0) & (u == 0), 0)  # a row that does not count gives nothing, even where z is not a number
     return Gradients(
         (dz @ weight.to(z.dtype)).to(hidden_states.dtype) if wanted.hidden_states else None,
@@ -75,13 +92,14 @@ def backward(upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted
 
 
 def forward_backward(
-    grad_loss: Tensor, head: Head, rule: LossRule, wanted: Wanted, look: Look | None = None
-) -> tuple[Tensor, Tensor, Gradients]:
-    """Both, where g is known beforehand."""
+    upstream: Upstream, head: Head, rule: LossRule, wanted: Wanted, look: Look | None = None,
+    predicted: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Gradients]:  # fmt: skip
+    """Both, where g, u and q are known beforehand."""
     if look is not None and len(head.target):
         look(_logits(head._replace(bias=None), 0.0).unflatten(0, (-1, len(head.target))), 0)
-    loss, lse = forward(head, rule)
-    return loss, lse, backward(Upstream(grad_loss, None), head, lse, rule, wanted)
+    loss, lse = forward(head, rule, predicted)
+    return loss, lse, backward(upstream.at(lse, head.target, rule.ignore_index), head, lse, rule, wanted)
 
 
 def rescale_(
@@ -107,3 +125,9 @@ def _rows_of_target(head: Head, ignore_index: int) -> tuple[Tensor, Tensor, Tens
     ignored = target == ignore_index
     invalid = ((target < 0) | (target >= len(head.weight))) & ~ignored
     return target.masked_fill(ignored | invalid, 0), ignored, invalid
+
+
+def _label_distribution(target: Tensor, z: Tensor, rule: LossRule) -> tuple[Tensor, Tensor]:
+    """y: what falls to each row's target (N,), and what to every class (V,), to all rows alike."""
+    weight = z.new_ones(z.shape[1]) if rule.class_weight is None else rule.class_weight.each
+    return (1 - rule.label_smoothing) * weight[target], rule.label_smoothing / z.shape[1] * weight
