@@ -10,11 +10,13 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
       "cosreg_backward(Tensor(a!) grad_weight, Tensor grad_value, Tensor weight, Tensor? row_weight,"
       " Tensor column_sum, Tensor inverse_norm, Tensor? total_weight, float eps, bool accumulate) -> ()");
   // Logits (R, W) of columns [first_column, first_column + W) to their gradient, in place. With `loss`: W is the whole
-  // vocabulary, lse and loss are written. Without: lse is read. Row r has the target (first_row + r) mod len(target).
+  // vocabulary, lse, loss and predicted are written. Without: lse is read. Row r has the target (first_row + r) mod
+  // len(target). `scale`, `lse_scale`, `square_scale`: upstream gradients of the loss, of lse and of lse².
   m.def(
       "linear_cross_entropy_rows(Tensor(a!) logits, Tensor(b!) lse, Tensor(c!)? loss, Tensor(d!)? grad_bias,"
-      " Tensor target, Tensor? bias, Tensor? scale, Tensor? lse_scale, int vocabulary, int first_row,"
-      " int first_column, int ignore_index, float label_smoothing, float softcap, bool accumulate_bias) -> ()");
+      " Tensor(e!)? predicted, Tensor target, Tensor? bias, Tensor? scale, Tensor? lse_scale, Tensor? square_scale,"
+      " Tensor? class_weight, Tensor? class_total, int vocabulary, int first_row, int first_column, int ignore_index,"
+      " float label_smoothing, float softcap, float gradient_filter, bool accumulate_bias) -> ()");
   m.def("linear_cross_entropy_count(Tensor target, int vocabulary, int ignore_index) -> int");  // -1 - i: i is wrong
   m.def("linear_cross_entropy_total(Tensor losses, int heads, Tensor share) -> Tensor");
   // The losses (K,), log-sum-exps and needed gradients of a problem in one chunk; the rest is empty.

@@ -38,6 +38,14 @@ def scale_or_repeat_(
                 gradient.copy_(right)
 
 
+def weight_of_targets(target: Tensor, ignore_index: int, class_weight: Tensor) -> Tensor:
+    """(): the sum of the weights (V,) of the classes that are targets, added up in double; 1 instead of 0."""
+    counts = (target != ignore_index) & (target >= 0) & (target < class_weight.shape[0])
+    each = class_weight.index_select(0, target.where(counts, 0))
+    total = each.where(counts, 0).sum(dtype=torch.float64)
+    return total.where(total != 0, 1).to(class_weight.dtype)
+
+
 _PLAIN = nullcontext()
 
 

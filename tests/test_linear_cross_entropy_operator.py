@@ -16,7 +16,7 @@ def test_opcheck(chunked):
     hidden, weight, target, bias = inputs(9, 6, 5, torch.float64)
     class_weight = torch.rand(9).double()
     options = (class_weight, -100, 0.1, 0.0, 0.0, 1, 1e-3, "mean", None, torch.float64, [True, True, True])
-    arguments = (hidden, weight, target, bias, *options, False, chunked, "auto")
+    arguments = (hidden, weight, target, bias, *options, True, chunked, "auto")
     torch.library.opcheck(ops.linear_cross_entropy.overload, arguments)
     made = [t.detach().clone() for t in (hidden, weight, bias)]
     grad_loss, inputs_ = torch.tensor([0.5]).double(), (hidden.detach(), weight.detach(), target, bias.detach())

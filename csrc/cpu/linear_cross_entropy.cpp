@@ -19,7 +19,7 @@ namespace {
 
 struct Settings {
   int64_t vocabulary, first_column, ignore_index;
-  double label_smoothing, softcap;  // softcap 0: none
+  double label_smoothing, softcap, gradient_filter;  // the latter two 0: none
 };
 
 // z = softcap(logit + bias), into `z`, which may be the logits themselves.
@@ -41,19 +41,64 @@ void read_logits(const T* logits, const A* bias, A softcap, int64_t n, A* z) {
   }
 }
 
-// dz = (softmax·total − smooth)·(1 − (z/softcap)²); the target's own −1 is added by the caller.
-template <typename T, typename A>
-void write_gradient(const A* z, Softmax<A> softmax, A total, A smooth, A inverse_softcap, int64_t n, T* out) {
+// Of every class, by which Σ y and the smoothed part of y are weighted; `each` null: all weigh 1.
+template <typename A>
+struct ClassWeight {
+  const A* each;
+  A total;
+};
+
+// What a row's gradient is made of, beside its logits: dz = (softmax·total − smooth·weight)·(1 − (z/softcap)²), and 0
+// where the softmax is less than `filter`. The target's own part is added by the caller.
+template <typename A>
+struct Gradient {
+  A total, smooth, inverse_softcap, filter;
+  const A* weight;  // of the block's columns, or null
+};
+
+template <bool kPlain, typename T, typename A>
+void write_gradient(const A* z, Softmax<A> softmax, const Gradient<A>& of, int64_t n, T* out) {
   constexpr int64_t L = Vector<A>::lanes;
-  const A scale = total / softmax.sum;
-  const auto gradient = [&](auto v) {
-    auto g = scale * exp(v - softmax.origin) - smooth;
-    if (inverse_softcap) g *= 1 - (v * inverse_softcap) * (v * inverse_softcap);
+  const A scale = of.total / softmax.sum, least = of.filter * softmax.sum;
+  const auto gradient = [&](auto v, auto weight) {
+    const auto e = exp(v - softmax.origin);
+    auto g = scale * e - of.smooth * weight;
+    if (of.inverse_softcap) g *= 1 - (v * of.inverse_softcap) * (v * of.inverse_softcap);
+    if constexpr (!kPlain) g = e < least ? broadcast(A(0)) : g;  // NaN stays
     return g;
   };
+  const auto one = broadcast(A(1));
   int64_t i = 0;
-  for (; i + L <= n; i += L) store_values(out + i, gradient(load(z + i)));
-  for (; i < n; ++i) out[i] = static_cast<T>(gradient(broadcast(z[i]))[0]);
+  for (; i + L <= n; i += L)
+    store_values(out + i, gradient(load(z + i), !kPlain && of.weight ? load(of.weight + i) : one));
+  for (; i < n; ++i)
+    out[i] = static_cast<T>(gradient(broadcast(z[i]), !kPlain && of.weight ? broadcast(of.weight[i]) : one)[0]);
+}
+
+// Σ weight·(origin − z).
+template <typename A>
+A weighted_gaps(const A* z, const A* weight, A origin, int64_t n) {
+  constexpr int64_t L = Vector<A>::lanes;
+  auto sum = broadcast(A(0));
+  int64_t i = 0;
+  for (; i + L <= n; i += L) sum += load(weight + i) * (origin - load(z + i));
+  A total = 0;
+  for (int64_t k = 0; k < L; ++k) total += A(sum[k]);
+  for (; i < n; ++i) total += weight[i] * (origin - z[i]);
+  return total;
+}
+
+// The first place of `value`, or 0.
+template <typename A>
+int64_t first_of(const A* z, A value, int64_t n) {
+  constexpr int64_t kBlock = 256;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t last = std::min(first + kBlock, n);
+    bool found = false;
+    for (int64_t i = first; i < last; ++i) found |= z[i] == value;  // without a branch: many at a time
+    if (found) return std::find(z + first, z + last, value) - z;
+  }
+  return 0;
 }
 
 // out[j] = Σ_r logits[r, j] (+ out[j]), rows in order; `width` columns from `first`.
@@ -80,32 +125,47 @@ struct RowPass {
   const A* lse_scale;  // upstream gradient of each row's log-sum-exp, or null
   A* lse;
   A* loss;  // null: lse is known and the loss is not wanted
+  const A* square_scale = nullptr;  // upstream gradient of the square of each row's log-sum-exp, or null
+  int64_t square_step = 0;
+  ClassWeight<A> class_weight = {nullptr, 0};
+  int64_t* predicted = nullptr;  // the first class with the largest logit, with `loss`
 
   void run(int64_t r, int64_t target, A* buffer) const {
     const int64_t n = logits.columns, at = target - settings.first_column;
     const bool counted = target != settings.ignore_index, here = counted && at >= 0 && at < n;
-    const A g = scale && counted ? scale[r * scale_step] : A(0), u = lse_scale ? lse_scale[r] : A(0);
+    const A g = scale && counted ? scale[r * scale_step] : A(0);
+    A u = lse_scale ? lse_scale[r] : A(0);
     if (!loss && g == 0 && u == 0) return std::fill(logits.row(r), logits.row(r) + n, T(0));
     A* z = buffer;
     if constexpr (std::is_same_v<T, A>) z = logits.row(r);
     if (!std::is_same_v<T, A> || bias || settings.softcap)
       read_logits(logits.row(r), bias, A(settings.softcap), n, z);
-    const A smoothing = A(settings.label_smoothing);
+    const A* weight = class_weight.each ? class_weight.each + settings.first_column : nullptr;
+    const A smoothing = A(settings.label_smoothing), of_each = smoothing / A(settings.vocabulary);
+    const A of_target = (1 - smoothing) * (weight && counted ? class_weight.each[target] : A(1));
+    const A of_all = weight ? of_target + of_each * class_weight.total : A(1);
     const auto softmax = loss ? Softmax<A>::of(z, n) : Softmax<A>{lse[r], 1};
     if (loss) {
       const A origin = softmax.origin, rest = std::log(softmax.sum);
       lse[r] = origin + rest;
-      loss[r] = counted ? rest + (1 - smoothing) * (origin - z[at]) : A(0);
+      loss[r] = counted ? of_all * rest + of_target * (origin - z[at]) : A(0);
       if (counted && smoothing)
-        loss[r] += smoothing / A(settings.vocabulary) * sum_of(z, n, origin, [&](auto v) { return origin - v; });
+        loss[r] += of_each * (weight ? weighted_gaps(z, weight, origin, n)
+                                     : sum_of(z, n, origin, [&](auto v) { return origin - v; }));
+      if (predicted) predicted[r] = first_of(z, origin, n);
     }
     if (!scale) return;
+    if (square_scale && counted) u += 2 * square_scale[r * square_step] * lse[r];
     if (g == 0 && u == 0) return std::fill(logits.row(r), logits.row(r) + n, T(0));
-    const A inverse = settings.softcap ? 1 / A(settings.softcap) : A(0);
-    const A smooth = g * smoothing / A(settings.vocabulary), z_target = here ? z[at] : A(0);
-    write_gradient(z, softmax, g + u, smooth, inverse, n, logits.row(r));
+    const A inverse = settings.softcap ? 1 / A(settings.softcap) : A(0), z_target = here ? z[at] : A(0);
+    const Gradient<A> of{g * of_all + u, g * of_each, inverse, A(settings.gradient_filter), weight};
+    if (weight || of.filter)
+      write_gradient<false>(z, softmax, of, n, logits.row(r));
+    else
+      write_gradient<true>(z, softmax, of, n, logits.row(r));
     if (here) {
-      A gradient = (g + u) / softmax.sum * exp_scalar(z_target - softmax.origin) - smooth - g * (1 - smoothing);
+      A gradient = of.total / softmax.sum * exp_scalar(z_target - softmax.origin) -
+                   of.smooth * (weight ? weight[at] : A(1)) - g * of_target;
       if (inverse) gradient *= 1 - (z_target * inverse) * (z_target * inverse);  // without, z may be −∞
       logits.row(r)[at] = static_cast<T>(gradient);
     }
@@ -139,25 +199,31 @@ void run_rows(const RowPass<T>& pass, const Tensor& target, int64_t first_row, A
   });
 }
 
-// See the schema in registration.cpp. `scale` may be an expanded scalar; everything else is contiguous, the logits
-// along their rows.
+// See the schema in registration.cpp. `scale` and `square_scale` may be expanded scalars; everything else is contiguous,
+// the logits along their rows.
 void linear_cross_entropy_rows(Tensor logits, Tensor lse, const std::optional<Tensor>& loss,
-                               const std::optional<Tensor>& grad_bias, const Tensor& target,
-                               const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
-                               const std::optional<Tensor>& lse_scale, int64_t vocabulary, int64_t first_row,
+                               const std::optional<Tensor>& grad_bias, const std::optional<Tensor>& predicted,
+                               const Tensor& target, const std::optional<Tensor>& bias,
+                               const std::optional<Tensor>& scale, const std::optional<Tensor>& lse_scale,
+                               const std::optional<Tensor>& square_scale, const std::optional<Tensor>& class_weight,
+                               const std::optional<Tensor>& class_total, int64_t vocabulary, int64_t first_row,
                                int64_t first_column, int64_t ignore_index, double label_smoothing, double softcap,
-                               bool accumulate_bias) {
+                               double gradient_filter, bool accumulate_bias) {
   dispatch_floating(logits.scalar_type(), "linear_cross_entropy_rows", [&](auto t) {
     using T = decltype(t);
     using A = typename Arithmetic<T>::type;
     const RowPass<T> pass{Rows<T>(logits),
-                          {vocabulary, first_column, ignore_index, label_smoothing, softcap},
+                          {vocabulary, first_column, ignore_index, label_smoothing, softcap, gradient_filter},
                           data_or_null<A>(bias),
                           data_or_null<A>(scale),
                           scale ? scale->stride(0) : 0,
                           data_or_null<A>(lse_scale),
                           static_cast<A*>(lse.data_ptr()),
-                          data_or_null<A>(loss)};
+                          data_or_null<A>(loss),
+                          data_or_null<A>(square_scale),
+                          square_scale ? square_scale->stride(0) : 0,
+                          {data_or_null<A>(class_weight), class_total ? *data_or_null<A>(class_total) : A(0)},
+                          data_or_null<int64_t>(predicted)};
     run_rows(pass, target, first_row, data_or_null<A>(grad_bias), accumulate_bias);
   });
 }
@@ -218,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_small(
       const A share = mean ? A(1) / static_cast<A>(std::max<int64_t>(counted, 1)) : A(1);
       const bool backward = needs_hidden_states || needs_weight || needs_bias;
       const RowPass<A> pass{Rows<A>(logits),
-                            {vocabulary, 0, ignore_index, label_smoothing, softcap},
+                            {vocabulary, 0, ignore_index, label_smoothing, softcap, 0},
                             data_or_null<A>(bias),
                             backward ? &share : nullptr,
                             0,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from repdeg_fast._arithmetic import arithmetic_dtype
+from repdeg_fast._arithmetic import arithmetic_dtype, weight_of_targets
 from repdeg_fast._checks import wrong_target
 from repdeg_fast.contracts.linear_cross_entropy import Columns, Head, LogitBlock, LossRule
 from repdeg_fast.native import Namespace, products
+
+_ALL_WEIGH_ONE = (None, None)
 
 
 class Products:
@@ -40,16 +42,20 @@ class RowKernels(Products):
         self._total = operators.linear_cross_entropy_total.default
 
     def rows(self, block: LogitBlock, columns: Columns, rule: LossRule, *, accumulate_bias: bool) -> None:
-        logits, lse, loss, grad_bias, target, first_row, bias, grad_loss, grad_lse, *_ = block
+        logits, lse, loss, grad_bias, target, first_row, bias, grad_loss, grad_lse, _, of_square, predicted = block
+        ignore_index, label_smoothing, softcap, class_weight, gradient_filter = rule
         self._rows(
-            logits, lse, loss, grad_bias, target, bias, grad_loss, grad_lse, columns.vocabulary, first_row,
-            columns.first, *rule[:3], accumulate_bias,
+            logits, lse, loss, grad_bias, predicted, target, bias, grad_loss, grad_lse, of_square,
+            *(class_weight or _ALL_WEIGH_ONE), columns.vocabulary, first_row, columns.first, ignore_index,
+            label_smoothing, softcap, gradient_filter, accumulate_bias,
         )  # fmt: skip
 
     def share(self, head: Head, rule: LossRule, mean: bool) -> Tensor:
         counted = self._count(head.target, head.weight.shape[0], rule.ignore_index)
         if counted < 0:
             raise wrong_target(int(head.target[-1 - counted]), head.weight.shape[0], rule.ignore_index)
+        if mean and rule.class_weight is not None:
+            return 1 / weight_of_targets(head.target, rule.ignore_index, rule.class_weight.each)
         dtype = arithmetic_dtype(head.hidden_states)
         return head.hidden_states.new_full((), 1 / max(counted, 1) if mean else 1.0, dtype=dtype)
 

@@ -85,12 +85,13 @@ class Reduction(NamedTuple):
 
 
 def rule_of(
-    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float, gradient_filter: float
-) -> LossRule:
+    hidden_states: Tensor, class_weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float,
+    gradient_filter: float,
+) -> LossRule:  # fmt: skip
     """From the arguments of an operator."""
     weight = None
     if class_weight is not None:
-        each = class_weight.to(arithmetic_dtype(class_weight)).contiguous()
+        each = class_weight.to(arithmetic_dtype(hidden_states)).contiguous()
         weight = ClassWeight(each, each.sum(dtype=torch.float64).to(each.dtype))
     return LossRule(ignore_index, label_smoothing, softcap, weight, gradient_filter)
 
@@ -121,7 +122,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of Losses, with the needed gradients where `chunked`, and the predicted classes (else empty)."""
     head = Head(hidden_states, weight, target, bias)
-    rule = rule_of(class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
+    rule = rule_of(hidden_states, class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
     wanted = Wanted.of(needs, accumulate_dtype) if chunked else None
     predicted = target.new_empty(hidden_states.shape[0] if predict else 0, dtype=torch.int64)
     to_write = predicted if predict else None
@@ -222,7 +223,7 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The needed gradients of Σ grad_loss·loss + Σ grad_lse·lse (else empty); ``lse=None``: it was not saved."""
     head = Head(hidden_states, weight, target, bias)
-    rule = rule_of(class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
+    rule = rule_of(hidden_states, class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
     wanted, kernels = Wanted.of(needs, accumulate_dtype), operation.kernels(backend, hidden_states, weight)
     reduced = Reduction(heads, lse_square_scale, reduction, padding_idx)
     upstream = _row_gradients(kernels, grad_loss, head, rule, reduced)
@@ -272,7 +273,7 @@ def linear_cross_entropy_rescale_(
 ) -> None:
     """Turn the gradients of Σ loss, made in the forward pass, into those of Σ grad_loss·loss, in place."""
     head = Head(hidden_states, weight, target, bias)
-    rule = rule_of(class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
+    rule = rule_of(hidden_states, class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
     kernels = operation.kernels(backend, hidden_states, weight)
     of_losses = Reduction(heads, lse_square_scale, reduction, None)
     made = _needed((grad_hidden, grad_weight, grad_bias), needs)

@@ -53,7 +53,7 @@ def mlm_losses_and_sample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of Joint: the sample is drawn from the losses' logits."""
     head = Head(hidden_states, weight, target, bias)
-    rule = rule_of(class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
+    rule = rule_of(hidden_states, class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
     wanted, noise = Wanted.of(needs, accumulate_dtype), Noise(seed, temperature)
     kernels = gumbel_mix.operation.kernels(backend, hidden_states, weight)
     drawn = gumbel_mix.empty_sample(hidden_states, len(target))

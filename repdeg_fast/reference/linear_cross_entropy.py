@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from repdeg_fast._arithmetic import arithmetic_dtype, scale_or_repeat_
+from repdeg_fast._arithmetic import arithmetic_dtype, scale_or_repeat_, weight_of_targets
 from repdeg_fast._checks import wrong_target
 from repdeg_fast.contracts.linear_cross_entropy import Gradients, GradRows, Head, Look, LossRule, Upstream, Wanted
 
@@ -43,9 +43,7 @@ def share(head: Head, rule: LossRule, mean: bool) -> Tensor:
         return head.hidden_states.new_ones((), dtype=dtype)
     if rule.class_weight is None:
         return counts.sum().clamp_min(1).to(dtype).reciprocal()
-    inside = counts & (target >= 0) & (target < vocabulary)
-    weight = rule.class_weight.each[target.where(inside, 0).long()].where(inside, 0).sum(dtype=torch.float64)
-    return weight.where(weight != 0, 1).reciprocal().to(dtype)
+    return 1 / weight_of_targets(target, rule.ignore_index, rule.class_weight.each)
 
 
 def total(losses: Tensor, heads: int, share: Tensor) -> Tensor:
