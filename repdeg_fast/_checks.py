@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,10 @@ def check_floating(name: str, value: Tensor) -> None:
     check_dense(name, value)
 
 
-def is_plain(value: object, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
+def is_plain(value: Any, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
     """Whether ``value`` is a strided tensor of that dtype there: what a check may pass at once."""
     return (
-        isinstance(value, Tensor)
-        and type(value) in _PLAIN
+        type(value) in _PLAIN
         and value.dtype is dtype
         and value.device == device
         and value.layout is torch.strided

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -68,7 +67,8 @@ def admin_norm(
     Raises:
         TypeError, ValueError: naming the argument. ``save="output"`` with a weight near zero is one of them.
     """
-    x, branch = _under_autocast(x), _under_autocast(branch)
+    if torch._C._is_any_autocast_enabled():
+        x, branch = _under_autocast(x), _under_autocast(branch)
     _check_activations(x, branch)
     check_options(dropout, eps, norm, save)
     omega, weight, bias, branch_bias = _parameters(x, omega, weight, bias, branch_bias)
@@ -96,7 +96,7 @@ def check_options(dropout: float, eps: float, norm: str, save: str) -> None:
 
 
 def _under_autocast(value: Tensor) -> Tensor:
-    if not torch._C._is_any_autocast_enabled() or not isinstance(value, Tensor):
+    if not isinstance(value, Tensor):
         return value
     autocast = autocast_dtype(value.device)
     there = autocast is not None and value.is_floating_point() and value.dtype != torch.float64
@@ -136,7 +136,7 @@ def _parameters(
         if not fits:
             break
     else:  # the usual case, at once
-        return cast("tuple[Tensor | None, ...]", given)
+        return given  # type: ignore[return-value]
     return (
         None if omega is None else _parameter("omega", _omega(omega, x, dtype), x, dtype),
         None if weight is None else _parameter("weight", weight, x, dtype),

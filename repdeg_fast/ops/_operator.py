@@ -72,7 +72,8 @@ class Operator(Generic[P, R]):
     def __call__(self, *arguments: P.args, **_: P.kwargs) -> R:
         if _watched() or not _PLAIN.issuperset(map(type, arguments)) or _first_tensor(arguments).is_meta:
             return cast(R, self.overload(*arguments))
-        return cast(R, self._apply(self._run, *arguments) if is_grad_enabled() else self._run(*arguments))
+        found: R = self._apply(self._run, *arguments) if is_grad_enabled() else self._run(*arguments)
+        return found
 
     def register_fake(self, fake: Callable[..., R]) -> None:
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
@@ -102,9 +103,8 @@ class Operator(Generic[P, R]):
                 _raise_missing(public_name, "second derivative")
 
     def _run(self, *arguments: Any) -> R:
-        first = _first_tensor(arguments)
-        if first.is_cuda:
-            with torch.cuda.device(first.device):  # kernels are launched on the current device
+        if _first_tensor(arguments).is_cuda:
+            with torch.cuda.device(_first_tensor(arguments).device):  # kernels are launched on the current device
                 return self._body(*arguments)  # type: ignore[call-arg]
         return self._body(*arguments)  # type: ignore[call-arg]
 

@@ -140,11 +140,13 @@ class _Formula(Formula):
             return (None,) * 13
         y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed = _unpack(ctx)
         dropout, center, _, wanted, backend = ctx.options
-        grad_x, *others = admin_norm_backward(
+        grad_x, *of_others = admin_norm_backward(
             grad_y, y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed, dropout, center, wanted, backend
         )
-        gradients = [gradient if make else None for gradient, make in zip(others, wanted, strict=True)]
-        return None, grad_x, *gradients, None, None, None, None, None, None  # of run; from the seed on
+        for i, make in enumerate(wanted):
+            if not make:
+                of_others[i] = None
+        return None, grad_x, *of_others, None, None, None, None, None, None  # of run; from the seed on
 
 
 def _unpack(ctx: Any) -> Any:
