@@ -9,13 +9,14 @@ ARGS ?=
 STAGE ?= all
 PYTEST := $(BIN)/python -m pytest tests -n auto --dist worksteal -p no:benchmark --durations=15 --durations-min=2
 
-.PHONY: help bench test docs versions lint gpu tables clean
+.PHONY: help bench test docs versions wheel lint gpu tables clean
 
 help:
 	@echo "make bench              set up .venv and run the benchmarks (ARGS='--ops cosreg ...' to choose, ARGS=--full: all)"
 	@echo "make test               set up .venv, lint, and run all tests"
 	@echo "make docs               build the documentation into site/; open site/index.html"
 	@echo "make versions           compile all kernels against the oldest torch and Triton that are supported (downloads 350 MB)"
+	@echo "make wheel              dist/: a wheel that brings its C++ kernels compiled, for any Python and any torch from 2.10 on"
 	@echo "make gpu OUT=folder     on a machine with a GPU and its own torch, offline: check, compile, headline, bench, tune, profile;"
 	@echo "                        [STAGE=check,headline] [MINUTES=8] [WHEELS=folder] [DRY_RUN=1]; STAGE=sanitize, STAGE=batch"
 	@echo "make tables             write benchmarks/KERNELS.md, benchmarks/BUDGET.md and the README's and the docs' tables anew"
@@ -50,6 +51,9 @@ docs: $(INSTALLED)
 
 versions: $(INSTALLED)
 	$(BIN)/python tests/check_versions.py $(ARGS)
+
+wheel: $(INSTALLED)
+	$(BIN)/python benchmarks/prebuilt_wheel.py dist
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@
 CUDA, ``PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu`` saves gigabytes.
 """
 
+import os
 from pathlib import Path
 
 import nox
@@ -61,3 +62,19 @@ def package(session: nox.Session, kind: str) -> None:
     session.chdir(folder)
     for backend in ("cpu", "reference"):
         session.run("python", "-I", str(check), env={"REPDEG_FAST_BACKEND": backend})
+
+
+@nox.session
+def prebuilt(session: nox.Session) -> None:
+    """The wheel that brings its C++ kernels, installed where there is no compiler; it stays in dist/."""
+    session.install("wheel", TORCH)
+    session.install("-e", ".")
+    session.run("python", "benchmarks/prebuilt_wheel.py", "dist")
+    (built,) = Path("dist").resolve().glob("*manylinux*.whl")
+    check = Path("tests/check_install.py").resolve()
+    session.run("python", "-m", "pip", "uninstall", "-q", "-y", "repdeg-fast", "ninja", "pybind11")
+    session.install("--no-deps", str(built))
+    session.chdir(session.create_tmp())
+    without_compiler = {"PATH": session.bin, "REPDEG_FAST_BACKEND": "cpu", "REPDEG_FAST_CACHE_DIR": "cache"}
+    session.run("python", "-I", str(check), env=without_compiler)
+    assert not os.path.exists("cache"), "something was compiled"

@@ -58,14 +58,16 @@ def compiles_with_triton(wheels: Path, folder: Path) -> bool:
 
 
 def compile_errors(source: Path, includes: Sequence[Path | str], standard: str) -> str:
-    """What the compiler says of a file of ``csrc/``, host and device code; empty if it compiles."""
+    """What the compiler says of a file of ``csrc/``, host and device code; empty if it compiles. Without optimizing,
+    which takes as long again."""
     includes = [pybind11.get_include(), *includes]  # before the one that torch has among its own
     common = [f"-std={standard}", *(f"-I{path}" for path in includes), "-DTORCH_EXTENSION_NAME=checked", str(source)]
     if source.suffix == ".cpp":
         command = [cpp_extension.get_cxx_compiler(), *build.compile_flags(), "-w", "-fsyntax-only", *common]
     else:
-        flags = [*cpp_extension.COMMON_NVCC_FLAGS, *build.cuda_flags(), "-O0", "-w", "-arch=sm_90"]
-        command = ["nvcc", *flags, "-c", "-o", os.devnull, *common]
+        flags = [*cpp_extension.COMMON_NVCC_FLAGS, *build.cuda_flags(), "-w", "-arch=compute_90", "-code=compute_90"]
+        quick = ["-Xcicc", "-O0", "-Xcompiler", "-fsyntax-only"]
+        command = ["nvcc", *flags, *quick, "-c", "-o", os.devnull, *common]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stderr if done.returncode else ""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import repdeg_fast
+from repdeg_fast.native import build
 
 ROOT = Path(__file__).parent.parent
 CHECK = ROOT / "tests/check_install.py"
@@ -44,22 +45,26 @@ def test_contents(site):
 
 
 def test_runs_outside_the_tree(site, tmp_path):
+    """With the library that the tree compiled: one of other sources would not be looked for under its name."""
     code = """
 import importlib.util, torch, repdeg_fast
+from repdeg_fast.native import build
 print(repdeg_fast.__file__)
+print(build._library_path("cpu"))
 with repdeg_fast.use_backend("cpu"):
     print(repdeg_fast.cosine_regularization(torch.eye(3) + 1).item())
 print(importlib.util.find_spec("triton_kernels"), importlib.util.find_spec("csrc"))
 from repdeg_fast import triton_kernels
 print(triton_kernels.__file__)
 """
-    environment = {**os.environ, "PYTHONPATH": str(site), "REPDEG_FAST_CACHE_DIR": str(tmp_path / "cache")}
+    environment = {**os.environ, "PYTHONPATH": str(site)}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    where, value, names, kernels = result.stdout.splitlines()
+    where, library, value, names, kernels = result.stdout.splitlines()
     assert where.startswith(str(site))
+    assert library == str(build._library_path("cpu"))
     assert float(value) == pytest.approx(5 / 9, rel=1e-6)
     assert names == "None None"
     assert kernels.startswith(str(site))

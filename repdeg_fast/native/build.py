@@ -3,7 +3,7 @@
 Two libraries, so that a CPU user never waits for nvcc: ``cpu`` (schemas, C++ kernels) and ``cuda`` (CUDA kernels).
 Each is compiled on first use with ninja through :mod:`torch.utils.cpp_extension` and kept in a folder named after
 everything that decides its contents; a file lock lets one process compile while the others wait.
-:mod:`~repdeg_fast.native.cache` is that folder.
+:mod:`~repdeg_fast.native.cache` is that folder. A wheel may bring ``cpu``: :mod:`~repdeg_fast.native.prebuilt`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from typing import Any
 import torch
 
 from repdeg_fast.native import cache
+from repdeg_fast.native.prebuilt import Prebuilt
+from repdeg_fast.native.prebuilt import library as prebuilt_library
 
 LIBRARIES = ("cpu", "cuda")
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # stable ABI of torch 2.10: one build serves all later ones
@@ -46,6 +48,8 @@ def unavailable(library: str) -> str | None:
         return None
     if library in _failures:
         return _failures[library]
+    if _prebuilt(library):
+        return None
     if library == "cuda" and (reason := _cuda_unavailable()):
         return reason
     try:
@@ -55,7 +59,7 @@ def unavailable(library: str) -> str | None:
     return None if compiled else _compiler_missing(library)
 
 
-def load(library: str) -> ModuleType:
+def load(library: str) -> ModuleType | Prebuilt:
     """The loaded library, compiled first if need be. Raises ``RuntimeError`` with the reason and the remedy."""
     if library in _loaded:
         return _loaded[library]
@@ -67,7 +71,8 @@ def load(library: str) -> ModuleType:
         if reason := unavailable(library):
             raise RuntimeError(reason)
         try:
-            _loaded[library] = _build_and_import(library)
+            ready = _prebuilt(library)
+            _loaded[library] = Prebuilt(ready) if ready else _build_and_import(library)
         except Exception as error:
             remedy = f"check {cache.cache_root()}, or name another folder by REPDEG_FAST_CACHE_DIR"
             remedy = remedy if isinstance(error, OSError) else _remedy(library)
@@ -85,13 +90,19 @@ def state(library: str) -> str:
     """``"loaded"``, ``"compiled"``, ``"will be compiled on first use"``, or why it is not available."""
     if library in _loaded:
         return "loaded"
+    if _prebuilt(library):
+        return "compiled"
     if reason := unavailable(library):
         return reason
     return "compiled" if cache.is_whole(_library_path(library)) else "will be compiled on first use"
 
 
+def _prebuilt(library: str) -> Path | None:
+    return prebuilt_library(frozenset(_instruction_set().split())) if library == "cpu" else None
+
+
 _loading = threading.Lock()
-_loaded: dict[str, ModuleType] = {}
+_loaded: dict[str, ModuleType | Prebuilt] = {}
 _failures: dict[str, str] = {}
 
 

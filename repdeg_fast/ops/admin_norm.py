@@ -140,13 +140,14 @@ class _Formula(Formula):
             return (None,) * 13
         y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed = _unpack(ctx)
         dropout, center, _, wanted, backend = ctx.options
-        grad_x, *of_others = admin_norm_backward(
+        gradients: list[Tensor | None] = []
+        grad_x, *gradients[:] = admin_norm_backward(
             grad_y, y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed, dropout, center, wanted, backend
         )
         for i, make in enumerate(wanted):
             if not make:
-                of_others[i] = None
-        return None, grad_x, *of_others, None, None, None, None, None, None  # of run; from the seed on
+                gradients[i] = None
+        return None, grad_x, *gradients, None, None, None, None, None, None  # of run; from the seed on
 
 
 def _unpack(ctx: Any) -> Any:
