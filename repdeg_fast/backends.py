@@ -74,8 +74,8 @@ class Operation(Generic[K]):
         for name in order:
             found, limit = self._find(name, device), self.limits.get(_backends[name].kernels_of, no_limit)
             if not isinstance(found, _Unavailable) and limit(*tensors) is None:
-                if name != backend and name == "reference":
-                    self._announce_fallback(device, *tensors)
+                if name != backend and (name == "reference" or strict()):
+                    self._announce_fallback(name, device, *tensors)
                 elif limit is no_limit and name == order[0]:  # whatever the tensors are
                     self._unlimited[backend, tensors[0].device] = found
                 return found
@@ -104,11 +104,16 @@ class Operation(Generic[K]):
                 self._found[key] = _Unavailable(str(error))
         return self._found[key]
 
-    def _announce_fallback(self, device: str, *tensors: Tensor) -> None:
-        others = [name for name in PREFERENCE.get(device, ()) if name != "reference"]
-        reasons = [f"{name}: {self.unavailable(name, device, *tensors)}" for name in others]
+    def _announce_fallback(self, serving: str, device: str, *tensors: Tensor) -> None:
+        """Where backends come before the one that serves. An operation that has kernels in none of them falls back from
+        nothing: that is said, but no error in strict mode."""
+        order = PREFERENCE.get(device, ("reference",))
+        before = [name for name in order[: order.index(serving)] if serving == "reference" or name in self.limits]
+        reasons = [f"{name}: {self.unavailable(name, device, *tensors)}" for name in before]
         if reasons:
-            announce(f"repdeg_fast: {self.name} on {device} falls back to plain PyTorch: {'; '.join(reasons)}")
+            what = "plain PyTorch" if serving == "reference" else serving
+            say = announce if self.limits.keys() & {*before} else _warn_once
+            say(f"repdeg_fast: {self.name} on {device} falls back to {what}: {'; '.join(reasons)}")
 
 
 def _no_triton() -> NoReturn:
@@ -288,11 +293,35 @@ def tuning_file() -> Path:
 def _load_tuning() -> None:
     from repdeg_fast.triton_kernels import tuning
 
-    tuning.load(tuning_file())
+    if not strict():
+        return tuning.load(tuning_file())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        try:
+            tuning.load(tuning_file())
+        except RuntimeWarning as unreadable:
+            forbid_if_strict(str(unreadable))
+
+
+def strict() -> bool:
+    """Whether ``REPDEG_FAST_STRICT=1`` makes every fallback an error. Asked where there is one, not at each call."""
+    return os.environ.get("REPDEG_FAST_STRICT", "0") not in ("", "0")
+
+
+def forbid_if_strict(message: str) -> None:
+    """Where something falls back: ``RuntimeError`` in strict mode."""
+    if strict():
+        raise RuntimeError(f"{message} (REPDEG_FAST_STRICT=1 makes this an error; unset it to go on regardless)")
+
+
+def announce(message: str) -> None:
+    """A fallback: an error in strict mode, else a warning."""
+    forbid_if_strict(message)
+    _warn_once(message)
 
 
 @functools.cache
-def announce(message: str) -> None:
+def _warn_once(message: str) -> None:
     """Once a process for each message (the cache is what remembers), at the line that called this package."""
     warnings.warn(message, RuntimeWarning, stacklevel=_frames_within() + 1)
 

@@ -9,6 +9,8 @@ import torch
 
 import repdeg_fast
 from repdeg_fast import backends
+from repdeg_fast.ops import neighbours  # noqa: F401  registers its operation
+from repdeg_fast.ops.linear import linear
 
 WEIGHT = torch.randn(6, 4)
 
@@ -78,3 +80,59 @@ print(len(caught), caught[0].filename, caught[0].message, values[0])
     assert "falls back to plain PyTorch" in message
     assert "install a C++17 compiler" in message
     assert float(message.split()[-1]) == pytest.approx(12 * (6 / 7) / 16, rel=1e-6)
+
+
+@pytest.fixture
+def strict(monkeypatch):
+    monkeypatch.setenv("REPDEG_FAST_STRICT", "1")
+
+
+@pytest.fixture
+def no_cpu_kernels(monkeypatch):
+    backends.forget()
+    monkeypatch.setattr(backends.build, "unavailable", lambda library: "no C++ compiler; install one")
+    yield
+    backends.forget()
+
+
+STRICT = "no C\\+\\+ compiler; install one.*REPDEG_FAST_STRICT=1"
+
+
+def test_strict_makes_a_fallback_an_error(strict, no_cpu_kernels):
+    with pytest.raises(RuntimeError, match=f"cosreg on cpu falls back to plain PyTorch: cpu: {STRICT}"):
+        repdeg_fast.cosine_regularization(WEIGHT)
+    with pytest.raises(RuntimeError, match=f"a linear layer on cpu is PyTorch's own: {STRICT}"):
+        linear(WEIGHT, WEIGHT, None)
+    with repdeg_fast.use_backend("reference"):  # asked for: no fallback
+        repdeg_fast.cosine_regularization(WEIGHT)
+
+
+def test_strict_asks_for_the_first_backend_that_has_kernels(strict, monkeypatch):
+    """Triton for an operation with CUDA kernels is a fallback; for one that has none it is not."""
+    cosreg, pairwise = (backends._operations[name] for name in ("cosreg", "pairwise"))
+    backends._warn_once.cache_clear()
+    monkeypatch.setattr(backends.Operation, "unavailable", lambda self, name, device, *_: f"{name} is not there")
+    pairwise._announce_fallback("triton", "cuda", WEIGHT)
+    with pytest.raises(RuntimeError, match="cosreg on cuda falls back to triton: cuda: cuda is not there"):
+        cosreg._announce_fallback("triton", "cuda", WEIGHT)
+    with pytest.warns(RuntimeWarning, match="neighbours on cuda falls back to plain PyTorch"):
+        backends._operations["neighbours"]._announce_fallback("reference", "cuda", WEIGHT)
+
+
+def test_strict_and_what_else_is_announced(strict, tmp_path, monkeypatch):
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0], requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"admin_norm: weight has an entry near zero.*REPDEG_FAST_STRICT=1"):
+        repdeg_fast.admin_norm(WEIGHT, WEIGHT, weight=weight)
+    repdeg_fast.admin_norm(WEIGHT, WEIGHT, weight=weight, save="input")
+    (tmp_path / "tuning.json").write_text("[")
+    monkeypatch.setenv("REPDEG_FAST_CACHE_DIR", str(tmp_path))
+    backends._load_tuning.cache_clear()
+    with pytest.raises(RuntimeError, match=r"tuning\.json cannot be read.*REPDEG_FAST_STRICT=1"):
+        backends._load_tuning()
+
+
+def test_nothing_here_is_a_fallback(strict):
+    """All operations have kernels for this machine, compiled or to be compiled."""
+    for operation, devices in backends.status().items():
+        assert devices["cpu"]["serves"] == "cpu", operation
+    repdeg_fast.cosine_regularization(WEIGHT)

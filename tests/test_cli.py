@@ -120,6 +120,12 @@ def test_info_says_when_the_named_backend_cannot_serve():
         assert "cuda (cannot serve: serves cuda tensors only)" in invoke("info")
 
 
+def test_info_says_whether_it_is_strict(monkeypatch):
+    assert "Strict (REPDEG_FAST_STRICT=1): off" in invoke("info")
+    monkeypatch.setenv("REPDEG_FAST_STRICT", "1")
+    assert "Strict (REPDEG_FAST_STRICT=1): on" in invoke("info")
+
+
 def test_version():
     assert invoke("--version") == f"repdeg-fast {repdeg_fast.__version__}"
 

@@ -66,7 +66,7 @@ def test_one_row_is_zero_as_there():
     assert gradient.norm() <= 1e-6
 
 
-def test_another_similarity_is_theirs():
+def test_another_similarity_is_theirs(monkeypatch):
     from sentence_transformers.util import dot_score
 
     from repdeg_fast.integrations.sentence_transformers import GlobalOrthogonalRegularizationLoss
@@ -77,6 +77,9 @@ def test_another_similarity_is_theirs():
     )
     assert ours.compute_gor(x) == other.compute_gor(x)
     assert ours.get_config_dict() == other.get_config_dict()
+    monkeypatch.setenv("REPDEG_FAST_STRICT", "1")
+    with pytest.raises(RuntimeError, match="the regularization is not fused"):
+        ours.compute_gor(x)
 
 
 @pytest.mark.parametrize("shape", [(12, 12, 5), (9, 21, 30), (21, 9, 4)], ids=str)

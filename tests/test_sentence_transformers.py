@@ -91,7 +91,7 @@ def test_the_loss_stage_is_ours(monkeypatch):
     assert calls == [7, 7]
 
 
-def test_other_similarities_are_theirs():
+def test_other_similarities_are_theirs(monkeypatch):
     def similarity(a, b):
         return -torch.cdist(a, b)
 
@@ -99,6 +99,9 @@ def test_other_similarities_are_theirs():
     for name in ("MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"):
         expected = step(getattr(theirs, name)(model, similarity_fct=similarity), features)
         torch.testing.assert_close(step(getattr(fused, name)(model, similarity_fct=similarity), features), expected)
+    monkeypatch.setenv("REPDEG_FAST_STRICT", "1")
+    with pytest.raises(RuntimeError, match=r"similarity_fct=similarity is neither .* the loss is not fused"):
+        step(fused.MultipleNegativesRankingLoss(model, similarity_fct=similarity), features)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

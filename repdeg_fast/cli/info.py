@@ -99,5 +99,9 @@ def _backends_table() -> Table:
             reason = entry[str(entry["serves"])]  # one that was named may be unable to
             serves = f"[bold]{entry['serves']}[/]" + (f" (cannot serve: {escape(reason)})" if reason else "")
             table.add_row(op, device, serves, escape("\n".join(others)))
-    table.caption = "REPDEG_FAST_BACKEND or repdeg_fast.use_backend(name) name one instead"
+    strict = "on: a fallback is an error" if backends.strict() else "off: a fallback is a warning, said once"
+    table.caption = (
+        "REPDEG_FAST_BACKEND or repdeg_fast.use_backend(name) name one instead. "
+        f"Strict (REPDEG_FAST_STRICT=1): {strict}"
+    )
     return table

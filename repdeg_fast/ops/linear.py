@@ -34,7 +34,10 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     operands = (x, weight) if bias is None else (x, weight, bias)
     if not all(is_plain(operand, torch.float32, _CPU) for operand in operands):
         return False
-    if backends.requested() not in ("auto", "cpu") or build.unavailable("cpu") is not None:
+    if backends.requested() not in ("auto", "cpu"):
+        return False
+    if reason := build.unavailable("cpu"):
+        backends.forbid_if_strict(f"repdeg_fast: a linear layer on cpu is PyTorch's own: {reason}")
         return False
     build.load("cpu")
     return products.settle(torch.ops.repdeg_fast_native) == "onednn"

@@ -15,6 +15,7 @@ from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score,
 from torch import Tensor, nn
 
 from repdeg_fast._checks import check_finite
+from repdeg_fast.backends import forbid_if_strict
 from repdeg_fast.functional import contrastive_loss
 from repdeg_fast.integrations.sentence_transformers.orthogonality import GlobalOrthogonalRegularizationLoss
 
@@ -135,5 +136,12 @@ def apply(loss: Loss) -> Loss:
 
 
 def similarity_name(function: Callable[..., Any]) -> str | None:
-    """``similarity`` of :func:`repdeg_fast.contrastive_loss` for a function of sentence-transformers."""
-    return "cosine" if function is cos_sim else "dot" if function is dot_score else None
+    """``similarity`` of :func:`repdeg_fast.contrastive_loss` for a function of sentence-transformers; ``None`` for one
+    of a user's, with which the loss is computed as there."""
+    if function is cos_sim:
+        return "cosine"
+    if function is dot_score:
+        return "dot"
+    name = getattr(function, "__name__", repr(function))
+    forbid_if_strict(f"repdeg_fast: similarity_fct={name} is neither cos_sim nor dot_score: the loss is not fused")
+    return None

@@ -6,6 +6,7 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import cos_sim
 from torch import Tensor
 
+from repdeg_fast.backends import forbid_if_strict
 from repdeg_fast.functional import global_orthogonal_regularization
 
 
@@ -22,6 +23,7 @@ class GlobalOrthogonalRegularizationLoss(losses.GlobalOrthogonalRegularizationLo
     def compute_gor(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Both terms of (N, d) embeddings, without their weights; 0 for one whose weight is 0."""
         if self.similarity_fct is not cos_sim:
+            forbid_if_strict("repdeg_fast: similarity_fct is not cos_sim: the regularization is not fused")
             return super().compute_gor(embeddings)
         mean, second_moment = global_orthogonal_regularization(
             embeddings,
