@@ -293,10 +293,9 @@ def tuning_file() -> Path:
 def _load_tuning() -> None:
     from repdeg_fast.triton_kernels import tuning
 
-    if not strict():
-        return tuning.load(tuning_file())
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
+        if strict():
+            warnings.simplefilter("error", RuntimeWarning)
         try:
             tuning.load(tuning_file())
         except RuntimeWarning as unreadable:
