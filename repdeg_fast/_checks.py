@@ -45,6 +45,11 @@ def is_dtensor(value: Tensor) -> bool:
     return type(value) not in _PLAIN and type(value).__module__.startswith("torch.distributed.tensor")
 
 
+def is_cut(weight: object, shard: object) -> bool:
+    """Whether a call is about a vocabulary that lies on several ranks."""
+    return shard is not None or (isinstance(weight, Tensor) and is_dtensor(weight))
+
+
 def check_dense(name: str, value: Tensor) -> None:
     """The tensor ``value`` is a strided one, whole on this device."""
     if is_dtensor(value):

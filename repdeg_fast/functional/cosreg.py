@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from repdeg_fast import backends
-from repdeg_fast._checks import check_finite, check_floating, check_positive
+from repdeg_fast._checks import check_finite, check_floating, check_positive, is_cut
 from repdeg_fast.ops import cosreg as _cosreg
+
+if TYPE_CHECKING:
+    from repdeg_fast.distributed import VocabularyShard
 
 
 def cosine_regularization(
@@ -15,6 +20,7 @@ def cosine_regularization(
     *,
     row_weight: Tensor | None = None,  # (N,)
     eps: float = 1e-12,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Mean cosine similarity over all ordered pairs of different rows (CosReg, arXiv 1907.12009, section 5).
 
@@ -26,6 +32,8 @@ def cosine_regularization(
             (padding) contributes nothing and gets a zero gradient; NaN and Inf come out as NaN.
         row_weight: (N,), at least 0, for example token frequencies; gets no gradient.
         eps: smallest norm that is divided by.
+        shard: ``weight`` and ``row_weight`` are the rows that this rank has of N on several ranks, which all get R.
+            Not needed where ``weight`` is a DTensor whose rows are cut, as FSDP2's parameters are.
 
     Returns:
         R, a scalar in float32 (float64 for float64 weights).
@@ -34,6 +42,10 @@ def cosine_regularization(
         TypeError, ValueError: naming the argument. A negative ``row_weight``, or one that sums to zero, raises on the
             CPU and gives NaN on a GPU, where a check would stall the stream.
     """
+    if is_cut(weight, shard):
+        from repdeg_fast.distributed import cosreg as over_shards
+
+        return over_shards.cosine_regularization(weight, row_weight, eps, shard)
     _check_cosreg(weight, row_weight, eps)
     return _cosreg.cosreg(weight, row_weight, eps, backends.requested())[0]
 
@@ -45,6 +57,7 @@ def add_cosine_regularization_(
     *,
     row_weight: Tensor | None = None,  # (N,)
     eps: float = 1e-12,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Add coefficient · ∂R/∂W straight into ``weight.grad`` and return R (see :func:`cosine_regularization`).
 
@@ -55,7 +68,9 @@ def add_cosine_regularization_(
         TypeError, ValueError: naming the argument; also when ``weight`` is frozen or not a leaf, and when its ``.grad``
             is sparse, of another dtype, or expanded.
     """
-    _check_cosreg(weight, row_weight, eps)
+    cut = is_cut(weight, shard)
+    if not cut:
+        _check_cosreg(weight, row_weight, eps)
     check_finite("coefficient", coefficient)
     if not weight.is_leaf:
         raise ValueError(
@@ -73,6 +88,10 @@ def add_cosine_regularization_(
         )
     if grad.dtype != weight.dtype:
         raise TypeError(f"weight.grad: expected {weight.dtype} like weight, got {grad.dtype}")
+    if cut:
+        from repdeg_fast.distributed import cosreg as over_shards
+
+        return over_shards.add_cosine_regularization_(weight, float(coefficient), row_weight, eps, shard)
     if any(stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)):
         raise ValueError("weight.grad: elements share memory (an expanded tensor); use weight.grad.clone()")
     return _cosreg.cosreg_add_(grad, weight, float(coefficient), row_weight, eps, backends.requested())

@@ -6,18 +6,29 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from repdeg_fast import backends
 from repdeg_fast._arithmetic import autocast_dtype
-from repdeg_fast._checks import check_dense, check_finite, check_floating, check_integer, check_positive, row_of_padding
+from repdeg_fast._checks import (
+    check_dense,
+    check_finite,
+    check_floating,
+    check_integer,
+    check_positive,
+    is_cut,
+    row_of_padding,
+)
 from repdeg_fast.contracts.linear_cross_entropy import Head
 from repdeg_fast.ops import linear_cross_entropy as _ops
 from repdeg_fast.ops._operator import wants_gradient
 from repdeg_fast.ops.buffers import LIMIT
+
+if TYPE_CHECKING:
+    from repdeg_fast.distributed import VocabularyShard
 
 REDUCTIONS = ("none", "sum", "mean")
 FP32 = torch.finfo(torch.float32)
@@ -38,6 +49,7 @@ def linear_cross_entropy(
     accumulate_dtype: torch.dtype = torch.float32,
     return_lse: bool = False,
     padding_idx: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``F.cross_entropy(F.linear(hidden_states, weight, bias).float(), target)`` and its gradients without the logits.
 
@@ -61,6 +73,9 @@ def linear_cross_entropy(
         accumulate_dtype: in which the weight's gradient is summed over chunks: float32, or the dtype of the weight.
         return_lse: return (loss, log-sum-exp of every row (...)); differentiable, for z-losses.
         padding_idx: a row of ``weight`` that gets no gradient, as in ``nn.Embedding``.
+        shard: ``weight`` and ``bias`` are the rows that this rank has of a vocabulary cut over ranks, which have
+            ``hidden_states`` and ``target`` whole; V, ``target`` and ``padding_idx`` are those of the whole. Not needed
+            where ``weight`` is a DTensor with ``Shard(0)``.
 
     Returns:
         The loss in float32 (float64 for float64 inputs): a scalar, or (...) for ``reduction="none"``.
@@ -70,6 +85,11 @@ def linear_cross_entropy(
             would stall the stream, it makes the row's loss NaN.
     """
     given = Options(ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx)
+    if is_cut(weight, shard):
+        from repdeg_fast.distributed import linear_cross_entropy as over_shards
+
+        backend = backends.requested()
+        return over_shards.linear_cross_entropy(hidden_states, weight, target, bias, given, shard, backend, return_lse)
     hidden_states, options = check_tensors(hidden_states, weight, target, bias, check_options(given))
     positions = hidden_states.shape[:-1]
     if target.shape != positions:
@@ -98,6 +118,7 @@ def multi_layer_mlm_loss(
     strategy: str = "auto",
     accumulate_dtype: torch.dtype = torch.float32,
     padding_idx: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """The masked-language-model losses of K layers through one shared projection (AMOS, arXiv 2204.03243, equation 4;
     Condenser, arXiv 2104.08253, equation 6).
@@ -116,6 +137,11 @@ def multi_layer_mlm_loss(
         TypeError, ValueError: naming the argument, as :func:`linear_cross_entropy`.
     """
     given = Options(ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx)
+    if is_cut(weight, shard):
+        from repdeg_fast.distributed import linear_cross_entropy as over_shards
+
+        backend = backends.requested()
+        return over_shards.multi_layer_mlm_loss(hidden_states, weight, target, bias, given, shard, backend)
     hidden_states, options = check_tensors(stacked(hidden_states), weight, target, bias, check_options(given))
     check_heads(hidden_states.shape, target)
     head = Head(hidden_states.flatten(0, 1), weight, target.contiguous(), bias)

@@ -73,7 +73,7 @@ def backward(upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted
     g = upstream.grad_loss.masked_fill(invalid, float("nan")).masked_fill(ignored, 0)[:, None]
     u = torch.zeros_like(g) if upstream.grad_lse is None else upstream.grad_lse[:, None]
     of_target, of_each = _label_distribution(target, z, rule)
-    p = z.softmax(dim=1)
+    p = _softmax(z, lse[:, None])
     dz = (g * (of_target[:, None] + of_each.sum()) + u) * p - g * of_each
     dz.scatter_add_(1, target[:, None], -g * of_target[:, None])
     if rule.softcap:
@@ -105,6 +105,14 @@ def rescale_(
 ) -> None:
     """See the contract."""
     scale_or_repeat_(gradients, grad_heads, lambda: forward_backward(rows(), head, rule, wanted)[2])
+
+
+def _softmax(z: Tensor, lse: Tensor) -> Tensor:
+    """exp(z − lse), as exact where z is far from zero as elsewhere; of columns that may be some of the vocabulary,
+    whose lse it is."""
+    here = z.logsumexp(dim=1, keepdim=True)
+    nothing = (here == -torch.inf) & (lse > -torch.inf)
+    return (z.softmax(dim=1) * (here - lse).exp()).masked_fill_(nothing, 0)
 
 
 def _logits(head: Head, softcap: float) -> Tensor:

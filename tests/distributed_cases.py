@@ -1,0 +1,221 @@
+"""What ranks do in tests/test_distributed.py: the same problem cut over them, beside the one of one process."""
+
+import torch
+from ranks import Traffic
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import repdeg_fast
+from repdeg_fast import (
+    add_cosine_regularization_,
+    cosine_regularization,
+    linear_cross_entropy,
+    multi_layer_mlm_loss,
+)
+from repdeg_fast.distributed import VocabularyShard, compare_arguments
+
+WIDTH = 12
+
+
+def mesh(shape=None, names=("tp",)):
+    return init_device_mesh("cpu", shape or (distributed.get_world_size(),), mesh_dim_names=names)
+
+
+def uneven(whole, ranks):
+    """Ends of ranges: the first rank has one row, the last but one none, if there are enough."""
+    ends = [0, *(min(whole, 1 + 3 * i) for i in range(ranks - 1)), whole]
+    if ranks > 2:
+        ends[-2] = ends[-3]
+    return ends
+
+
+class Cut:
+    """A matrix (V, d), or vector (V,), as each rank of a vocabulary-parallel call has it, and its gradient whole."""
+
+    def __init__(self, form, whole):
+        ranks, rank = distributed.get_world_size(), distributed.get_rank()
+        self.form, self.whole, self.shard = form, whole, None
+        if form == "dtensor":
+            self.mesh = mesh()
+        else:
+            ends = uneven(whole, ranks)
+            self.shard = VocabularyShard(ends[rank], ends[rank + 1], whole)
+
+    def take(self, tensor):
+        if tensor is None:
+            return None
+        if self.form == "dtensor":
+            part = distribute_tensor(tensor.detach(), self.mesh, [Shard(0)])
+        else:
+            part = tensor.detach()[self.shard.first : self.shard.last].clone()
+        return part.requires_grad_(tensor.requires_grad)
+
+    def gradient(self, part):
+        if self.form == "dtensor":
+            return part.grad.full_tensor()
+        parts = [None] * distributed.get_world_size()
+        distributed.all_gather_object(parts, part.grad)
+        return torch.cat(parts)
+
+
+def close(got, expected, tolerance=1e-5):
+    got, expected = got.double(), expected.double()
+    assert got.shape == expected.shape
+    error, size = (got - expected).norm().item(), expected.norm().item()
+    assert error <= tolerance * (size or 1), f"off by {error / (size or 1):.2g}"
+
+
+def same_everywhere(tensor):
+    parts = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, tensor.detach())
+    for part in parts:
+        assert torch.equal(part, parts[0])
+
+
+def cosreg(rank, form, weighted, dtype, whole, backend):
+    weight = torch.randn(whole, WIDTH, dtype=dtype) + 1
+    weight[min(2, whole - 1)] = 0
+    weight[0] *= 1e-14
+    weight.requires_grad_()
+    row_weight = torch.rand(whole) * 1e30 if weighted else None
+    with repdeg_fast.use_backend(backend):
+        expected = cosine_regularization(weight, row_weight=row_weight)
+        expected.backward()
+        cut = Cut(form, whole)
+        part, its_weight = cut.take(weight), cut.take(row_weight)
+        with Traffic() as traffic:
+            value = cosine_regularization(part, row_weight=its_weight, shard=cut.shard)
+            value.backward()
+        assert traffic.bytes() <= 8 * (WIDTH + 2)
+        added = part.detach().requires_grad_()
+        added.grad = torch.ones_like(added)
+        again = add_cosine_regularization_(added, 2.0, row_weight=its_weight, shard=cut.shard)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    close(value, expected, tolerance)
+    close(again, expected, tolerance)
+    same_everywhere(value)
+    close(cut.gradient(part), weight.grad, tolerance)
+    close(cut.gradient(added), 1 + 2 * weight.grad, tolerance)
+
+
+def cosreg_of_two_dimensions(rank):
+    """FSDP2 over both dimensions of a mesh, over one with copies on the other."""
+    weight = torch.randn(7, WIDTH)
+    for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(0)]):
+        part = nn.Parameter(distribute_tensor(weight, mesh((2, 2), ("dp", "tp")), placements))
+        part.grad = torch.zeros_like(part)
+        close(add_cosine_regularization_(part, 1.0), cosine_regularization(weight))
+        whole = weight.clone().requires_grad_()
+        cosine_regularization(whole).backward()
+        close(part.grad.full_tensor(), whole.grad)
+
+
+def cross_entropy(rank, form, heads, options, dtype, whole, backend):
+    """Values and gradients of hidden states, weight and bias."""
+    positions, bias = 9, options.pop("bias", True)
+    hidden = (3 * torch.randn(heads, positions, WIDTH)).to(dtype).requires_grad_()
+    weight = torch.randn(whole, WIDTH).to(dtype).requires_grad_()
+    bias = torch.randn(whole).to(dtype).requires_grad_() if bias else None
+    target = torch.randint(whole, (positions,))
+    target[3] = -100
+    upstream = torch.rand(heads, positions if options.get("reduction") == "none" else 1)
+    return_lse = options.pop("return_lse", False)
+
+    def run(hidden, weight, bias, **more):
+        if return_lse:
+            loss, lse = linear_cross_entropy(hidden[0], weight, target, bias, return_lse=True, **options, **more)
+            return loss + lse.square().mean()
+        losses = multi_layer_mlm_loss(hidden, weight, target, bias, **options, **more)
+        return (
+            (losses * upstream.squeeze()).sum()
+            if options.get("reduction") == "none"
+            else (losses * upstream[:, 0]).sum()
+        )
+
+    with repdeg_fast.use_backend(backend):
+        expected = run(hidden, weight, bias)
+        expected.backward()
+        cut = Cut(form, whole)
+        parts = [cut.take(weight), cut.take(bias)]
+        mine = hidden.detach().requires_grad_()
+        with Traffic() as forward:
+            value = run(mine, *parts, shard=cut.shard)
+        with Traffic() as backward:
+            value.backward()
+    assert forward.bytes() <= 12 * heads * positions * (2 if dtype == torch.float64 else 1)
+    assert backward.bytes() == hidden.nbytes
+    tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 1e-2
+    close(value, expected, tolerance)
+    same_everywhere(value)
+    same_everywhere(mine.grad)
+    close(mine.grad, hidden.grad, tolerance)
+    close(cut.gradient(parts[0]), weight.grad, tolerance)
+    if bias is not None:
+        close(cut.gradient(parts[1]), bias.grad, tolerance)
+
+
+def raised(function):
+    """Type and text of what a call raises, for the test to look at on every rank."""
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def bad_ranges(rank, ranges, whole):
+    first, last = ranges[rank]
+    return raised(lambda: VocabularyShard(first, last, whole[rank] if isinstance(whole, list) else whole))
+
+
+def bad_input(rank):
+    """Each a mistake that every rank makes; what it raises."""
+    weight, hidden, target = torch.randn(8, WIDTH), torch.randn(3, WIDTH), torch.arange(3)
+    shard = VocabularyShard.even(8)
+    mine, placed = weight[shard.first : shard.last], distribute_tensor(weight, mesh(), [Shard(0)])
+    columns = distribute_tensor(weight, mesh(), [Shard(1)])
+    cross_entropy = lambda w, b=None, t=target, h=hidden, **o: lambda: linear_cross_entropy(h, w, t, b, **o)  # noqa: E731
+    calls = {
+        "columns": cross_entropy(columns),
+        "columns of cosreg": lambda: cosine_regularization(columns),
+        "no such dimension": lambda: VocabularyShard.of_mesh(mesh(), "pp", 8),
+        "other group": lambda: VocabularyShard(
+            0, 8, 8, distributed.new_group([1 - rank]) and distributed.GroupMember.NON_GROUP_MEMBER
+        ),
+        "other rows": cross_entropy(weight[:3], shard=shard),
+        "no shard": cross_entropy(mine, shard=(0, 4)),
+        "shard and dtensor": cross_entropy(placed, shard=shard),
+        "plain bias": cross_entropy(placed, torch.zeros(8)),
+        "replicated bias": cross_entropy(placed, distribute_tensor(torch.zeros(8), mesh(), [Replicate()])),
+        "hidden states cut": cross_entropy(placed, h=distribute_tensor(hidden, mesh(), [Shard(0)])),
+        "target": cross_entropy(mine, t=target + 6, shard=shard),
+        "chunked": cross_entropy(mine, shard=shard, strategy="chunked"),
+        "softcap": cross_entropy(mine, shard=shard, softcap=3.0, label_smoothing=0.1),
+        "padding": cross_entropy(mine, shard=shard, padding_idx=8),
+        "row weights": lambda: cosine_regularization(mine, row_weight=torch.arange(4.0) - rank, shard=shard),
+    }
+    return {name: raised(call) for name, call in calls.items()}
+
+
+def disagree(rank):
+    """With the debug mode on: what differs is named on every rank."""
+    weight, hidden, target = torch.randn(8, WIDTH), torch.randn(3, WIDTH), torch.arange(3)
+    shard = VocabularyShard.even(8)
+    mine = weight[shard.first : shard.last]
+    with compare_arguments():
+        linear_cross_entropy(hidden, mine, target, shard=shard)
+        return {
+            "hidden_states": raised(lambda: linear_cross_entropy(hidden + rank, mine, target, shard=shard)),
+            "label_smoothing": raised(
+                lambda: linear_cross_entropy(hidden, mine, target, label_smoothing=0.1 * rank, shard=shard)
+            ),
+            "operation": raised(
+                lambda: (
+                    linear_cross_entropy(hidden, mine, target, shard=shard)
+                    if rank
+                    else multi_layer_mlm_loss([hidden], mine, target, shard=shard)
+                )
+            ),
+            "eps": raised(lambda: cosine_regularization(mine, eps=1e-12 * (1 + rank), shard=shard)),
+        }

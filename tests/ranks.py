@@ -1,0 +1,121 @@
+"""Processes of torch.distributed for tests: made once, from one that has imported all they need, and sent functions."""
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+
+PRELOADED = (
+    "torch",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.fsdp",
+    "repdeg_fast",
+    "repdeg_fast.distributed",
+)
+PATIENCE = 15  # seconds: a rank that waits for another longer than this has lost it
+
+
+class Pool:
+    """``run(function, *arguments)``: ``function(rank, *arguments)`` on every rank, which must be importable; what each
+    returned, or the first error."""
+
+    def __init__(self, ranks):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        self.folder = tempfile.TemporaryDirectory()
+        self.ranks, pipes = ranks, [context.Pipe() for _ in range(ranks)]
+        self.pipes = [mine for mine, _ in pipes]
+        self.processes = [
+            context.Process(target=_serve, args=(rank, ranks, self.folder.name, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+        for _, theirs in pipes:
+            theirs.close()
+
+    def run(self, function, *arguments):
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        return self.results()
+
+    def results(self):
+        found = [pipe.recv() if pipe.poll(PATIENCE) else (None, "no answer in time") for pipe in self.pipes]
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(found) if error]
+        if errors:
+            raise AssertionError("\n".join(errors))
+        return [result for result, _ in found]
+
+    def close(self):
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        for process in self.processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+        self.folder.cleanup()
+
+
+def _serve(rank, ranks, folder, pipe):
+    import torch
+    from torch import distributed
+
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    store = distributed.FileStore(os.path.join(folder, "store"), ranks)
+    distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=PATIENCE)
+    )
+    while (job := pipe.recv()) is not None:
+        function, arguments = job
+        torch.manual_seed(0)
+        try:
+            pipe.send((function(rank, *arguments), None))
+        except Exception:
+            pipe.send((None, traceback.format_exc()))
+    distributed.destroy_process_group()
+
+
+class Traffic:
+    """Bytes that this rank hands to collectives, inside a ``with`` block."""
+
+    NAMES = (
+        "all_reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "broadcast",
+        "batch_isend_irecv",
+    )
+
+    def __enter__(self):
+        from torch import distributed
+
+        self.calls, self.originals = [], {name: getattr(distributed, name) for name in self.NAMES}
+        for name, original in self.originals.items():
+            setattr(distributed, name, self._counting(name, original))
+        return self
+
+    def __exit__(self, *_):
+        from torch import distributed
+
+        for name, original in self.originals.items():
+            setattr(distributed, name, original)
+
+    def _counting(self, name, original):
+        import torch
+
+        def counted(*arguments, **options):
+            tensors = [a for a in arguments[-2:] if isinstance(a, torch.Tensor)]
+            self.calls.append((name, tensors[-1].nbytes if tensors else 0))
+            return original(*arguments, **options)
+
+        return counted
+
+    def bytes(self, name="all_reduce"):
+        return sum(size for called, size in self.calls if called == name)

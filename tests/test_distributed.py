@@ -1,0 +1,114 @@
+"""Vocabularies cut over two and four processes, and training on several: the numbers of one process."""
+
+import re
+
+import distributed_cases as cases
+import pytest
+import torch
+from ranks import Pool
+
+from repdeg_fast.distributed import VocabularyShard
+
+if not torch.distributed.is_available():
+    pytest.skip("torch without distributed", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def two():
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def four():
+    pool = Pool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request):
+    return request.getfixturevalue("two" if request.param == 2 else "four")
+
+
+FORMS = ["dtensor", "shard"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cosreg(ranks, form, weighted):
+    for dtype, whole, backend in [
+        (torch.float32, 17, "auto"),
+        (torch.float32, 5, "reference"),
+        (torch.bfloat16, 33, "auto"),
+    ]:
+        ranks.run(cases.cosreg, form, weighted, dtype, whole, backend)
+
+
+def test_cosreg_of_parameters_over_two_dimensions(four):
+    four.run(cases.cosreg_of_two_dimensions)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cross_entropy(ranks, form):
+    for heads, options, dtype, whole, backend in [
+        (3, {}, torch.float32, 21, "auto"),
+        (2, {"reduction": "none", "label_smoothing": 0.1}, torch.float32, 5, "auto"),
+        (1, {"return_lse": True, "label_smoothing": 0.2, "reduction": "sum"}, torch.float64, 21, "auto"),
+        (1, {"softcap": 4.0, "padding_idx": 2, "bias": False}, torch.float32, 5, "reference"),
+        (2, {}, torch.bfloat16, 40, "auto"),
+    ]:
+        ranks.run(cases.cross_entropy, form, heads, options, dtype, whole, backend)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "whole", "expected"),
+    [
+        ([(0, 5), (4, 8)], 8, r"ranges that follow .*\[0, 5\), \[4, 8\): that of rank 1 overlaps"),
+        ([(0, 3), (4, 8)], 8, "that of rank 1 leaves a gap"),
+        ([(0, 4), (4, 7)], 8, r"ranges that end at 8, got \[0, 4\), \[4, 7\)"),
+        ([(0, 4), (4, 8)], [8, 9], r"whole: expected the same vocabulary on all ranks, got \[8, 9\]"),
+    ],
+)
+def test_ranges_that_do_not_fit(two, ranges, whole, expected):
+    for kind, text in two.run(cases.bad_ranges, ranges, whole):
+        assert kind == "ValueError"
+        assert re.search(expected, text)
+
+
+def test_bad_input_is_an_error_on_every_rank(two):
+    expected = {
+        "columns": r"weight: expected rows over ranks, Shard\(0\), .* got a DTensor \[Shard\(1\)\]",
+        "columns of cosreg": r"weight: expected rows over ranks, Shard\(0\)",
+        "no such dimension": r"dimension: expected one of the mesh's \('tp'\), got 'pp'",
+        "other group": "group: expected one that rank . is in",
+        "other rows": r"weight: expected 4 rows, those of shard \[., .\), got shape \(3, 12\)",
+        "no shard": "shard: expected a VocabularyShard, got tuple",
+        "shard and dtensor": "shard: expected None beside a weight that is a DTensor",
+        "plain bias": "bias: expected a DTensor like weight, got a plain tensor",
+        "replicated bias": r"bias: expected a DTensor \[Shard\(0\)\].* like weight, got a DTensor \[Replicate",
+        "hidden states cut": r"hidden_states: expected the same on all ranks, Replicate\(\)",
+        "target": "target: expected values from 0 to 7, .* got 8",
+        "chunked": "strategy: expected auto or streaming over shards",
+        "softcap": "softcap: expected None over shards together with label_smoothing",
+        "padding": "padding_idx: expected a row of weight, from 0 to 7, got 8",
+        "row weights": "row_weight: expected no negative value on any rank",
+    }
+    for found in two.run(cases.bad_input):
+        assert found.keys() == expected.keys()
+        for name, error in found.items():
+            assert error, name
+            assert re.search(expected[name], error[1]), (name, error)
+
+
+def test_what_ranks_disagree_on_is_named(two):
+    for found in two.run(cases.disagree):
+        for name, error in found.items():
+            assert error, name
+            assert re.search(rf"expected the same arguments on all ranks, got, in their order, {name}", error[1]), error
+
+
+def test_no_process_group():
+    with pytest.raises(RuntimeError, match="expected an initialized process group, got none; start with torchrun"):
+        VocabularyShard(0, 8, 8)
