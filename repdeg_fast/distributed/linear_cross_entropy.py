@@ -102,7 +102,7 @@ def _check_served(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and (isinstance(value, Tensor) or value != default):
             raise ValueError(
-                f"{name}: expected none over shards, where it is not served, got {value!r:.60}; gather the weight for it"
+                f"{name}: expected none over shards, where it is not served, got {value!r:.60}; gather the weight"
             )
 
 
