@@ -4,6 +4,7 @@ from repdeg_fast import backends, data, models
 from repdeg_fast import nn as nn
 from repdeg_fast.backends import use_backend
 from repdeg_fast.functional import (
+    CrossEntropyOutput,
     add_cosine_regularization_,
     admin_norm,
     contrastive_loss,
@@ -37,6 +38,7 @@ __all__ = [  # not `nn`: a star import must not take torch's away
     "AdminTransformer",
     "ContrastiveLoss",
     "CosineRegularization",
+    "CrossEntropyOutput",
     "GumbelMixture",
     "MultiLayerMLMHead",
     "add_cosine_regularization_",

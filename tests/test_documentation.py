@@ -88,7 +88,7 @@ def test_the_api_is_in_the_page(site):
     text = re.sub(r"<[^>]+>", "", page)
     assert ":::" not in text
     assert "hidden_states: Tensor,  # (..., d)" in text
-    assert "label_smoothing: in [0, 1)." in text
+    assert "label_smoothing: in [0, 1]." in text
     assert ":func:" not in text
     contributing = (site / "contributing.html").read_text(encoding="utf-8")
     assert 'href="design.html"' in contributing

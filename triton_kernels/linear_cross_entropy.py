@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import add_exponentials, heads_differ, origin, product, softcapped
+from .linear_cross_entropy_rows import class_weights
+from .tile import add_exponentials, heads_differ, origin, product, shares, softcapped, weight_of
 from .tuning import chip, choose, persistent_programs
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ class MatmulTile:
     num_stages: int
 
 
-# What ROWS rows meet in a part of the vocabulary: the largest logit, the sums of exponentials and, for label smoothing,
-# of logits relative to it, and the label's logit. Operations: 2·N·V·d for all programs, of which each multiplies one
-# tile of logits after the other and keeps these numbers. Programs of one part run side by side and share its rows of
-# the weight in L2. With `grad_heads`: only where these differ, else all is left as it is.
+# What ROWS rows meet in a part of the vocabulary: the largest logit (and its place, where it is asked for), the sums of
+# exponentials and, for label smoothing, of logits relative to it, and the label's logit. Operations: 2·N·V·d for all
+# programs, of which each multiplies one tile of logits after the other and keeps these numbers. Programs of one part
+# run side by side and share its rows of the weight in L2. With `grad_heads`: only where these differ, else all is left
+# as it is.
 @triton.jit
 def _forward_kernel(
-    part_most, part_sum_exp, part_sum_z, part_label, hidden_states, weight, target, bias, grad_heads,
+    part_most, part_sum_exp, part_sum_z, part_label, part_weight, part_best, hidden_states, weight, target, bias,
+    class_weight, grad_heads,
     n, vocabulary, positions, d, part_columns, hidden_row, hidden_column, weight_row, weight_column, grad_heads_stride,
     softcap, HEADS: tl.constexpr, SMOOTHING: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -59,6 +62,8 @@ def _forward_kernel(
     sum_z = tl.zeros((ROWS,), tl.float32)
     z_label = tl.zeros((ROWS,), tl.float32)
     first = part * part_columns
+    seen = 0.0  # the weight of the columns so far
+    best = tl.zeros((ROWS,), tl.int32) + first
     for begin in range(first, tl.minimum(first + part_columns, vocabulary), COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
         z = product(
@@ -71,24 +76,39 @@ def _forward_kernel(
         if softcap is not None:
             z = softcapped(z, softcap)
         z_label += tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), axis=1)
+        z = tl.where(inside, z, -float("inf"))
+        if part_best is not None:
+            largest = tl.max(z, axis=1)
+            leftmost = tl.min(tl.where(z == largest[:, None], columns[None, :], vocabulary), axis=1)
+            best = tl.where(largest > most, leftmost, best)
         before = origin(most)
-        z, most, sum_exp = add_exponentials(tl.where(inside, z, -float("inf")), most, sum_exp)
+        z, most, sum_exp = add_exponentials(z, most, sum_exp)
         if SMOOTHING:
-            sum_z += (before - origin(most)) * (begin - first) + tl.sum(tl.where(inside, z, 0.0), axis=1)
+            z = tl.where(inside, z, 0.0)
+            if class_weight is None:
+                sum_z += (before - origin(most)) * (begin - first) + tl.sum(z, axis=1)
+            else:
+                of_class = weight_of(class_weight, columns, vocabulary)
+                sum_z += (before - origin(most)) * seen + tl.sum(of_class[None, :] * z, axis=1)
+                seen += tl.sum(of_class, axis=0)
     at = part.to(tl.int64) * n + rows
     tl.store(part_most + at, most, mask=rows < n)
     tl.store(part_sum_exp + at, sum_exp, mask=rows < n)
     tl.store(part_label + at, z_label, mask=rows < n)
     if SMOOTHING:
         tl.store(part_sum_z + at, sum_z, mask=rows < n)
+        if class_weight is not None:
+            tl.store(part_weight + at, tl.zeros((ROWS,), tl.float32) + seen, mask=rows < n)
+    if part_best is not None:
+        tl.store(part_best + at, best, mask=rows < n)
 
 
 # Loss and log-sum-exp from the parts, put together in their order. lse is zero + rest, of which zero may be large: it
 # is left out of differences.
 @triton.jit
 def _combine_kernel(
-    loss, lse, part_most, part_sum_exp, part_sum_z, part_label, target,
-    n, parts, part_columns, vocabulary, positions, ignore_index, label_smoothing,
+    loss, lse, predicted, part_most, part_sum_exp, part_sum_z, part_label, part_weight, part_best, target,
+    class_weight, class_total, n, parts, part_columns, vocabulary, positions, ignore_index, label_smoothing,
     SMOOTHING: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -100,12 +120,19 @@ def _combine_kernel(
     z_label = tl.sum(tl.load(part_label + at, mask=inside, other=0.0), axis=0)
     zero = origin(tl.max(each_most, axis=0))
     rest = tl.log(tl.sum(sum_exp * tl.exp(each_most - zero[None, :]), axis=0))
-    value = rest + (1 - label_smoothing) * (zero - z_label)
+    label = tl.load(target + rows % positions, mask=rows < n, other=0).to(tl.int64)
+    of_label, of_all = shares(class_weight, class_total, label, label_smoothing, vocabulary)
+    value = of_all * rest + of_label * (zero - z_label)
     if SMOOTHING:
         columns = tl.minimum(vocabulary - part * part_columns, part_columns)
+        if class_weight is not None:
+            columns = tl.load(part_weight + at, mask=inside, other=0.0)
         sum_z = tl.load(part_sum_z + at, mask=inside, other=0.0) + (origin(each_most) - zero[None, :]) * columns
         value -= label_smoothing / vocabulary * tl.sum(tl.where(inside, sum_z, 0.0), axis=0)
-    label = tl.load(target + rows % positions, mask=rows < n, other=0).to(tl.int64)
+    if predicted is not None:
+        largest = inside & (each_most == tl.max(each_most, axis=0)[None, :])
+        best = tl.min(tl.load(part_best + at, mask=largest, other=vocabulary), axis=0)
+        tl.store(predicted + rows, tl.where(best < vocabulary, best, 0).to(tl.int64), mask=rows < n)
     value = tl.where((label >= 0) & (label < vocabulary), value, float("nan"))
     tl.store(lse + rows, zero + rest, mask=rows < n)
     tl.store(loss + rows, tl.where(label == ignore_index, 0.0, value), mask=rows < n)
@@ -114,26 +141,30 @@ def _combine_kernel(
 def forward(
     head: Head, rule: LossRule, predicted: Tensor | None = None, grad_heads: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of every row; arbitrary where ``grad_heads`` (K,) are all the same."""
+    """Loss and log-sum-exp of every row, and the class with its largest logit; arbitrary where ``grad_heads`` (K,) are
+    all the same."""
     hidden_states, weight, target, bias = head
     (n, d), vocabulary, positions = hidden_states.shape, weight.shape[0], target.shape[0]
     smoothing = rule.label_smoothing != 0
+    class_weight, class_total = class_weights(rule)
     tile = choose_tile("forward", FORWARD_TILES, head)
     blocks = triton.cdiv(n, tile.rows)
     grad_heads_stride, heads = heads_of(grad_heads)
     part_columns, parts = _parts(vocabulary, tile.columns, blocks, hidden_states)
     lse, loss = (hidden_states.new_empty(n, dtype=torch.float32) for _ in range(2))
-    found = hidden_states.new_empty((4, parts, n), dtype=torch.float32)  # most, sum of exponentials, sum, label's logit
+    # most, sum of exponentials, sum, label's logit, weight of the part
+    found = hidden_states.new_empty((5, parts, n), dtype=torch.float32)
+    best = None if predicted is None else hidden_states.new_empty((parts, n), dtype=torch.int32)
     if n:
         _forward_kernel[(blocks, parts)](
-            *found, hidden_states, weight, target, bias, grad_heads,
+            *found, best, hidden_states, weight, target, bias, class_weight, grad_heads,
             n, vocabulary, positions, d, part_columns, *hidden_states.stride(), *weight.stride(),
             grad_heads_stride, rule.softcap or None, HEADS=heads, SMOOTHING=smoothing,
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, **product_constants(hidden_states),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         _combine_kernel[(triton.cdiv(n, _COMBINE_ROWS),)](
-            loss, lse, *found, target,
+            loss, lse, predicted, *found, best, target, class_weight, class_total,
             n, parts, part_columns, vocabulary, positions, rule.ignore_index, rule.label_smoothing,
             SMOOTHING=smoothing, PARTS=triton.next_power_of_2(parts), ROWS=_COMBINE_ROWS,
         )  # fmt: skip

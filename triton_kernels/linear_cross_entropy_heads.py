@@ -13,25 +13,32 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear_cross_entropy import choose_tile, forward, heads_of, product_constants
-from .tile import heads_differ, loss_gradient, product, softcapped
+from .linear_cross_entropy_rows import class_weights
+from .tile import heads_differ, loss_gradient, product, shares, softcapped, weight_of
 from .tuning import persistent_programs
 
 if TYPE_CHECKING:
-    from repdeg_fast.contracts.linear_cross_entropy import Gradients, GradRows, Head, LossRule
+    from repdeg_fast.contracts.linear_cross_entropy import Gradients, GradRows, Head, LossRule, Upstream
 
 _BLOCK = 1024
 _SCALE_BLOCK = 4096
 
 
-# 1 over the number of targets that count. One program: as many as a few thousand targets are.
+# 1 over the number of targets that count, or over their weights. One program: as many as a few thousand targets are.
 @triton.jit
-def _share_kernel(share, target, positions, ignore_index, BLOCK: tl.constexpr):
-    counted = tl.zeros((BLOCK,), tl.int32)
+def _share_kernel(share, target, class_weight, positions, vocabulary, ignore_index, BLOCK: tl.constexpr):
+    counted = tl.zeros((BLOCK,), tl.int32 if class_weight is None else tl.float64)
     for first in range(0, positions, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        label = tl.load(target + at, mask=at < positions, other=0)
-        counted += ((label != ignore_index) & (at < positions)).to(tl.int32)
-    tl.store(share, 1.0 / tl.maximum(tl.sum(counted, axis=0), 1))
+        label = tl.load(target + at, mask=at < positions, other=0).to(tl.int64)
+        counts = (label != ignore_index) & (at < positions)
+        if class_weight is None:
+            counted += counts.to(tl.int32)
+        else:
+            valid = (label >= 0) & (label < vocabulary)
+            counted += tl.load(class_weight + label, mask=counts & valid, other=0.0).to(tl.float64)
+    total = tl.sum(counted, axis=0).to(tl.float32)
+    tl.store(share, 1.0 / tl.where(total == 0, 1.0, total))
 
 
 # The losses of a head, added up in double.
@@ -84,9 +91,10 @@ class VocabularyTile:
 # logits each for itself. Operations: 2·N·V·d for the gradient and as much for the logits times d/WIDTH.
 @triton.jit
 def _vocabulary_kernel(
-    grad_weight, grad_bias, hidden_states, weight, target, bias, lse, grad_loss, grad_heads,
-    n, vocabulary, positions, d, ignore_index, hidden_row, hidden_column, weight_row, weight_column, grad_heads_stride,
-    label_smoothing, softcap, HEADS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    grad_weight, grad_bias, hidden_states, weight, target, bias, lse, grad_loss, grad_lse_square, grad_heads,
+    class_weight, class_total, n, vocabulary, positions, d, ignore_index,
+    hidden_row, hidden_column, weight_row, weight_column, grad_heads_stride,
+    label_smoothing, softcap, gradient_filter, HEADS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     if not heads_differ(grad_heads, grad_heads_stride, HEADS):
@@ -107,12 +115,25 @@ def _vocabulary_kernel(
         if softcap is not None:
             z = softcapped(z, softcap)
         label = tl.load(target + rows % positions, mask=rows < n, other=ignore_index).to(tl.int64)
+        of_label, of_all = shares(class_weight, class_total, label, label_smoothing, vocabulary)
         g = tl.load(grad_loss + rows, mask=rows < n, other=0.0)
         g = tl.where((label >= 0) & (label < vocabulary), g, float("nan"))
-        g = tl.where(label == ignore_index, 0.0, g)[None, :]
-        p = tl.exp(z - tl.load(lse + rows, mask=rows < n, other=0.0)[None, :])
-        dz = loss_gradient(p, z, label[None, :], columns[:, None], g, g, label_smoothing, vocabulary, softcap)
-        dz = tl.where(inside & (g != 0), dz, 0.0)
+        g = tl.where(label == ignore_index, 0.0, g)
+        of_lse = tl.load(lse + rows, mask=rows < n, other=0.0)
+        total_of_p = g * of_all
+        if grad_lse_square is not None:
+            of_square = 2 * tl.load(grad_lse_square + rows, mask=rows < n, other=0.0) * of_lse
+            total_of_p += tl.where(label == ignore_index, 0.0, of_square)
+        p = tl.exp(z - of_lse[None, :])
+        of_each = (g * (label_smoothing / vocabulary))[None, :]
+        if class_weight is not None:
+            of_each = of_each * weight_of(class_weight, columns, vocabulary)[:, None]
+        dz = loss_gradient(
+            p, z, label[None, :], columns[:, None], total_of_p[None, :], (g * of_label)[None, :], of_each, softcap,
+            gradient_filter,
+        )  # fmt: skip
+        used = (g != 0) | (total_of_p != 0)
+        dz = tl.where(inside & used[None, :], dz, 0.0)
         if grad_bias is not None:
             bias_total += tl.sum(dz, axis=1)
         if grad_weight is not None:
@@ -130,11 +151,13 @@ def _vocabulary_kernel(
 
 
 def share(head: Head, rule: LossRule, mean: bool) -> Tensor:
-    """1, or 1 over the number of targets that count."""
+    """1, or 1 over the number of targets that count, or over the sum of their classes' weights."""
     if not mean:
         return head.hidden_states.new_ones((), dtype=torch.float32)
     result = head.hidden_states.new_empty((), dtype=torch.float32)
-    _share_kernel[(1,)](result, head.target, head.target.shape[0], rule.ignore_index, BLOCK=_BLOCK)
+    class_weight, _ = class_weights(rule)
+    sizes = (head.target.shape[0], head.weight.shape[0])
+    _share_kernel[(1,)](result, head.target, class_weight, *sizes, rule.ignore_index, BLOCK=_BLOCK)
     return result
 
 
@@ -157,7 +180,7 @@ def rescale_(gradients: Gradients, grad_heads: Tensor, rows: GradRows, head: Hea
         if gradient is not None:
             _scale(gradient, grad_heads, 1)
     if heads > 1 and head.hidden_states.shape[0] and (grad_weight is not None or grad_bias is not None):
-        _make_again(grad_weight, grad_bias, grad_heads, rows().grad_loss.contiguous(), head, rule)
+        _make_again(grad_weight, grad_bias, grad_heads, rows(), head, rule)
 
 
 def _scale(gradient: Tensor, grad_heads: Tensor, of_heads: int) -> None:
@@ -170,7 +193,7 @@ def _scale(gradient: Tensor, grad_heads: Tensor, of_heads: int) -> None:
 
 
 def _make_again(
-    grad_weight: Tensor | None, grad_bias: Tensor | None, grad_heads: Tensor, grad_loss: Tensor, head: Head,
+    grad_weight: Tensor | None, grad_bias: Tensor | None, grad_heads: Tensor, rows: Upstream, head: Head,
     rule: LossRule,
 ) -> None:  # fmt: skip
     hidden_states, weight, target, bias = head
@@ -178,11 +201,14 @@ def _make_again(
     stride, heads = heads_of(grad_heads)
     _, lse = forward(head, rule, None, grad_heads)
     tile = choose_tile("vocabulary", VOCABULARY_TILES, head)
+    of_square = rows.grad_lse_square
     slices = 1 if grad_weight is None else triton.cdiv(d, tile.width)
     _vocabulary_kernel[(triton.cdiv(vocabulary, tile.columns), slices)](
-        grad_weight, grad_bias, hidden_states, weight, target, bias, lse, grad_loss, grad_heads,
+        grad_weight, grad_bias, hidden_states, weight, target, bias, lse, rows.grad_loss.contiguous(),
+        None if of_square is None else of_square.contiguous(), grad_heads, *class_weights(rule),
         n, vocabulary, target.shape[0], d, rule.ignore_index, *hidden_states.stride(), *weight.stride(), stride,
-        rule.label_smoothing, rule.softcap or None, HEADS=heads, **product_constants(hidden_states),
+        rule.label_smoothing, rule.softcap or None, rule.gradient_filter or None,
+        HEADS=heads, **product_constants(hidden_states),
         COLUMNS=tile.columns, ROWS=tile.rows, DEPTH=tile.depth, WIDTH=tile.width,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import add_exponentials, loss_gradient, origin, softcapped
+from .tile import add_exponentials, loss_gradient, origin, shares, softcapped, weight_of
 from .tuning import choose, padded_columns, padded_vector, persistent_programs
 
 if TYPE_CHECKING:
@@ -66,25 +66,26 @@ def _load_label(logits, bias, label, vocabulary, ignore_index, softcap):
     return counted, valid, z
 
 
-# Loss and log-sum-exp of a row. lse is zero + rest, of which zero may be large: it is left out of differences. `mean_z`
-# is relative to zero, too.
+# Loss and log-sum-exp of a row. lse is zero + rest, of which zero may be large: it is left out of differences. `of_z`,
+# what label smoothing adds, is relative to zero, too.
 @triton.jit
-def _store_loss(loss, lse, row, counted, valid, zero, sum_exp, z_label, mean_z, label_smoothing):
+def _store_loss(loss, lse, row, counted, valid, zero, sum_exp, z_label, of_label, of_all, of_z):
     rest = tl.log(sum_exp)
-    value = rest + (1 - label_smoothing) * (zero - z_label) - label_smoothing * mean_z
+    value = of_all * rest + of_label * (zero - z_label) - of_z
     tl.store(lse + row, zero + rest)
     tl.store(loss + row, tl.where(counted, tl.where(valid, value, float("nan")), 0.0))
+    return zero + rest
 
 
-# g, and g + u: an ignored row has no g, and gives nothing even where it is not a number.
+# g, and u: an ignored row has no g, and gives nothing even where it is not a number.
 @triton.jit
 def _row_gradients(grad_loss, grad_lse, row, grad_loss_stride, counted, valid):
     g = tl.load(grad_loss + tl.cast(row, tl.int64) * grad_loss_stride)
     g = tl.where(counted, tl.where(valid, g, float("nan")), 0.0)
-    g_and_u = g
+    u = 0.0
     if grad_lse is not None:
-        g_and_u += tl.load(grad_lse + row)
-    return g, g_and_u
+        u += tl.load(grad_lse + row)
+    return g, u
 
 
 # A row of logits to its gradient, in place, one row after the other. Bandwidth: read once, written once, for the second
@@ -92,28 +93,48 @@ def _row_gradients(grad_loss, grad_lse, row, grad_loss_stride, counted, valid):
 # `width` is the vocabulary with the padding behind it, which is written too.
 @triton.jit(do_not_specialize=["first_row"])
 def _rows_kernel(
-    logits, lse, loss, target, bias, grad_loss, grad_lse,
-    rows, vocabulary, width, positions, first_row, ignore_index, row_stride, grad_loss_stride, label_smoothing, softcap,
-    SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
+    logits, lse, loss, predicted, target, bias, grad_loss, grad_lse, grad_lse_square, class_weight, class_total,
+    rows, vocabulary, width, positions, first_row, ignore_index, row_stride, grad_loss_stride, grad_lse_square_stride,
+    label_smoothing, softcap, gradient_filter, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = logits + tl.cast(row, tl.int64) * row_stride
         label = tl.load(target + (first_row + row) % positions).to(tl.int64)
         counted, valid, z_label = _load_label(at, bias, label, vocabulary, ignore_index, softcap)
+        of_label, of_all = shares(class_weight, class_total, label, label_smoothing, vocabulary)
         most = -float("inf")
         sum_exp = 0.0
         sum_z = 0.0
+        seen = 0.0  # the weight of the columns so far
+        best = 0
         for first in range(0, vocabulary, BLOCK):
             columns = first + tl.arange(0, BLOCK)
             z = _load_logits(at, bias, columns, width, softcap)
+            z = tl.where(columns < vocabulary, z, -float("inf"))
+            if predicted is not None:
+                largest = tl.max(z, axis=0)
+                leftmost = tl.min(tl.where(z == largest, columns, vocabulary), axis=0)
+                best = tl.where(largest > most, leftmost, best)
             before = origin(most)
-            z, most, sum_exp = add_exponentials(tl.where(columns < vocabulary, z, -float("inf")), most, sum_exp)
+            z, most, sum_exp = add_exponentials(z, most, sum_exp)
             if SMOOTHING:  # relative to the origin, like the exponentials
-                sum_z += (before - origin(most)) * first + tl.sum(tl.where(columns < vocabulary, z, 0.0), axis=0)
+                z = tl.where(columns < vocabulary, z, 0.0)
+                if class_weight is None:
+                    sum_z += (before - origin(most)) * first + tl.sum(z, axis=0)
+                else:
+                    weight = weight_of(class_weight, columns, vocabulary)
+                    sum_z += (before - origin(most)) * seen + tl.sum(weight * z, axis=0)
+                    seen += tl.sum(weight, axis=0)
         zero = origin(most)
-        _store_loss(loss, lse, row, counted, valid, zero, sum_exp, z_label, sum_z / vocabulary, label_smoothing)
-        g, g_and_u = _row_gradients(grad_loss, grad_lse, row, grad_loss_stride, counted, valid)
-        used = (g != 0) | (g_and_u != 0)
+        of_z = label_smoothing / vocabulary * sum_z
+        of_lse = _store_loss(loss, lse, row, counted, valid, zero, sum_exp, z_label, of_label, of_all, of_z)
+        if predicted is not None:
+            tl.store(predicted + row, tl.cast(best, tl.int64))
+        g, u = _row_gradients(grad_loss, grad_lse, row, grad_loss_stride, counted, valid)
+        if grad_lse_square is not None:
+            of_square = tl.load(grad_lse_square + tl.cast(row, tl.int64) * grad_lse_square_stride)
+            u += tl.where(counted, 2 * of_square * of_lse, 0.0)
+        used = (g != 0) | (u != 0)
         column = tl.where(valid, label, -1).to(tl.int32)  # comparisons of 64 bits would take twice the registers
         inverse = 1 / sum_exp
         last = (vocabulary - 1) // BLOCK * BLOCK
@@ -121,7 +142,12 @@ def _rows_kernel(
             columns = last - back + tl.arange(0, BLOCK)
             z = _load_logits(at, bias, columns, width, softcap)
             p = tl.exp(z - zero) * inverse
-            dz = loss_gradient(p, z, column, columns, g, g_and_u, label_smoothing, vocabulary, softcap)
+            of_each = g * (label_smoothing / vocabulary)
+            if class_weight is not None:
+                of_each = of_each * weight_of(class_weight, columns, vocabulary)
+            dz = loss_gradient(
+                p, z, column, columns, g * of_all + u, g * of_label, of_each, softcap, gradient_filter
+            )  # fmt: skip
             tl.store(at + columns, tl.where(used, dz, 0.0).to(at.dtype.element_ty), mask=columns < width)
 
 
@@ -129,20 +155,24 @@ def _rows_kernel(
 # Bandwidth: each logit is read once, its gradient written once.
 @triton.jit(do_not_specialize=["first_row", "first_column"])
 def _tile_kernel(
-    logits, gradient, lse, target, bias, grad_loss, grad_lse,
+    logits, gradient, lse, target, bias, grad_loss, grad_lse, class_weight, class_total,
     vocabulary, width, positions, first_row, first_column, ignore_index,
-    row_stride, gradient_row_stride, grad_loss_stride, label_smoothing, softcap, BLOCK: tl.constexpr,
+    row_stride, gradient_row_stride, grad_loss_stride, label_smoothing, softcap, gradient_filter, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(target + (first_row + row) % positions).to(tl.int64)
     counted, valid = label != ignore_index, (label >= 0) & (label < vocabulary)
-    g, g_and_u = _row_gradients(grad_loss, grad_lse, row, grad_loss_stride, counted, valid)
+    of_label, of_all = shares(class_weight, class_total, label, label_smoothing, vocabulary)
+    g, u = _row_gradients(grad_loss, grad_lse, row, grad_loss_stride, counted, valid)
     z = _load_logits(logits + row.to(tl.int64) * row_stride, bias, columns, width, softcap)
     p = tl.exp(z - tl.load(lse + row))
     column = tl.where(valid, label - first_column, -1).to(tl.int32)
-    dz = loss_gradient(p, z, column, columns, g, g_and_u, label_smoothing, vocabulary, softcap)
-    dz = tl.where((g != 0) | (g_and_u != 0), dz, 0.0)
+    of_each = g * (label_smoothing / vocabulary)
+    if class_weight is not None:
+        of_each = of_each * weight_of(class_weight, first_column + columns, vocabulary)
+    dz = loss_gradient(p, z, column, columns, g * of_all + u, g * of_label, of_each, softcap, gradient_filter)
+    dz = tl.where((g != 0) | (u != 0), dz, 0.0)
     gradient += row.to(tl.int64) * gradient_row_stride
     tl.store(gradient + columns, dz.to(gradient.dtype.element_ty), mask=columns < width)
 
@@ -183,12 +213,16 @@ def rows(block: LogitBlock, columns: Columns, rule: LossRule, accumulate_bias: b
 
 
 def _launch_rows(block: LogitBlock, vocabulary: int, rule: LossRule) -> None:
-    logits, lse, loss, _, target, first_row, bias, grad_loss, grad_lse, *_ = block
+    logits, lse, loss, _, target, first_row, bias, grad_loss, grad_lse, _, of_square, predicted = block
     assert grad_loss is not None
     n, width = logits.shape[0], padded_columns(logits)
-    tensors = (logits, lse, loss, target, padded_vector(bias, width), grad_loss, grad_lse)
-    sizes = (vocabulary, width, target.shape[0], first_row, rule.ignore_index, logits.stride(0), grad_loss.stride(0))
-    options: Any = (rule.label_smoothing, rule.softcap or None)
+    tensors = (
+        logits, lse, loss, predicted, target, padded_vector(bias, width), grad_loss, grad_lse, of_square,
+        *class_weights(rule),
+    )  # fmt: skip
+    strides = (logits.stride(0), grad_loss.stride(0), 0 if of_square is None else of_square.stride(0))
+    sizes = (vocabulary, width, target.shape[0], first_row, rule.ignore_index, *strides)
+    options: Any = (rule.label_smoothing, rule.softcap or None, rule.gradient_filter or None)
     smoothing = rule.label_smoothing != 0
     row_bytes = width * logits.element_size()
     fits = 3 * row_bytes <= _L1
@@ -203,9 +237,15 @@ def _launch_tile(block: LogitBlock, gradient: Tensor, columns: Columns, rule: Lo
     logits, lse, _, _, target, first_row, bias, grad_loss, grad_lse, *_ = block
     assert grad_loss is not None
     width = padded_columns(logits)
+    options: Any = (rule.label_smoothing, rule.softcap or None, rule.gradient_filter or None)
     _tile_kernel[(logits.shape[0], triton.cdiv(width, _TILE_COLUMNS))](
-        logits, gradient, lse, target, padded_vector(bias, width), grad_loss, grad_lse,
+        logits, gradient, lse, target, padded_vector(bias, width), grad_loss, grad_lse, *class_weights(rule),
         columns.vocabulary, width, target.shape[0], first_row, columns.first, rule.ignore_index,
-        logits.stride(0), gradient.stride(0), grad_loss.stride(0), rule.label_smoothing, rule.softcap or None,
+        logits.stride(0), gradient.stride(0), grad_loss.stride(0), *options,
         BLOCK=_TILE_COLUMNS, num_warps=_TILE_WARPS,
     )  # fmt: skip
+
+
+def class_weights(rule: LossRule) -> tuple[Tensor | None, Tensor | None]:
+    """Of each class, and their sum."""
+    return (None, None) if rule.class_weight is None else rule.class_weight

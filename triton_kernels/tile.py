@@ -52,13 +52,34 @@ def softcapped(z, softcap):
 
 
 @triton.jit
-def loss_gradient(p, z, label, columns, g, g_and_u, label_smoothing, vocabulary, softcap):
-    """(g + u) p − g y, and through the softcap where there is one; shapes that broadcast to those of p."""
-    dz = g_and_u * p - g * (label_smoothing / vocabulary)
-    dz -= tl.where(columns == label, g * (1 - label_smoothing), 0.0)
+def shares(class_weight, class_total, label, label_smoothing, vocabulary):
+    """Of the distribution y that a label stands for: what falls to the label itself beside what falls to every class,
+    and the sum of all; of labels in the vocabulary."""
+    of_label = 1 - label_smoothing
+    of_all = 1.0
+    if class_weight is not None:
+        of_label *= tl.load(class_weight + label, mask=(label >= 0) & (label < vocabulary), other=0.0)
+        of_all = of_label + label_smoothing / vocabulary * tl.load(class_total)
+    return of_label, of_all
+
+
+@triton.jit
+def weight_of(class_weight, columns, vocabulary):
+    """Of classes; 0 beyond the vocabulary."""
+    return tl.load(class_weight + columns, mask=columns < vocabulary, other=0.0)
+
+
+@triton.jit
+def loss_gradient(p, z, label, columns, total, of_label, of_each, softcap, gradient_filter):
+    """total·p − g y, and through the softcap where there is one; shapes that broadcast to those of p. ``of_label`` and
+    ``of_each``: what of g y falls to the label, and to every class."""
+    dz = total * p - of_each
+    dz -= tl.where(columns == label, of_label, 0.0)
     if softcap is not None:
         t = z * (1 / softcap)
         dz *= 1 - t * t
+    if gradient_filter is not None:
+        dz = tl.where((p < gradient_filter) & (columns != label), 0.0, dz)
     return dz
 
 

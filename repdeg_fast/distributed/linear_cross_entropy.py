@@ -28,7 +28,7 @@ from repdeg_fast.distributed.shards import (
     waited,
     whole_here,
 )
-from repdeg_fast.functional.linear_cross_entropy import Options, check_heads, check_options, check_tensors, stacked
+from repdeg_fast.functional._head_arguments import Options, check_heads, check_options, check_tensors, stacked
 from repdeg_fast.ops.linear_cross_entropy import operation
 
 IGNORED = -100  # of targets as the kernels get them

@@ -3,36 +3,38 @@
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from repdeg_fast import backends
-from repdeg_fast._arithmetic import autocast_dtype
-from repdeg_fast._checks import (
-    check_dense,
-    check_finite,
-    check_floating,
-    check_integer,
-    check_positive,
-    is_cut,
-    row_of_padding,
-)
+from repdeg_fast._checks import check_integer, is_cut
 from repdeg_fast.contracts.linear_cross_entropy import Head
+from repdeg_fast.functional._head_arguments import (
+    Options,
+    arguments,
+    check_heads,
+    check_options,
+    check_tensors,
+    stacked,
+)
 from repdeg_fast.ops import linear_cross_entropy as _ops
-from repdeg_fast.ops._operator import wants_gradient
-from repdeg_fast.ops.buffers import LIMIT
 
 if TYPE_CHECKING:
     from repdeg_fast.distributed import VocabularyShard
 
-REDUCTIONS = ("none", "sum", "mean")
-FP32 = torch.finfo(torch.float32)
-STRATEGIES = ("auto", "chunked", "streaming")
+
+class CrossEntropyOutput(NamedTuple):
+    """What was asked for beside the loss, from the same sweep over the vocabulary; ``None``: not asked for."""
+
+    loss: Tensor  # the z-loss included
+    lse: Tensor | None = None  # (...)
+    z_loss: Tensor | None = None  # like the loss; a number to watch, without a graph
+    predictions: Tensor | None = None  # (...) or (K, M), int64: the first class with the largest logit
+    accuracy: Tensor | None = None  # () or (K,), float32: of the targets that count; 0 where none does
 
 
 def linear_cross_entropy(
@@ -49,8 +51,15 @@ def linear_cross_entropy(
     accumulate_dtype: torch.dtype = torch.float32,
     return_lse: bool = False,
     padding_idx: int | None = None,
+    class_weight: Tensor | None = None,  # (V,)
+    lse_square_scale: float = 0.0,
+    shift: bool | int = False,
+    gradient_filter: float | None = None,
+    return_z_loss: bool = False,
+    return_predictions: bool = False,
+    return_accuracy: bool = False,
     shard: VocabularyShard | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | CrossEntropyOutput:
     """``F.cross_entropy(F.linear(hidden_states, weight, bias).float(), target)`` and its gradients without the logits.
 
     Args:
@@ -59,7 +68,7 @@ def linear_cross_entropy(
         weight: (V, d), of the same dtype outside autocast, any strides; usually the tied word embedding.
         target: (...), int64 or int32, in [0, V) or ``ignore_index``.
         bias: (V,). −∞ takes a class out of the softmax.
-        label_smoothing: in [0, 1).
+        label_smoothing: in [0, 1].
         softcap: c of c·tanh(logits/c).
         reduction: ``"mean"`` over the targets that count, ``"sum"``, or ``"none"``. A mean over no target is 0 with
             zero gradients (PyTorch: NaN): a batch without masks must not poison a run.
@@ -73,21 +82,41 @@ def linear_cross_entropy(
         accumulate_dtype: in which the weight's gradient is summed over chunks: float32, or the dtype of the weight.
         return_lse: return (loss, log-sum-exp of every row (...)); differentiable, for z-losses.
         padding_idx: a row of ``weight`` that gets no gradient, as in ``nn.Embedding``.
+        class_weight: (V,), what each class weighs, as ``weight`` of ``F.cross_entropy``: a mean is over the weights of
+            the targets, and label smoothing's part is weighted too. Any floating dtype; gets no gradient.
+        lse_square_scale: adds this times lse² to each row that counts (z-loss, PaLM, arXiv 2204.02311, section 5). Its
+            mean is over the number of targets that count, classes weigh nothing in it.
+        shift: position t predicts ``target[..., t + shift]`` (``True``: 1), as in a causal model; what is returned for
+            positions is (..., T − shift). Hidden states are not copied for it: the last ones run along, ignored.
+        gradient_filter: leave out what a class less probable than this adds to gradients, unless it is the target. With
+            p, y, g and u of :mod:`repdeg_fast.reference.linear_cross_entropy` the error of ∂/∂z is, for each class left
+            out, below (g Σy + u)·gradient_filter in size, and for all of them together below (g Σy + u)·Σp of
+            these; label smoothing adds g·y. The loss is exact. On a CPU, classes that are left out of all rows at hand
+            are not multiplied; a GPU saves nothing by it. ``None``: exact.
+        return_z_loss, return_predictions, return_accuracy: return these, too.
         shard: ``weight`` and ``bias`` are the rows that this rank has of a vocabulary cut over ranks, which have
             ``hidden_states`` and ``target`` whole; V, ``target`` and ``padding_idx`` are those of the whole. Not needed
-            where ``weight`` is a DTensor with ``Shard(0)``.
+            where ``weight`` is a DTensor with ``Shard(0)``. What follows ``padding_idx`` above is refused over shards.
 
     Returns:
-        The loss in float32 (float64 for float64 inputs): a scalar, or (...) for ``reduction="none"``.
+        The loss in float32 (float64 for float64 inputs): a scalar, or (...) for ``reduction="none"``. With any of
+        ``return_z_loss``, ``return_predictions`` and ``return_accuracy`` a :class:`CrossEntropyOutput`.
 
     Raises:
         TypeError, ValueError: naming the argument. A target out of range raises on the CPU; on a GPU, where a check
             would stall the stream, it makes the row's loss NaN.
     """
-    given = Options(ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx)
+    given = Options(
+        ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx, class_weight,
+        lse_square_scale, gradient_filter,
+    )  # fmt: skip
     if is_cut(weight, shard):
         from repdeg_fast.distributed import linear_cross_entropy as over_shards
 
+        _refuse_over_shards(
+            shift=shift, return_z_loss=return_z_loss, return_predictions=return_predictions,
+            return_accuracy=return_accuracy,
+        )  # fmt: skip
         backend = backends.requested()
         return over_shards.linear_cross_entropy(hidden_states, weight, target, bias, given, shard, backend, return_lse)
     hidden_states, options = check_tensors(hidden_states, weight, target, bias, check_options(given))
@@ -97,12 +126,77 @@ def linear_cross_entropy(
             f"target: expected shape {tuple(positions)}, that of hidden_states without its last dimension, "
             f"got {tuple(target.shape)}"
         )
+    if shift:
+        target = _shifted(target, shift, ignore_index)
     if len(positions) != 1:
         hidden_states, target = hidden_states.reshape(-1, hidden_states.shape[-1]), target.reshape(-1)
     head = Head(hidden_states, weight, target.contiguous(), bias)
-    loss, lse, *_ = _ops.linear_cross_entropy(*head, *arguments(head, 1, options, upstream_known=not return_lse))
+    predict = return_predictions or return_accuracy
+    flat = arguments(head, 1, options, upstream_known=not return_lse, predict=predict)
+    loss, lse, _, _, _, predicted = _ops.linear_cross_entropy(*head, *flat)
     loss = loss.view(positions if reduction == "none" else ())
-    return (loss, lse.view(positions)) if return_lse else loss
+    if not (return_lse or return_z_loss or predict or shift):
+        return loss
+    found = CrossEntropyOutput(
+        loss,
+        lse.view(positions) if return_lse else None,
+        _z_loss(lse, target, 1, options).view(loss.shape) if return_z_loss else None,
+        predicted.view(positions) if return_predictions else None,
+        _accuracy(predicted, target, 1, ignore_index).view(()) if return_accuracy else None,
+    )
+    if shift:
+        found = _cut(found, positions, int(shift))
+    if return_z_loss or predict:
+        return found
+    return (found.loss, found.lse) if found.lse is not None else found.loss
+
+
+@overload
+def multi_layer_mlm_loss(
+    hidden_states: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    strategy: str = "auto",
+    accumulate_dtype: torch.dtype = torch.float32,
+    padding_idx: int | None = None,
+    class_weight: Tensor | None = None,
+    lse_square_scale: float = 0.0,
+    gradient_filter: float | None = None,
+    return_z_loss: Literal[False] = False,
+    return_predictions: Literal[False] = False,
+    return_accuracy: Literal[False] = False,
+    shard: VocabularyShard | None = None,
+) -> Tensor: ...
+
+
+@overload
+def multi_layer_mlm_loss(
+    hidden_states: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    strategy: str = "auto",
+    accumulate_dtype: torch.dtype = torch.float32,
+    padding_idx: int | None = None,
+    class_weight: Tensor | None = None,
+    lse_square_scale: float = 0.0,
+    gradient_filter: float | None = None,
+    return_z_loss: bool = False,
+    return_predictions: bool = False,
+    return_accuracy: bool = False,
+    shard: VocabularyShard | None = None,
+) -> Tensor | CrossEntropyOutput: ...
 
 
 def multi_layer_mlm_loss(
@@ -118,8 +212,14 @@ def multi_layer_mlm_loss(
     strategy: str = "auto",
     accumulate_dtype: torch.dtype = torch.float32,
     padding_idx: int | None = None,
+    class_weight: Tensor | None = None,  # (V,)
+    lse_square_scale: float = 0.0,
+    gradient_filter: float | None = None,
+    return_z_loss: bool = False,
+    return_predictions: bool = False,
+    return_accuracy: bool = False,
     shard: VocabularyShard | None = None,
-) -> Tensor:
+) -> Tensor | CrossEntropyOutput:
     """The masked-language-model losses of K layers through one shared projection (AMOS, arXiv 2204.03243, equation 4;
     Condenser, arXiv 2104.08253, equation 6).
 
@@ -131,203 +231,77 @@ def multi_layer_mlm_loss(
     name ``strategy="streaming"``.
 
     Returns:
-        (K,), the loss of each head in float32 (float64 for float64 inputs), or (K, M) for ``reduction="none"``.
+        (K,), the loss of each head in float32 (float64 for float64 inputs), or (K, M) for ``reduction="none"``; with
+        any of ``return_z_loss``, ``return_predictions`` and ``return_accuracy`` a :class:`CrossEntropyOutput`.
 
     Raises:
         TypeError, ValueError: naming the argument, as :func:`linear_cross_entropy`.
     """
-    given = Options(ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx)
+    given = Options(
+        ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx, class_weight,
+        lse_square_scale, gradient_filter,
+    )  # fmt: skip
     if is_cut(weight, shard):
         from repdeg_fast.distributed import linear_cross_entropy as over_shards
 
+        _refuse_over_shards(
+            return_z_loss=return_z_loss, return_predictions=return_predictions, return_accuracy=return_accuracy
+        )
         backend = backends.requested()
         return over_shards.multi_layer_mlm_loss(hidden_states, weight, target, bias, given, shard, backend)
     hidden_states, options = check_tensors(stacked(hidden_states), weight, target, bias, check_options(given))
     check_heads(hidden_states.shape, target)
+    heads, positions, _ = hidden_states.shape
     head = Head(hidden_states.flatten(0, 1), weight, target.contiguous(), bias)
-    return _ops.linear_cross_entropy(*head, *arguments(head, hidden_states.shape[0], options))[0]
+    predict = return_predictions or return_accuracy
+    loss, lse, _, _, _, predicted = _ops.linear_cross_entropy(*head, *arguments(head, heads, options, predict=predict))
+    if not (return_z_loss or predict):
+        return loss
+    return CrossEntropyOutput(
+        loss,
+        None,
+        _z_loss(lse, target, heads, options) if return_z_loss else None,
+        predicted.view(heads, positions) if return_predictions else None,
+        _accuracy(predicted, target, heads, ignore_index) if return_accuracy else None,
+    )
 
 
-class Options(NamedTuple):
-    """As users give them, and after :func:`check_options` and :func:`check_tensors` as operators take them."""
-
-    ignore_index: int
-    label_smoothing: float
-    softcap: float | None  # then 0 for none
-    reduction: str
-    strategy: str
-    accumulate_dtype: torch.dtype
-    padding_idx: int | None  # then counted from the front
-    class_weight: Tensor | None = None
-    lse_square_scale: float = 0.0
-    gradient_filter: float = 0.0
-
-
-def arguments(
-    head: Head, heads: int, options: Options, *, upstream_known: bool = True, samples: bool = False,
-    predict: bool = False,
-) -> Any:  # fmt: skip
-    """What operators take behind a head: class weights, rule, heads, reduction, which gradients to make, whether to
-    predict, whether in chunks, backend.
-
-    A sample is drawn in the same way whether or not gradients are needed: activation checkpointing draws it twice.
-    """
-    hidden_states, weight, _, bias = head
-    needs = [wants_gradient(tensor) for tensor in (hidden_states, weight, bias)]
-    ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx, *extras = options
-    class_weight, lse_square_scale, gradient_filter = extras
-    chunked = strategy != "streaming" and reduction != "none" and (samples or True in needs)
-    if chunked and strategy == "auto":
-        (rows, width), device = hidden_states.shape, weight.device
-        strategy = _ops.choose_strategy(
-            rows, weight.shape[0], width, hidden_states.dtype, upstream_known=upstream_known,
-            buffer_bytes=LIMIT["cpu" if device.type == "cpu" else "cuda"], memory=_memory(device),
-        )  # fmt: skip
-        chunked = strategy == "chunked"
-    rule = (class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
-    reduced = (heads, lse_square_scale, reduction, padding_idx, accumulate_dtype)
-    return *rule, *reduced, needs, predict, chunked, backends.requested()
-
-
-def check_options(options: Options) -> Options:
-    """All but what concerns tensors."""
-    label_smoothing, softcap, reduction, strategy = options[1:5]
-    if not (type(label_smoothing) is float and 0 <= label_smoothing < 1):
-        check_finite("label_smoothing", label_smoothing)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
-    if softcap is not None:
-        check_positive("softcap", softcap)
-        if not FP32.tiny <= softcap <= FP32.max:
-            raise ValueError(f"softcap: expected a number that float32 holds, got {softcap}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    return options._replace(label_smoothing=float(label_smoothing), softcap=float(softcap or 0))
-
-
-def check_target(target: Tensor, ignore_index: int) -> None:
-    """Class indices, and an integer that can be compared with them."""
-    if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
-        given = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target: expected a tensor of class indices, int64 or int32, got {given}")
-    check_dense("target", target)
-    if type(ignore_index) is int and -(2**31) <= ignore_index < 2**31:
-        return
-    check_integer("ignore_index", ignore_index)
-    limits = torch.iinfo(target.dtype)
-    if not limits.min <= ignore_index <= limits.max:
-        raise ValueError(f"ignore_index: expected an integer that {target.dtype} like target holds, got {ignore_index}")
-
-
-def check_heads(shape: torch.Size, target: Tensor) -> None:
-    """``shape`` of hidden states is (K, M, d), that of ``target`` (M,)."""
-    if len(shape) != 3 or shape[0] == 0:
-        raise ValueError(f"hidden_states: expected 3 dimensions (K, M, d), K at least 1, got shape {tuple(shape)}")
-    if target.shape != shape[1:2]:
-        raise ValueError(
-            f"target: expected shape ({shape[1]},), one for each of the M positions of hidden_states, "
-            f"got {tuple(target.shape)}"
-        )
-
-
-def check_tensors(
-    hidden_states: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Options]:
-    """Check all that concerns one or two arguments; returns hidden_states in the dtype that is multiplied."""
-    check_floating("hidden_states", hidden_states)
-    check_floating("weight", weight)
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"weight: expected 2 dimensions (V, d), neither of them 0, got shape {tuple(weight.shape)}")
-    (vocabulary, width), device = weight.shape, hidden_states.device
-    if hidden_states.dim() < 1 or hidden_states.shape[-1] != width:
-        raise ValueError(
-            f"hidden_states: expected a last dimension of {width} like weight {tuple(weight.shape)}, "
-            f"got shape {tuple(hidden_states.shape)}"
-        )
-    check_target(target, options.ignore_index)
-    if bias is not None:
-        check_floating("bias", bias)
-        if bias.shape != (vocabulary,):
+def _refuse_over_shards(**options: bool | int) -> None:
+    for name, value in options.items():
+        if value:
             raise ValueError(
-                f"bias: expected shape ({vocabulary},), one value a row of weight, got {tuple(bias.shape)}"
+                f"{name}: expected none over shards, where it is not served, got {value}; gather the weight"
             )
-    if not (weight.device == device == target.device and (bias is None or bias.device == device)):
-        _raise_device(device, weight=weight, target=target, bias=bias)
-    hidden_states = _operand(hidden_states, weight, bias)
-    accumulate_dtype, padding_idx = options.accumulate_dtype, options.padding_idx
-    if accumulate_dtype is not torch.float32 and accumulate_dtype is not weight.dtype:
-        expected = " or ".join(str(dtype) for dtype in dict.fromkeys((torch.float32, weight.dtype)))
-        raise ValueError(f"accumulate_dtype: expected {expected}, got {accumulate_dtype!r}")
-    if padding_idx is not None:
-        options = options._replace(padding_idx=row_of_padding(padding_idx, vocabulary))
-    return hidden_states, options
 
 
-def _raise_device(device: torch.device, **others: Tensor | None) -> NoReturn:
-    name, given = next((n, t.device) for n, t in others.items() if t is not None and t.device != device)
-    raise ValueError(f"{name}: expected device {device} like hidden_states, got {given}")
+def _shifted(target: Tensor, shift: bool | int, ignore_index: int) -> Tensor:
+    """What each position predicts: nothing, at the end of a sequence."""
+    check_integer("shift", int(shift) if isinstance(shift, bool) else shift)
+    if shift < 0 or target.dim() == 0:
+        raise ValueError(
+            f"shift: expected a number of positions from 0 on, of hidden_states (..., T, d), got {shift} of "
+            f"{tuple(target.shape)}"
+        )
+    steps = min(int(shift), target.shape[-1])
+    return F.pad(target[..., steps:], (0, steps), value=ignore_index)
 
 
-def _operand(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The hidden states in the dtype that is multiplied: autocast's where it is on, as for ``F.linear``."""
-    autocast = autocast_dtype(hidden_states.device)
-    if autocast is not None and torch.float64 not in (hidden_states.dtype, weight.dtype):
-        return hidden_states.to(autocast)
-    dtype = hidden_states.dtype
-    if weight.dtype is dtype and (bias is None or bias.dtype is dtype):
-        return hidden_states
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden_states.dtype:
-            raise TypeError(
-                f"{name}: expected {hidden_states.dtype} like hidden_states, got {tensor.dtype}; convert one of them "
-                f"or use torch.autocast"
-            )
-    return hidden_states
+def _cut(found: CrossEntropyOutput, positions: torch.Size, steps: int) -> CrossEntropyOutput:
+    """Without the last positions of each sequence, in what has one value a position."""
+    kept = max(positions[-1] - steps, 0)
+    cut = (t[..., :kept] if t is not None and t.shape == positions else t for t in found[1:])
+    loss = found.loss[..., :kept] if found.loss.shape == positions else found.loss
+    return CrossEntropyOutput(loss, *cut)
 
 
-def stacked(hidden_states: Tensor | Sequence[Tensor]) -> Tensor:
-    """K heads' hidden states in one tensor."""
-    if isinstance(hidden_states, Tensor):
-        return hidden_states
-    if not isinstance(hidden_states, Iterable):
-        given = type(hidden_states).__name__
-        raise TypeError(f"hidden_states: expected a tensor (K, M, d) or a sequence of K tensors (M, d), got {given}")
-    layers = list(hidden_states)
-    if not layers:
-        raise ValueError("hidden_states: expected at least one tensor, got an empty sequence")
-    for i, layer in enumerate(layers):
-        check_floating(f"hidden_states[{i}]", layer)
-        if layer.shape != layers[0].shape:
-            raise ValueError(
-                f"hidden_states[{i}]: expected shape {tuple(layers[0].shape)} like hidden_states[0], "
-                f"got {tuple(layer.shape)}"
-            )
-        if layer.dtype != layers[0].dtype:
-            raise TypeError(f"hidden_states[{i}]: expected {layers[0].dtype} like hidden_states[0], got {layer.dtype}")
-        if layer.device != layers[0].device:
-            expected = f"device {layers[0].device} like hidden_states[0]"
-            raise ValueError(f"hidden_states[{i}]: expected {expected}, got {layer.device}")
-    return torch.stack(layers)
+@torch.no_grad()
+def _z_loss(lse: Tensor, target: Tensor, heads: int, options: Options) -> Tensor:
+    reduction = _ops.Reduction(heads, options.lse_square_scale, options.reduction, None)
+    return _ops.z_loss(lse, target, options.ignore_index, reduction)
 
 
-def _memory(device: torch.device) -> int | None:
-    """Bytes of the device that ``strategy="auto"`` reckons with; ``None`` where that is not known, or not asked for: a
-    graph that is compiled here may run elsewhere."""
-    return None if torch.compiler.is_compiling() else _total_memory(device)
-
-
-@functools.cache
-def _total_memory(device: torch.device) -> int | None:
-    """Asked for once: a call asks neither the system nor the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not POSIX
-        return None
+def _accuracy(predicted: Tensor, target: Tensor, heads: int, ignore_index: int) -> Tensor:
+    """(K,)"""
+    counts = target != ignore_index
+    right = (predicted.view(heads, target.shape[0]) == target) & counts
+    return right.sum(dim=1).float() / counts.sum().clamp_min(1)

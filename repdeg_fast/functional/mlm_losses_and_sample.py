@@ -11,8 +11,7 @@ from torch import Tensor
 
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.contracts.linear_cross_entropy import Head
-from repdeg_fast.functional.gumbel_mix import check_head, check_sampling, detached
-from repdeg_fast.functional.linear_cross_entropy import (
+from repdeg_fast.functional._head_arguments import (
     Options,
     arguments,
     check_heads,
@@ -20,6 +19,7 @@ from repdeg_fast.functional.linear_cross_entropy import (
     check_tensors,
     stacked,
 )
+from repdeg_fast.functional.gumbel_mix import check_head, check_sampling, detached
 from repdeg_fast.ops import mlm_losses_and_sample as _ops
 from repdeg_fast.ops.gumbel_mix import gumbel_mix, gumbel_value
 from repdeg_fast.ops.linear_cross_entropy import linear_cross_entropy

@@ -18,7 +18,8 @@ from repdeg_fast._checks import (
     is_dtensor,
 )
 from repdeg_fast.functional import multi_layer_mlm_loss
-from repdeg_fast.functional.linear_cross_entropy import check_target
+from repdeg_fast.functional._head_arguments import check_target
+from repdeg_fast.functional.linear_cross_entropy import CrossEntropyOutput
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -89,7 +90,7 @@ class MultiLayerMLMHead(nn.Module):
         *,
         ignore_index: int = -100,
         **options: Any,
-    ) -> Tensor:
+    ) -> Tensor | CrossEntropyOutput:
         """The mean loss of each layer over the masked positions, (K,), in float32 (float64 for float64 inputs).
 
         Finding those positions stops a GPU's stream once, whatever K is; nothing else here does.
@@ -98,8 +99,8 @@ class MultiLayerMLMHead(nn.Module):
             hidden_states: K tensors of shape (B, T, hidden_size), in a sequence or stacked, in the dtype of the head
                 outside autocast. (B, T) may be any shape.
             target: (B, T), int64 or int32: the word at masked positions, ``ignore_index`` elsewhere.
-            options: ``label_smoothing``, ``softcap``, ``strategy``, ``accumulate_dtype`` and ``reduction`` of
-                :func:`repdeg_fast.multi_layer_mlm_loss`; with ``reduction="none"``, the losses are (K, masked).
+            options: those of :func:`repdeg_fast.multi_layer_mlm_loss` but for ``padding_idx``. With
+                ``reduction="none"``, the losses are (K, masked); so are predictions, always.
 
         Raises:
             TypeError, ValueError: naming the argument.
@@ -134,7 +135,7 @@ def masked_lm_losses(
     *,
     ignore_index: int = -100,
     **options: Any,
-) -> Tensor:
+) -> Tensor | CrossEntropyOutput:
     """:func:`repdeg_fast.multi_layer_mlm_loss` of the M positions that are not ignored, selected before the transform.
     ``nonzero`` is the one operation whose result the host waits for."""
     check_target(target, ignore_index)

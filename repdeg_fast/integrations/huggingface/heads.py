@@ -97,7 +97,9 @@ def mlm_losses(head: HuggingFaceHead, layers: Sequence[Tensor], labels: Tensor, 
         raise ValueError(f"labels: expected shape {tuple(positions)}, a token a position, got {tuple(labels.shape)}")
     labels = labels.to(layers[0].device).reshape(positions)
     decoder = head.decoder
-    return masked_lm_losses(layers, labels, head.transform, decoder.weight, decoder.bias, **options)
+    losses = masked_lm_losses(layers, labels, head.transform, decoder.weight, decoder.bias, **options)
+    assert isinstance(losses, Tensor)  # nothing else is asked for
+    return losses
 
 
 @torch.no_grad()
