@@ -244,21 +244,24 @@ def _linear_cross_entropy_passes(
     hidden_states, weight = _empty(n, d, dtype=dtype), _empty(vocabulary, d, dtype=weight_dtype)
     bias = _empty(vocabulary, dtype=weight_dtype) if everything else None
     head = lce.Head(hidden_states, weight, _empty(positions, dtype=torch.int64), bias)
-    rule = lce.LossRule(-100, 0.1, 30.0) if everything else lce.LossRule(-100, 0.0, 0.0)
+    rule = lce.LossRule(-100, 0.1, 30.0, lce.ClassWeight(_empty(vocabulary), _empty()), 1e-3)
+    rule = rule if everything else lce.LossRule(-100, 0.0, 0.0)
     wanted = lce.Wanted(True, True, everything, torch.float32)
     grad_loss, grad_heads, share = _empty(n), _empty(heads), _empty()
     made = lce.Gradients(hidden_states, weight, bias)
     upstream = lce.Upstream(grad_loss, grad_loss if everything else None)
+    known = lce.Upstream(share.expand(n), *(grad_loss, share.expand(n)) * everything)
+    predicted = _empty(n, dtype=torch.int64) if everything else None
     if vocabulary == 30_522:
-        yield Launch(label, partial(kernels.forward, head, rule), CHIPS)
-        rescale = partial(kernels.rescale_, made, grad_heads, lambda: lce.Upstream(grad_loss), head, rule, wanted)
+        yield Launch(label, partial(kernels.forward, head, rule, predicted), CHIPS)
+        rows = lce.Upstream(grad_loss, None, grad_loss if everything else None)
+        rescale = partial(kernels.rescale_, made, grad_heads, lambda: rows, head, rule, wanted)
         yield Launch(label + " rescale", rescale, CHIPS)
         yield Launch(label + " streaming", partial(kernels.backward, upstream, head, grad_loss, rule, wanted), CHIPS)
         yield Launch(label, partial(kernels.share, head, rule, True), CHIPS)
         yield Launch(label, partial(kernels.total, grad_loss, heads, share), CHIPS)
-    yield Launch(
-        label + " chunked", partial(kernels.forward_backward, lce.Upstream(share.expand(n)), head, rule, wanted), CHIPS
-    )
+    chunked = partial(kernels.forward_backward, known, head, rule, wanted, None, predicted)
+    yield Launch(label + " chunked", chunked, CHIPS)
 
 
 def _gumbel_mix() -> Iterator[Launch]:

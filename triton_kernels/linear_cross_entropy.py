@@ -8,7 +8,7 @@ log-sum-exp of tile after tile. What is counted and scaled besides is in linear_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,7 +147,8 @@ def forward(
     (n, d), vocabulary, positions = hidden_states.shape, weight.shape[0], target.shape[0]
     smoothing = rule.label_smoothing != 0
     class_weight, class_total = class_weights(rule)
-    tile = choose_tile("forward", FORWARD_TILES, head)
+    narrow = predicted is not None or (smoothing and class_weight is not None)  # more numbers a row, fewer registers
+    tile = choose_tile("forward.narrow", _NARROW_TILES, head) if narrow else choose_tile("forward", FORWARD_TILES, head)
     blocks = triton.cdiv(n, tile.rows)
     grad_heads_stride, heads = heads_of(grad_heads)
     part_columns, parts = _parts(vocabulary, tile.columns, blocks, hidden_states)
@@ -192,6 +193,11 @@ FORWARD_TILES: dict[tuple[str, str], Sequence[MatmulTile]] = {
     ("sm_100", "32x32"): [_M(64, 64, 32, 8, 2)],
     ("gfx942", "32x32"): [_M(64, 64, 32, 4, 2)],
 }  # fmt: skip
+
+_NARROW_TILES: dict[tuple[str, str], Sequence[MatmulTile]] = {
+    key: list(dict.fromkeys(replace(tile, columns=min(tile.columns, 64)) for tile in tiles))
+    for key, tiles in FORWARD_TILES.items()
+}
 
 
 def choose_tile(kernel: str, tiles: dict[tuple[str, str], Sequence[Any]], head: Head) -> Any:
