@@ -7,7 +7,9 @@ from helpers import TOLERANCE, relative_error
 from linear_cross_entropy_cases import STRATEGIES, assert_close, cut_small, expected, inputs
 
 from repdeg_fast import linear_cross_entropy
+from repdeg_fast.contracts.linear_cross_entropy import Columns, LogitBlock, LossRule
 from repdeg_fast.native import build
+from repdeg_fast.native.linear_cross_entropy import RowKernels
 from repdeg_fast.ops.linear_cross_entropy import operation  # noqa: F401 - tells conftest where to test
 
 
@@ -108,17 +110,16 @@ def test_same_bits_twice(place, strategy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_of_the_row_pass_do_not_depend_on_threads(dtype):
     """The GEMMs are the vendor's."""
-    rows = build.operators("linear_cross_entropy", "rows")
     build.load("cpu")
+    kernels, rule = RowKernels(torch.ops.repdeg_fast_native), LossRule(-100, 0.1, 4.0)
     logits, target, bias = torch.randn(33, 5000).to(dtype), torch.randint(0, 5000, (33,)), torch.randn(5000)
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         out, lse, loss, grad_bias = logits.clone(), torch.empty(33), torch.empty(33), torch.empty(5000)
-        rows.rows(
-            out, lse, loss, grad_bias, target, bias, torch.ones(33), None, 5000, 0, 0, -100, 0.1, 4.0, False
-        )  # fmt: skip
+        block = LogitBlock(out, lse, loss, grad_bias, target, 0, bias, torch.ones(33), None)
+        kernels.rows(block, Columns(0, 5000), rule, accumulate_bias=False)
         results.append((out, lse, loss, grad_bias))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
