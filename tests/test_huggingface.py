@@ -323,7 +323,7 @@ def test_models_that_are_not_supported(model):
 
     for other in (torch.nn.Linear(2, 2), Mine(model.config), model.base_model):
         with pytest.raises(
-            TypeError, match=r"expected one of BertForMaskedLM, .*, ModernBertForMaskedLM of transformers, got "
+            TypeError, match=r"expected one of BertForMaskedLM, .*, LlamaForCausalLM, .* of transformers, got "
         ):
             huggingface.apply(other)
     with pytest.raises(ValueError, match="logits: expected one of 'auto', 'always', 'never', got 'sometimes'"):

@@ -10,24 +10,21 @@ from transformers import (
     DistilBertForMaskedLM,
     ElectraForMaskedLM,
     ModernBertForMaskedLM,
-    PreTrainedModel,
     RobertaForMaskedLM,
 )
 from transformers.modeling_outputs import MaskedLMOutput
 
+from repdeg_fast.integrations.huggingface.fused import FusedModel, divided
 from repdeg_fast.integrations.huggingface.heads import HuggingFaceHead, mlm_losses
 
 Output = tuple[Tensor, ...] | MaskedLMOutput
 
 
-class FusedMaskedLM(PreTrainedModel):
+class FusedMaskedLM(FusedModel):
     """What the families share. Their ``forward`` differ in their signatures, which are kept."""
 
-    logits_beside_loss: str = "auto"
-
     def _fused(self, labels: Tensor | None, inputs: dict[str, Any], kwargs: dict[str, Any]) -> Output:
-        skip_logits, return_dict = kwargs.pop("skip_logits", None), kwargs.pop("return_dict", None)
-        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
+        skip_logits, as_tuple = kwargs.pop("skip_logits", None), self._as_tuple(kwargs.pop("return_dict", None))
         outputs = self.base_model(**inputs, return_dict=True, **kwargs)
         hidden_states, head = outputs[0], HuggingFaceHead.of(self)
         skips = labels is not None and self._skips_logits(skip_logits, as_tuple)
@@ -44,12 +41,6 @@ class FusedMaskedLM(PreTrainedModel):
 
     def _logits(self, head: HuggingFaceHead, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
         return head.logits(hidden_states)
-
-    def _skips_logits(self, asked: bool | None, as_tuple: bool) -> bool:
-        if asked is not None:
-            return asked
-        only_loss = self.training and not as_tuple
-        return self.logits_beside_loss == "never" or (self.logits_beside_loss == "auto" and only_loss)
 
 
 class _FusedBertLike(FusedMaskedLM):
@@ -152,7 +143,7 @@ class FusedModernBertForMaskedLM(FusedMaskedLM, ModernBertForMaskedLM):
         if items is None:
             return mlm_losses(head, [hidden_states], labels, **options)[0]
         loss = mlm_losses(head, [hidden_states], labels, reduction="sum", **options)[0]
-        return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+        return divided(loss, items)
 
     def _logits(self, head: HuggingFaceHead, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
         if self.sparse_prediction and labels is not None:  # as there: of the masked positions
@@ -160,12 +151,10 @@ class FusedModernBertForMaskedLM(FusedMaskedLM, ModernBertForMaskedLM):
         return head.logits(hidden_states)
 
 
-FUSED: dict[type, type[FusedMaskedLM]] = {
+FUSED_MASKED: dict[type, type[FusedModel]] = {
     BertForMaskedLM: FusedBertForMaskedLM,
     RobertaForMaskedLM: FusedRobertaForMaskedLM,
     DistilBertForMaskedLM: FusedDistilBertForMaskedLM,
     ElectraForMaskedLM: FusedElectraForMaskedLM,
     ModernBertForMaskedLM: FusedModernBertForMaskedLM,
 }
-for _original, _fused in FUSED.items():
-    _fused.__name__ = _original.__name__  # what `save_pretrained` writes into config.json, and `Trainer` looks up
