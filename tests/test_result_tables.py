@@ -1,6 +1,7 @@
 """The committed documents that commands write: README's result tables and the budget."""
 
 import json
+from xml.etree import ElementTree
 
 import budget
 import pytest
@@ -50,7 +51,7 @@ def test_a_cpu_is_no_gpu(tables):
         "EPYC, 2 threads, 2026-11-20, torch 2.13.0; made by `repdeg-fast bench"
     )
     assert "| ours-cpu" not in text
-    assert "| cpu | 1,000 | 72 | 12 | eager | 2,000 | 12 | 2.00× |" in text
+    assert "| 2.00× | cpu | 1,000 | 72 | 12 | eager | 2,000 | 12 |" in text
 
 
 def test_our_fastest_beside_the_fastest_of_the_others(tables):
@@ -66,7 +67,7 @@ def test_our_fastest_beside_the_fastest_of_the_others(tables):
     assert text.endswith("\n\nafter\n")
     assert "old" not in text
     assert "NVIDIA H200, 2026-11-20, torch 2.11.0; made by `make gpu`:" in text
-    expected = "| amos-base | forward+backward | chunked-triton | 4 | 72 | 12 | liger | 6 | 12 | 1.50× |"
+    expected = "| amos-base | forward+backward | 1.50× | chunked-triton | 4 | 72 | 12 | liger | 6 | 12 |"
     assert [line for line in text.splitlines() if line.startswith("| linear")] == [f"| linear_cross_entropy {expected}"]
     assert tables.NO_GPU not in text
 
@@ -88,6 +89,27 @@ def test_a_page_has_its_operations_only(tables):
     assert "| cosreg | amos-base |" in page
     assert "admin_norm" not in page
     assert "| admin_norm | amos-base |" in readme(tables)
+
+
+def test_a_page_shows_the_bars_of_the_first_case(tables):
+    rows = [
+        *(row("eager", 9.0, op="cosreg"), row("gemms", 1.0, op="cosreg", peak_bytes=None)),
+        *(row("ours-cuda", 3.0, op="cosreg"), row("ours-triton", 2.0, op="cosreg", reason="wrong value")),
+        row("quack", None, op="cosreg", reason="not installed"),
+        row("ours-cuda", 5.0, op="cosreg", case="later"),
+    ]
+    (tables.RESULTS / "NVIDIA_H200.json").write_text(json.dumps(rows))
+    assert tables.main() == 0
+    title = "cosreg, amos-base, forward and backward: NVIDIA H200, torch 2.11.0"
+    assert f"![{title}](pictures/cosreg-NVIDIA-H200.svg)" in (tables.ROOT / "docs/cosreg.md").read_text()
+    assert "![" not in readme(tables)  # two screens
+    picture = ElementTree.parse(tables.ROOT / "docs/pictures/cosreg-NVIDIA-H200.svg").getroot()
+    words = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert words[0] == title
+    assert set(words[1:]) == {"ms", "MB at the peak", "3", "9", "12", "ours-cuda", "eager", "gemms", "1"}
+    bars = [float(bar.get("width")) for bar in picture.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    times = dict(zip(("gemms", "ours-cuda", "eager"), bars, strict=False))  # the fastest first
+    assert times["eager"] == pytest.approx(3 * times["ours-cuda"], rel=1e-2)
 
 
 def test_the_places_name_operations():
