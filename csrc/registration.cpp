@@ -52,7 +52,7 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
       "philox_gumbel(Tensor seed, int first_row, int rows, int first_quad, int columns, int stream) -> Tensor");
   m.def(
       "gumbel_mix_forward(Tensor hidden_states, Tensor? mixture_logits, Tensor weight, Tensor? bias, Tensor embedding,"
-      " Tensor seed, float temperature, bool hard) -> (Tensor values, Tensor token_ids, Tensor peak)");
+      " Tensor seed, float temperature, int first_row, bool hard) -> (Tensor values, Tensor token_ids, Tensor peak)");
   // From logits (K, m, V) without the bias, of positions whose noise starts with that of first_row.
   m.def(
       "gumbel_mix_sample_logits(Tensor(a!) token_ids, Tensor(b!) peak, Tensor logits, Tensor? mixture_logits,"
@@ -60,8 +60,8 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
   m.def("gumbel_mix_embed(Tensor embedding, Tensor token_ids, Tensor peak) -> Tensor");
   m.def(
       "gumbel_mix_backward(Tensor grad_values, Tensor hidden_states, Tensor? mixture_logits, Tensor weight,"
-      " Tensor? bias, Tensor embedding, Tensor token_ids, Tensor peak, Tensor seed, float temperature, bool hard,"
-      " float gradient_scale, bool wants_mixture, bool wants_embedding)"
+      " Tensor? bias, Tensor embedding, Tensor token_ids, Tensor peak, Tensor seed, float temperature, int first_row,"
+      " bool hard, float gradient_scale, bool wants_mixture, bool wants_embedding)"
       " -> (Tensor grad_mixture, Tensor grad_embedding)");
   m.def(
       "admin_norm_forward(Tensor x, Tensor branch, Tensor? omega, Tensor? weight, Tensor? bias, Tensor? branch_bias,"

@@ -23,6 +23,11 @@ class Pool:
     returned, or the first error."""
 
     def __init__(self, ranks):
+        import torch
+
+        import repdeg_fast
+
+        repdeg_fast.cosine_regularization(torch.ones(2, 2))  # kernels are compiled before anyone waits for another
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
         self.folder = tempfile.TemporaryDirectory()

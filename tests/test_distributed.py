@@ -112,3 +112,28 @@ def test_what_ranks_disagree_on_is_named(two):
 def test_no_process_group():
     with pytest.raises(RuntimeError, match="expected an initialized process group, got none; start with torchrun"):
         VocabularyShard(0, 8, 8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_samples_are_those_of_one_process(ranks, form):
+    for options, dtype, whole, backend in [
+        ({}, torch.float32, 37, "auto"),
+        ({"tied": True, "padding_idx": 3, "gradient_scale": 0.5}, torch.float32, 5, "reference"),
+        ({"hard": False, "temperature": 0.7}, torch.float32, 37, "auto"),
+        ({"hard": False, "first_position": 9}, torch.float64, 21, "auto"),
+        ({}, torch.bfloat16, 37, "auto"),
+    ]:
+        ranks.run(cases.sample, form, options, dtype, whole, backend)
+    ranks.run(cases.joint, form)
+
+
+def test_ranks_agree_on_a_seed(two):
+    assert all(different > 10 for different in two.run(cases.seeds))
+
+
+@pytest.mark.interpreter
+def test_in_triton(two):
+    two.run(cases.cosreg, "shard", True, torch.float32, 17, "triton")
+    two.run(cases.cross_entropy, "shard", 2, {"softcap": 5.0}, torch.float32, 21, "triton")
+    two.run(cases.sample, "dtensor", {}, torch.float32, 37, "triton")
+    two.run(cases.sample, "shard", {"hard": False}, torch.float16, 21, "triton")

@@ -1,5 +1,6 @@
 """Gumbel mixing: every backend against the published formula in float64."""
 
+import copy
 import itertools
 from collections import deque
 
@@ -9,7 +10,7 @@ from gumbel_mix_cases import SEED, Problem
 from helpers import TOLERANCE, relative_error
 
 import repdeg_fast
-from repdeg_fast import gradient_reversal, gumbel_mix
+from repdeg_fast import gradient_reversal, gumbel_mix, mlm_losses_and_sample
 from repdeg_fast.ops.gumbel_mix import operation  # noqa: F401
 
 SHAPES = [  # K, M, V, d, d_f
@@ -211,3 +212,28 @@ def test_gradient_reversal():
     assert torch.equal(grad, torch.full_like(x, -0.5))
     with pytest.raises(TypeError, match="scale: expected a number, got str"):
         gradient_reversal(x, "1")
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_positions_of_a_larger_batch(place, hard):
+    """Part of a batch draws, and learns from, what it would in the whole."""
+    whole = Problem((2, 7, 40, 8, 6), device=place.device)
+    some = copy.copy(whole)
+    some.hidden_states, some.upstream = whole.hidden_states[:, 3:], whole.upstream[3:]
+    some.mixture_logits = whole.mixture_logits.detach()[3:].requires_grad_()
+    token_ids, values, grad_mixture, _ = whole.run(hard=hard)
+    got = some.run(hard=hard, first_position=3)
+    assert torch.equal(got[0], token_ids[3:])
+    assert relative_error(got[1], values[3:]) <= 1e-6
+    assert relative_error(got[2], grad_mixture[3:]) <= 1e-5
+    joint = mlm_losses_and_sample(
+        some.hidden_states,
+        some.mixture_logits,
+        some.weight,
+        got[0],
+        some.bias,
+        some.embedding,
+        seed=SEED,
+        first_position=3,
+    )
+    assert torch.equal(joint[1], token_ids[3:])

@@ -292,7 +292,7 @@ def test_compiles_to_one_graph():
 def test_operator_is_registered_right():
     problem = Problem(SHAPES[0])
     arguments = (problem.hidden_states.flatten(0, 1), problem.weight, problem.target, problem.bias)
-    sampling = (None, problem.mixture_logits.detach(), torch.tensor([SEED]), 0.3)
+    sampling = (None, problem.mixture_logits.detach(), torch.tensor([SEED]), 0.3, 0)
     options = (-100, 0.0, 0.0, 0.0, 3, 0.0, "mean", None, torch.float32, [True] * 3, "auto")
     torch.library.opcheck(operator.overload, (*arguments, *sampling, *options))
 

@@ -146,7 +146,7 @@ def _embed_kernel(
 @triton.jit
 def _origins_kernel(
     perturbed, products, norms, unit, mixed, weight, bias, embedding, grad, token_ids, seed,
-    m, depth, embedding_depth,
+    m, depth, embedding_depth, first_row,
     mixed_stride, mixed_depth_stride, weight_stride, weight_depth_stride,
     embedding_stride, embedding_depth_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +161,7 @@ def _origins_kernel(
         x = tl.load(mixed + k * mixed_depth_stride, mask=inside, other=0.0)
         w = tl.load(weight + k * weight_depth_stride, mask=inside, other=0.0)
         total += x.to(tl.float32) * w.to(x.dtype).to(tl.float32)
-    s = gumbel_at(tl.load(seed), rows, token) + tl.sum(total, axis=1)
+    s = gumbel_at(tl.load(seed), first_row + rows, token) + tl.sum(total, axis=1)
     if bias is not None:
         s += tl.load(bias + token).to(tl.float32)
     tl.store(perturbed + rows, s, mask=rows < m)
@@ -198,7 +198,7 @@ def _origins_kernel(
 @triton.jit
 def _weights_kernel(
     y_out, weighted, total, delta, logits, products_out, bias, perturbed, products, token_ids, peak, seed,
-    inverse_temperature, m, width, padded_width, first_column, row_stride, out_stride,
+    inverse_temperature, m, width, padded_width, first_column, first_row, row_stride, out_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -217,7 +217,7 @@ def _weights_kernel(
         s = tl.load(logits + at, mask=inside, other=0.0)
         if weighted is not None:
             fr = tl.load(products_out + at, mask=inside, other=0.0)
-        s += gumbel(key, rows, first_column + begin, COLUMNS)
+        s += gumbel(key, first_row + rows, first_column + begin, COLUMNS)
         if bias is not None:
             s += tl.load(bias + first_column + columns[None, :], mask=(columns < width)[None, :], other=0.0).to(
                 tl.float32
@@ -301,7 +301,7 @@ def look(state: RowState, chunk: LogitChunk, mixture_logits: Tensor | None, nois
     block = choose("gumbel_mix.look" if heads == 1 else "gumbel_mix.look_at_heads", blocks, logits, v=width)
     _look_kernel[(triton.cdiv(m, rows),)](
         state.most, state.token_ids, state.total, logits, mixture_logits, bias, noise.seed, _inverse(noise),
-        m, width, padded_columns(logits), first_column, first_row, *logits.stride()[:2], *strides,
+        m, width, padded_columns(logits), first_column, noise.first_row + first_row, *logits.stride()[:2], *strides,
         HEADS=heads, PADDED_HEADS=triton.next_power_of_2(heads), ROWS=rows, COLUMNS=block.columns,
         num_warps=block.num_warps,
     )  # fmt: skip
@@ -330,7 +330,7 @@ def origins(
     (weight, bias), rows = projection, _rows(mixed)
     _origins_kernel[(triton.cdiv(m, rows),)](
         *origin, mixed, weight, bias, embedding, grad_values, token_ids, noise.seed, m, d,
-        embedding.shape[1], *mixed.stride(), *weight.stride(), *embedding.stride(), ROWS=rows,
+        embedding.shape[1], noise.first_row, *mixed.stride(), *weight.stride(), *embedding.stride(), ROWS=rows,
         BLOCK=_DOT_BLOCK,
     )  # fmt: skip
 
@@ -348,7 +348,7 @@ def weights(
     block, rows = choose("gumbel_mix.weights", BLOCKS, y, v=width), _rows(y)
     _weights_kernel[(triton.cdiv(m, rows),)](
         y, weighted, *sums, logits, products, bias, origin.perturbed, origin.products, *drawn, noise.seed,
-        _inverse(noise), m, width, padded_columns(logits), first_column, logits.stride(1), y.stride(0),
+        _inverse(noise), m, width, padded_columns(logits), first_column, noise.first_row, logits.stride(1), y.stride(0),
         ROWS=rows, COLUMNS=block.columns, num_warps=block.num_warps,
     )  # fmt: skip
 

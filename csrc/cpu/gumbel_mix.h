@@ -40,8 +40,8 @@ struct Chunk {
 
   A* row(int64_t i) const { return data + i * stride; }
 
-  // z + g of a row in place; returns the largest (NaN apart).
-  A perturb(int64_t i, uint64_t seed) const {
+  // z + g of a row in place, whose noise is that of position `first_row` + i; returns the largest (NaN apart).
+  A perturb(int64_t i, uint64_t seed, int64_t first_row) const {
     constexpr int64_t L = Vector<A>::lanes, kBlock = 1024;
     alignas(64) uint32_t words[kBlock];
     A* z = row(i);
@@ -49,7 +49,7 @@ struct Chunk {
     auto most = broadcast(A(-INFINITY));
     for (int64_t block = 0; block < columns; block += kBlock) {
       const int64_t n = std::min(kBlock, aligned(columns) - block);
-      fill_words(words, seed, uint32_t(i), kGumbelStream, uint32_t((first + block) / 4), n);
+      fill_words(words, seed, uint32_t(first_row + i), kGumbelStream, uint32_t((first + block) / 4), n);
       for (int64_t c = 0; c < n; c += L) {
         auto s = load(z + block + c);
         if (bias) s += load(bias + first + block + c);
@@ -84,6 +84,7 @@ struct Projection {
 struct Noise {
   const Tensor& seed;
   double temperature;
+  int64_t first_row;
 
   uint64_t key() const { return uint64_t(*static_cast<const int64_t*>(seed.data_ptr())); }
 
@@ -172,6 +173,7 @@ struct Sample {
   const A* peak;
   std::vector<A> origin;
   uint64_t seed;
+  int64_t first_row;
   A inverse_temperature;
 
   Sample(const Vocabulary<A>& vocabulary, const Drawn& drawn, const Noise& noise)
@@ -179,12 +181,14 @@ struct Sample {
         peak(static_cast<const A*>(drawn.peak.data_ptr())),
         origin(drawn.token_ids.size(0)),
         seed(noise.key()),
+        first_row(noise.first_row),
         inverse_temperature(noise.inverse_temperature<A>()) {
     row_products(vocabulary.weight, token, vocabulary.narrow, Rows<A>(vocabulary.mixed), origin.data());
     for (int64_t i = 0; i < int64_t(origin.size()); ++i) {
       const int64_t t = token[i];
       uint32_t words[Vector<A>::lanes];
-      std::fill(words, words + Vector<A>::lanes, philox(seed, uint32_t(t / 4), uint32_t(i), kGumbelStream).lane[t % 4]);
+      const PhiloxWords drawn_words = philox(seed, uint32_t(t / 4), uint32_t(first_row + i), kGumbelStream);
+      std::fill(words, words + Vector<A>::lanes, drawn_words.lane[t % 4]);
       origin[i] += gumbel_noise<A>(words)[0];
       if (!vocabulary.bias.empty()) origin[i] += vocabulary.bias[t];
     }
@@ -192,7 +196,7 @@ struct Sample {
 
   // z + g of a row of a chunk, with the drawn token's as the origin has it.
   void perturb(const Chunk<A>& z, int64_t i) const {
-    z.perturb(i, seed);
+    z.perturb(i, seed, first_row);
     const int64_t at = token[i] - z.first;
     if (0 <= at && at < z.columns) z.row(i)[at] = origin[i];
   }

@@ -218,8 +218,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_values, const Tensor& hid
                                     const std::optional<Tensor>& mixture_logits, const Tensor& weight,
                                     const std::optional<Tensor>& bias, const Tensor& embedding,
                                     const Tensor& token_ids, const Tensor& peak, const Tensor& seed,
-                                    double temperature, bool hard, double gradient_scale, bool wants_mixture,
-                                    bool wants_embedding) {
+                                    double temperature, int64_t first_row, bool hard, double gradient_scale,
+                                    bool wants_mixture, bool wants_embedding) {
   const ScalarType narrow = hidden_states.scalar_type(), wide = wide_of(narrow);
   const bool soft_embedding = wants_embedding && !hard;
   wants_mixture = wants_mixture && mixture_logits;
@@ -234,7 +234,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_values, const Tensor& hid
     if (wants_mixture) grad_mixed = torch::stable::new_empty(mixed, {mixed.size(0), mixed.size(1)});
     if (soft_embedding) grad_soft = grad_embedding;
     sweep<A>(grad_mixed, grad_soft, grad_values, mixed, narrow, {weight, bias}, embedding, {token_ids, peak},
-             {seed, temperature});
+             {seed, temperature, first_row});
     if (wants_mixture) grad_mixture = mix_backward<A>(*grad_mixed, hidden_states, *mixture_logits, A(gradient_scale));
   });
   return {grad_mixture, grad_embedding};

@@ -45,7 +45,7 @@ void sample(const Drawn& drawn, const Tensor& mixed, ScalarType narrow, const Pr
   vocabulary.each_chunk([&](const Chunk<A>& z, const Tensor&, const Tensor&) {
     torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const A most = z.perturb(i, noise.key());
+        const A most = z.perturb(i, noise.key(), noise.first_row);
         state[i].take(z.row(i), z.columns, most, inverse_temperature, z.first, tokens + i);
       }
     });
@@ -58,7 +58,7 @@ void sample(const Drawn& drawn, const Tensor& mixed, ScalarType narrow, const Pr
 // L2 while noise is added and it is looked at.
 template <typename T, typename A>
 void sample_logits(const Drawn& drawn, const Tensor& logits, const std::optional<Tensor>& mixture_logits,
-                   const std::optional<Tensor>& bias_tensor, const Noise& noise, int64_t first_row) {
+                   const std::optional<Tensor>& bias_tensor, const Noise& noise) {
   constexpr int64_t L = Vector<A>::lanes;
   const int64_t heads = logits.size(0), m = logits.size(1), size = logits.size(2);
   const T* z = static_cast<const T*>(logits.data_ptr());
@@ -82,7 +82,7 @@ void sample_logits(const Drawn& drawn, const Tensor& logits, const std::optional
       }
       tokens[i] = 0;
       RowState<A> state;
-      state.take(mixed.data(), size, row.perturb(first_row + i, noise.key()), noise.inverse_temperature<A>(), 0,
+      state.take(mixed.data(), size, row.perturb(i, noise.key(), noise.first_row), noise.inverse_temperature<A>(), 0,
                  tokens + i);
       out[i] = state.peak();
     }
@@ -92,14 +92,14 @@ void sample_logits(const Drawn& drawn, const Tensor& logits, const std::optional
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden_states, const std::optional<Tensor>& mixture_logits,
                                            const Tensor& weight, const std::optional<Tensor>& bias,
                                            const Tensor& embedding, const Tensor& seed, double temperature,
-                                           bool hard) {
+                                           int64_t first_row, bool hard) {
   const ScalarType narrow = hidden_states.scalar_type(), wide = wide_of(narrow);
   const int64_t m = hidden_states.size(1);
   const Tensor token_ids = torch::stable::new_empty(hidden_states, {m}, ScalarType::Long);
   const Tensor peak = torch::stable::new_empty(hidden_states, {m}, wide);
   const Drawn drawn{token_ids, peak};
   const Projection projection{weight, bias};
-  const Noise noise{seed, temperature};
+  const Noise noise{seed, temperature, first_row};
   Tensor values = peak;
   dispatch_wide(wide, [&](auto a) {
     using A = decltype(a);
@@ -116,7 +116,7 @@ void sample_from(Tensor token_ids, Tensor peak, const Tensor& logits, const std:
   dispatch_floating(logits.scalar_type(), "gumbel_mix_sample_logits", [&](auto t) {
     using T = decltype(t);
     using A = typename Arithmetic<T>::type;
-    sample_logits<T, A>({token_ids, peak}, logits, mixture_logits, bias, {seed, temperature}, first_row);
+    sample_logits<T, A>({token_ids, peak}, logits, mixture_logits, bias, {seed, temperature, first_row});
   });
 }
 

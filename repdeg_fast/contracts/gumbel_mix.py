@@ -34,6 +34,7 @@ class Noise(NamedTuple):
 
     seed: Tensor  # one int64
     temperature: float
+    first_row: int = 0  # number of the first position in a larger batch, of which these are some
 
 
 class Drawn(NamedTuple):

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from repdeg_fast import backends
-from repdeg_fast._checks import check_finite, check_flag, check_floating, check_positive, row_of_padding
+from repdeg_fast._checks import (
+    check_finite,
+    check_flag,
+    check_floating,
+    check_integer,
+    check_positive,
+    is_cut,
+    row_of_padding,
+)
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.ops import gumbel_mix as _gumbel_mix
+
+if TYPE_CHECKING:
+    from repdeg_fast.distributed import VocabularyShard
 
 
 def gumbel_mix(
@@ -25,6 +36,8 @@ def gumbel_mix(
     gradient_scale: float = -1.0,
     seed: int | Tensor | None = None,
     padding_idx: int | None = None,
+    first_position: int = 0,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a token from a mixture of K language-model heads, with a gradient for the mixture (AMOS, arXiv
     2204.03243, section 3).
@@ -48,6 +61,10 @@ def gumbel_mix(
             ``None`` to draw one from torch's generator. Equal seeds give equal tokens on every backend, up to ties
             within rounding.
         padding_idx: a row of ``embedding`` that gets no gradient, as in ``nn.Embedding``; it is sampled like others.
+        first_position: the first row's number in a larger batch, whose noise these rows then get: what ranks that share
+            a batch draw is what one process draws.
+        shard: ``weight``, ``bias`` and ``embedding`` are the rows that this rank has of a vocabulary cut over ranks,
+            which have all else whole, the seed too. Not needed where they are DTensors with ``Shard(0)``.
 
     Returns:
         Token ids (M,), int64, and embeddings (M, d_f) in the dtype of ``embedding``. Where a row has a NaN or +∞
@@ -57,12 +74,18 @@ def gumbel_mix(
         TypeError, ValueError: naming the argument.
     """
     embedding = weight if embedding is None else embedding
-    check_head(hidden_states, mixture_logits, weight, bias, embedding)
-    check_sampling(temperature, gradient_scale)
+    check_sampling(temperature, gradient_scale, first_position)
     check_flag("hard", hard)
+    if is_cut(weight, shard):
+        from repdeg_fast.distributed import gumbel_mix as over_shards
+
+        sampling = over_shards.Sampling(seed, float(temperature), first_position, hard, float(gradient_scale))
+        heads = (hidden_states, mixture_logits, weight, bias, embedding)
+        return over_shards.gumbel_mix(*heads, sampling, padding_idx, shard, backends.requested())
+    check_head(hidden_states, mixture_logits, weight, bias, embedding)
     values, token_ids, _ = _gumbel_mix.gumbel_mix(
         hidden_states.detach(), mixture_logits, weight.detach(), detached(bias), embedding,
-        seed_tensor(seed, hidden_states.device), float(temperature), hard, float(gradient_scale),
+        seed_tensor(seed, hidden_states.device), float(temperature), first_position, hard, float(gradient_scale),
         row_of_padding(padding_idx, len(weight)), backends.requested(),
     )  # fmt: skip
     return token_ids, values
@@ -91,9 +114,12 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
-def check_sampling(temperature: float, gradient_scale: float) -> None:
+def check_sampling(temperature: float, gradient_scale: float, first_position: int) -> None:
     check_positive("temperature", temperature)
     check_finite("gradient_scale", gradient_scale)
+    check_integer("first_position", first_position)
+    if first_position < 0:
+        raise ValueError(f"first_position: expected 0 or more, got {first_position}")
 
 
 def check_head(

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from repdeg_fast import backends
+from repdeg_fast._checks import is_cut
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.contracts.linear_cross_entropy import Head
 from repdeg_fast.functional._head_arguments import (
@@ -23,6 +25,9 @@ from repdeg_fast.functional.gumbel_mix import check_head, check_sampling, detach
 from repdeg_fast.ops import mlm_losses_and_sample as _ops
 from repdeg_fast.ops.gumbel_mix import gumbel_mix, gumbel_value
 from repdeg_fast.ops.linear_cross_entropy import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from repdeg_fast.distributed import VocabularyShard
 
 
 def mlm_losses_and_sample(
@@ -42,6 +47,8 @@ def mlm_losses_and_sample(
     strategy: str = "auto",
     accumulate_dtype: torch.dtype = torch.float32,
     padding_idx: int | None = None,
+    first_position: int = 0,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a step of AMOS takes from its heads (arXiv 2204.03243, section 3): :func:`repdeg_fast.multi_layer_mlm_loss`
     and a hard :func:`repdeg_fast.gumbel_mix` of the same heads, in one sweep over the vocabulary.
@@ -54,7 +61,8 @@ def mlm_losses_and_sample(
     Args:
         hidden_states, weight, target, bias, ignore_index, label_smoothing, reduction, strategy, accumulate_dtype: as in
             :func:`repdeg_fast.multi_layer_mlm_loss`.
-        mixture_logits, embedding, temperature, gradient_scale, seed: as in :func:`repdeg_fast.gumbel_mix`.
+        mixture_logits, embedding, temperature, gradient_scale, seed, first_position, shard: as in
+            :func:`repdeg_fast.gumbel_mix`.
         padding_idx: a token whose rows of ``weight`` and ``embedding`` get no gradient, sampled or not.
 
     Returns:
@@ -65,15 +73,21 @@ def mlm_losses_and_sample(
     """
     embedding = weight if embedding is None else embedding
     given = Options(ignore_index, label_smoothing, None, reduction, strategy, accumulate_dtype, padding_idx)
+    check_sampling(temperature, gradient_scale, first_position)
+    if is_cut(weight, shard):
+        from repdeg_fast.distributed import gumbel_mix as over_shards
+
+        asked = over_shards.Sampling(seed, float(temperature), first_position, True, float(gradient_scale))
+        tensors = (hidden_states, mixture_logits, weight, target, bias, embedding)
+        return over_shards.mlm_losses_and_sample(*tensors, given, asked, shard, backends.requested())
     hidden_states, checked = check_tensors(stacked(hidden_states), weight, target, bias, check_options(given))
     check_heads(hidden_states.shape, target)
     check_head(hidden_states, mixture_logits, weight, bias, embedding)
-    check_sampling(temperature, gradient_scale)
     seed = seed_tensor(seed, hidden_states.device)
     head = Head(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, target.contiguous(), bias)
     class_weight, *options, _, chunked, backend = arguments(head, hidden_states.shape[0], checked, samples=True)
     heads = (hidden_states.detach(), mixture_logits, weight.detach(), detached(bias), embedding)
-    sampling, estimator = (seed, float(temperature)), (float(gradient_scale), checked.padding_idx)
+    sampling, estimator = (seed, float(temperature), first_position), (float(gradient_scale), checked.padding_idx)
     flat: Any  # the arguments of an operator
     if not chunked:
         flat = (*head, class_weight, *options, False, chunked, backend)

@@ -15,6 +15,7 @@ from repdeg_fast.contracts.gumbel_mix import (
     Wanted,
 )
 from repdeg_fast.native import Namespace, products
+from repdeg_fast.reference.philox import GUMBEL_STREAM
 
 
 class Kernels:
@@ -34,7 +35,14 @@ class Kernels:
 
     def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise) -> None:
         logits, mixture_logits, bias, first_row = block
-        self._sample_logits(*drawn, logits, mixture_logits, bias, *noise, first_row)
+        seed, temperature, first = noise
+        self._sample_logits(*drawn, logits, mixture_logits, bias, seed, temperature, first + first_row)
+
+    def gumbel(self, seed: Tensor, rows: range, columns: range) -> Tensor:
+        """Noise (rows, columns) in fp32, as the kernels make it; columns from a multiple of 4 on."""
+        first, size = (rows.start, len(rows)), (columns.start // 4, len(columns), GUMBEL_STREAM)
+        noise: Tensor = self._operators.philox_gumbel.default(seed, *first, *size)
+        return noise
 
     def embed(self, embedding: Tensor, drawn: Drawn) -> Tensor:
         values: Tensor = self._embed(embedding, *drawn)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from repdeg_fast._arithmetic import arithmetic_dtype
 from repdeg_fast.contracts.gumbel_mix import (
     ChunkKernels,
     Drawn,
@@ -37,7 +38,7 @@ from repdeg_fast.ops.products import LibraryProducts, operand
 from repdeg_fast.reference.gumbel_mix import embed_backward
 
 BUFFER_BYTES = 64 << 20  # of logits; as much again for products F·r
-_multiply = LibraryProducts().multiply
+multiply = LibraryProducts().multiply
 _UNITS = (1024, 128)  # columns: what the kernels take a step, what fills a tile of a product
 
 
@@ -64,10 +65,10 @@ class ChunkedVocabulary:
         peak = mixed.new_empty(len(mixed), dtype=torch.float32)
         drawn = Drawn(torch.empty_like(peak, dtype=torch.int64), peak)
         state = _nothing_known(drawn)
-        (logits,) = _buffers(1, mixed, projection.weight)
+        (logits,) = chunk_buffers(1, mixed, len(projection.weight))
         for part in _chunks(projection.weight, logits):
             z = logits[:, : part.stop - part.start]
-            _multiply(z, mixed, _rows(projection.weight, part, mixed).t(), False)
+            multiply(z, mixed, operand_rows(projection.weight, part, mixed).t(), False)
             self.kernels.look(state, _chunk(z, projection, part), None, noise)
         peak.reciprocal_()
         if hard:
@@ -98,8 +99,8 @@ class ChunkedVocabulary:
         products = drawn.peak.new_empty(2 if wanted.mixture_logits else 0, *sample.mixed.shape)
         for part, weights in self._weights(sample, origin, sums):
             if wanted.mixture_logits:
-                weight, both = _rows(projection.weight, part, sample.mixed), weights.flatten(0, 1)
-                _multiply(products.flatten(0, 1), both, weight, part.start > 0)
+                weight, both = operand_rows(projection.weight, part, sample.mixed), weights.flatten(0, 1)
+                multiply(products.flatten(0, 1), both, weight, part.start > 0)
             if grad_soft is not None:
                 grad_soft[part] = _product(weights[0].t(), grad_values.to(weights.dtype))
         grad_mixture = None
@@ -117,7 +118,7 @@ class ChunkedVocabulary:
         sums, peak, embedding = _sums(origin), sample.drawn.peak, sample.embedding
         values = peak.new_empty(len(peak), embedding.shape[1])
         for part, weights in self._weights(sample, origin, sums):
-            _multiply(values, weights[0], _rows(embedding, part, sample.mixed), part.start > 0)
+            multiply(values, weights[0], operand_rows(embedding, part, sample.mixed), part.start > 0)
         values /= sums.total[:, None]  # 1, but for tokens that count as equal to the drawn one
         return values.to(embedding.dtype).masked_fill_(~peak.isfinite()[:, None], float("nan"))
 
@@ -134,14 +135,14 @@ class ChunkedVocabulary:
         """Chunks of the vocabulary and their y (1, M, W); where there is an upstream gradient y and y (F·r − F[x̂]·r)
         (2, M, W). In memory that is used again."""
         mixed, projection, embedding, drawn, noise = sample
-        buffers = _buffers(1 if origin.unit is None else 2, mixed, projection.weight)
+        buffers = chunk_buffers(1 if origin.unit is None else 2, mixed, len(projection.weight))
         for part in _chunks(projection.weight, buffers[0]):
             wide, narrow = (b[:, :, : part.stop - part.start] for b in (buffers, buffers.view(mixed.dtype)))
-            _multiply(wide[0], mixed, _rows(projection.weight, part, mixed).t(), False)
+            multiply(wide[0], mixed, operand_rows(projection.weight, part, mixed).t(), False)
             weighted = products = None
             if origin.unit is not None:
                 weighted, products = narrow[1], wide[1]
-                _multiply(products, origin.unit, _rows(embedding, part, mixed).t(), False)
+                multiply(products, origin.unit, operand_rows(embedding, part, mixed).t(), False)
             chunk = _chunk(wide[0], projection, part)
             self.kernels.weights(narrow[0], weighted, sums, chunk, products, origin, drawn, noise)
             yield part, narrow
@@ -158,12 +159,12 @@ def _nothing_known(drawn: Drawn) -> RowState:
     return RowState(torch.full_like(peak, -torch.inf), token_ids.zero_(), peak.zero_())
 
 
-def _buffers(count: int, mixed: Tensor, weight: Tensor) -> Tensor:
-    """(count, M, W) in fp32, W the columns of a chunk: a multiple of what makes whole steps."""
-    rows, most = max(1, len(mixed)), -(-len(weight) // 16) * 16
+def chunk_buffers(count: int, mixed: Tensor, vocabulary: int) -> Tensor:
+    """(count, M, W) in fp32, W the columns of a chunk: a multiple of what makes whole steps. Of doubles in float64."""
+    rows, most = max(1, len(mixed)), -(-vocabulary // 16) * 16
     columns = BUFFER_BYTES // (4 * rows)
     columns = next((columns // unit * unit for unit in _UNITS if columns >= unit), _UNITS[-1])
-    return mixed.new_empty(count, len(mixed), min(columns, most), dtype=torch.float32)
+    return mixed.new_empty(count, len(mixed), min(columns, most), dtype=arithmetic_dtype(mixed))
 
 
 def _chunks(weight: Tensor, logits: Tensor) -> Iterator[slice]:
@@ -177,14 +178,14 @@ def _chunk(logits: Tensor, projection: Projection, part: slice) -> LogitChunk:
     return LogitChunk(logits[None], projection.bias, Columns(part.start, len(projection.weight)), 0)
 
 
-def _rows(matrix: Tensor, part: slice, like: Tensor) -> Tensor:
+def operand_rows(matrix: Tensor, part: slice, like: Tensor) -> Tensor:
     """Some rows, in the dtype that gets multiplied."""
     return operand(matrix[part], like.dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     out = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
-    _multiply(out, a, b, False)
+    multiply(out, a, b, False)
     return out
 
 

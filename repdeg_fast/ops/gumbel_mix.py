@@ -52,6 +52,7 @@ def gumbel_mix(
     embedding: Tensor,
     seed: Tensor,
     temperature: float,
+    first_position: int,
     hard: bool,
     gradient_scale: float,
     padding_idx: int | None,
@@ -62,7 +63,8 @@ def gumbel_mix(
     heads, projection = Heads(hidden_states, mixture_logits), Projection(weight, bias)
     kernels = operation.kernels(backend, hidden_states, weight)
     with without_autocast(hidden_states.device.type):
-        return kernels.forward(heads, projection, embedding, Noise(seed, temperature), hard=hard)
+        noise = Noise(seed, temperature, first_position)
+        return kernels.forward(heads, projection, embedding, noise, hard=hard)
 
 
 @gumbel_mix.register_fake
@@ -93,6 +95,7 @@ def gumbel_value(
     peak: Tensor,
     seed: Tensor,
     temperature: float,
+    first_position: int,
     gradient_scale: float,
     padding_idx: int | None,
     backend: str,
@@ -121,6 +124,7 @@ def gumbel_mix_backward(
     peak: Tensor,
     seed: Tensor,
     temperature: float,
+    first_position: int,
     hard: bool,
     gradient_scale: float,
     padding_idx: int | None,
@@ -135,7 +139,8 @@ def gumbel_mix_backward(
     with without_autocast(hidden_states.device.type):
         grad_mixture, grad_embedding = kernels.backward(
             grad_values if grad_values.is_contiguous() else grad_values.contiguous(), heads, projection, embedding,
-            Drawn(token_ids, peak), Noise(seed, temperature), Estimator(hard, gradient_scale), wanted,
+            Drawn(token_ids, peak), Noise(seed, temperature, first_position),
+            Estimator(hard, gradient_scale), wanted,
         )  # fmt: skip
     if padding_idx is not None and grad_embedding is not None:
         grad_embedding[padding_idx] = 0
@@ -165,6 +170,7 @@ class _Context(NamedTuple):
     """What a formula keeps beside tensors: the last arguments of the backward operator."""
 
     temperature: float
+    first_position: int
     hard: bool
     gradient_scale: float
     padding_idx: int | None
@@ -190,21 +196,23 @@ class _Formula(Formula):
     def forward(
         ctx: Any, run: Callable[..., tuple[Tensor, Tensor, Tensor]], hidden_states: Tensor,
         mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor, seed: Tensor,
-        temperature: float, hard: bool, gradient_scale: float, padding_idx: int | None, backend: str,
+        temperature: float, first_position: int, hard: bool, gradient_scale: float, padding_idx: int | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         head = (hidden_states, mixture_logits, weight, bias, embedding)
-        found = run(*head, seed, temperature, hard, gradient_scale, padding_idx, backend)
+        found = run(*head, seed, temperature, first_position, hard, gradient_scale, padding_idx, backend)
         _, token_ids, peak = found
         _, _, needs_mixture, _, _, needs_embedding, *_ = ctx.needs_input_grad  # of run, hidden states, mixture logits …
         ctx.save_for_backward(*head, token_ids, peak, seed)
-        ctx.context = _Context(temperature, hard, gradient_scale, padding_idx, needs_mixture, needs_embedding, backend)
+        estimator = (hard, gradient_scale, padding_idx, needs_mixture, needs_embedding)
+        ctx.context = _Context(temperature, first_position, *estimator, backend)
         ctx.mark_non_differentiable(token_ids, peak)
         ctx.set_materialize_grads(False)
         return found
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return *_gradients_of(ctx, grad_values), *(None,) * 6  # of seed and five options
+        return *_gradients_of(ctx, grad_values), *(None,) * 7  # of seed and six options
 
 
 @gumbel_value.register_formula("gumbel_mix")
@@ -213,14 +221,15 @@ class _ValueFormula(Formula):
     def forward(
         ctx: Any, run: Callable[..., Tensor], hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor,
         bias: Tensor | None, embedding: Tensor, token_ids: Tensor, peak: Tensor, seed: Tensor, temperature: float,
-        gradient_scale: float, padding_idx: int | None, backend: str,
+        first_position: int, gradient_scale: float, padding_idx: int | None, backend: str,
     ) -> Tensor:  # fmt: skip
         tensors = (hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed)
         _, _, needs_mixture, _, _, needs_embedding, *_ = ctx.needs_input_grad
         ctx.save_for_backward(*tensors)
-        ctx.context = _Context(temperature, True, gradient_scale, padding_idx, needs_mixture, needs_embedding, backend)
-        return run(*tensors, temperature, gradient_scale, padding_idx, backend)
+        estimator = (True, gradient_scale, padding_idx, needs_mixture, needs_embedding)
+        ctx.context = _Context(temperature, first_position, *estimator, backend)
+        return run(*tensors, temperature, first_position, gradient_scale, padding_idx, backend)
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients_of(ctx, grad_values), *(None,) * 7  # of token ids, peak, seed and four options
+        return *_gradients_of(ctx, grad_values), *(None,) * 8  # of token ids, peak, seed and five options

@@ -39,6 +39,7 @@ def mlm_losses_and_sample(
     mixture_logits: Tensor | None,
     seed: Tensor,
     temperature: float,
+    first_position: int,
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
@@ -54,7 +55,7 @@ def mlm_losses_and_sample(
     """The fields of Joint: the sample is drawn from the losses' logits."""
     head = Head(hidden_states, weight, target, bias)
     rule = rule_of(hidden_states, class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
-    wanted, noise = Wanted.of(needs, accumulate_dtype), Noise(seed, temperature)
+    wanted, noise = Wanted.of(needs, accumulate_dtype), Noise(seed, temperature, first_position)
     kernels = gumbel_mix.operation.kernels(backend, hidden_states, weight)
     drawn = gumbel_mix.empty_sample(hidden_states, len(target))
 
@@ -78,6 +79,7 @@ def _(
     mixture_logits: Tensor | None,
     seed: Tensor,
     temperature: float,
+    first_position: int,
     *options: Any,
 ) -> Joint:
     *_, heads, _lse_square_scale, reduction, _padding_idx, _accumulate_dtype, needs, _backend = options
@@ -101,10 +103,11 @@ class _Formula(Formula):
         mixture_logits: Tensor | None,
         seed: Tensor,
         temperature: float,
+        first_position: int,
         *options: Any,
     ) -> tuple[Tensor, ...]:
         head = Head(hidden_states, weight, target, bias)
-        joint = Joint(*run(*head, class_weight, mixture_logits, seed, temperature, *options))
+        joint = Joint(*run(*head, class_weight, mixture_logits, seed, temperature, first_position, *options))
         *context, backend = options
         save(ctx, head, class_weight, Losses(*joint[:5]), Context(*context), True, backend)
         ctx.mark_non_differentiable(*joint[2:])
@@ -113,6 +116,6 @@ class _Formula(Formula):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         hidden_states, weight, bias = gradients_of(ctx, grad_loss, grad_lse)
-        sampling = (None, None, None, None)  # class weights, mixture logits, seed, temperature
+        sampling = (None,) * 5  # class weights, mixture logits, seed, temperature, first position
         options = (None,) * (len(Context._fields) + 1)  # and backend
         return None, hidden_states, weight, None, bias, *sampling, *options

@@ -97,6 +97,7 @@ def sample_logits(drawn: Drawn, block: HeadLogits, noise: Noise) -> None:
     mixed = torch.einsum("mk,kmv->mv", alpha, logits.to(wide))
     if bias is not None:
         mixed += bias
+    first_row += noise.first_row
     rows, columns = range(first_row, first_row + len(mixed)), range(mixed.shape[1])
     mixed += philox.gumbel(noise.seed, rows, columns, dtype=wide)
     _draw(drawn, mixed, noise)
@@ -164,6 +165,7 @@ def _perturbed_logits(mixed: Tensor, projection: Projection, noise: Noise, rows:
     logits = mixed[rows.start : rows.stop].to(wide) @ _operand(weight, mixed).T
     if bias is not None:
         logits += bias
+    rows = range(rows.start + noise.first_row, rows.stop + noise.first_row)
     return logits + philox.gumbel(noise.seed, rows, range(len(weight)), dtype=wide)
 
 
