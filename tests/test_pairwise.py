@@ -230,7 +230,8 @@ def test_rows_shorter_than_eps(place, kind):
 
 
 def test_same_bits_twice_and_with_any_number_of_threads(place):
-    (x,) = vectors(700, None, 24, torch.float32, place.device)
+    interpreted = (place.backend, place.device) == ("triton", "cpu")  # slowly
+    (x,) = vectors(150 if interpreted else 700, None, 24, torch.float32, place.device)
     before = torch.get_num_threads()
     found = []
     for threads in (1, 1, 2):

@@ -266,9 +266,14 @@ def _backward_kernel(
 
 
 @triton.jit
-def _store_sum(pointer, columns, values, d):
-    if pointer is not None:
-        tl.store(pointer + columns, values, mask=columns < d)
+def _sum_programs(gradient, partial, programs, columns, d, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr):
+    if gradient is not None:
+        sums = tl.zeros((PROGRAMS, COLUMNS), tl.float32)
+        for first in range(0, programs, PROGRAMS):
+            rows = first + tl.arange(0, PROGRAMS)
+            mask = (rows < programs)[:, None] & (columns < d)[None, :]
+            sums += tl.load(partial + rows.to(tl.int64)[:, None] * 4 * d + columns[None, :], mask, other=0.0)
+        tl.store(gradient + columns, tl.sum(sums, axis=0), mask=columns < d)
 
 
 # Programs' partial sums of one parameter added up, a block of columns a program.
@@ -279,20 +284,14 @@ def _reduce_kernel(
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     parameter = tl.program_id(1)
-    sums = tl.zeros((PROGRAMS, COLUMNS), tl.float32)
-    for first in range(0, programs, PROGRAMS):
-        rows = first + tl.arange(0, PROGRAMS)
-        mask = (rows < programs)[:, None] & (columns < d)[None, :]
-        sums += tl.load(partial + (rows.to(tl.int64)[:, None] * 4 + parameter) * d + columns[None, :], mask, other=0.0)
-    total = tl.sum(sums, axis=0)
     if parameter == 0:
-        _store_sum(grad_omega, columns, total, d)
+        _sum_programs(grad_omega, partial, programs, columns, d, PROGRAMS, COLUMNS)
     elif parameter == 1:
-        _store_sum(grad_weight, columns, total, d)
+        _sum_programs(grad_weight, partial + d, programs, columns, d, PROGRAMS, COLUMNS)
     elif parameter == 2:
-        _store_sum(grad_bias, columns, total, d)
+        _sum_programs(grad_bias, partial + 2 * d, programs, columns, d, PROGRAMS, COLUMNS)
     else:
-        _store_sum(grad_branch_bias, columns, total, d)
+        _sum_programs(grad_branch_bias, partial + 3 * d, programs, columns, d, PROGRAMS, COLUMNS)
 
 
 def forward(residual: Residual, affine: Affine, dropout: Dropout, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -338,10 +337,10 @@ def backward(wanted: Wanted, grad_y: Tensor, saved: Saved, dropout: Dropout, *, 
         SUM_OMEGA=wanted.omega, SUM_AFFINE=wanted.weight or wanted.bias, SUM_BRANCH_BIAS=wanted.branch_bias,
         ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
     )  # fmt: skip
-    _reduce_kernel[(triton.cdiv(d, _REDUCE_COLUMNS), 4)](
-        *parameters, partial, programs, d,
-        PROGRAMS=_REDUCE_PROGRAMS, COLUMNS=_REDUCE_COLUMNS,
-    )  # fmt: skip
+    if any(wanted[1:]):
+        _reduce_kernel[(triton.cdiv(d, _REDUCE_COLUMNS), 4)](
+            *parameters, partial, programs, d, PROGRAMS=_REDUCE_PROGRAMS, COLUMNS=_REDUCE_COLUMNS
+        )
     grad_omega, grad_weight, grad_bias, grad_branch_bias = [
         rstd.new_empty(0) if gradient is None else gradient for gradient in parameters
     ]

@@ -157,6 +157,7 @@ struct ParameterGradients {  // null where not asked for
   __device__ float* of(int parameter) const {
     return parameter == 0 ? omega : parameter == 1 ? weight : parameter == 2 ? bias : branch_bias;
   }
+  bool any() const { return omega || weight || bias || branch_bias; }
 };
 
 // Sums over the blocks of the launch before, in a fixed order; blockIdx.y is the parameter.
@@ -194,6 +195,7 @@ void backward(const Block<T>& b, T* grad_x, T* grad_branch, const ParameterGradi
     kernel<<<grid, layout.block(), shared, stream>>>(b, grad_x, grad_branch, partial, means, sum_omega, sum_branch_bias,
                                                      layout.threads);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (!gradients.any()) return;
     reduce_kernel<<<reduce_grid, kReduceColumns * kReduceLanes, 0, stream>>>(gradients, partial, int(blocks), b.d);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   };
