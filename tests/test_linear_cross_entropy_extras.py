@@ -9,6 +9,7 @@ from linear_cross_entropy_cases import STRATEGIES, cut_small, inputs
 
 import repdeg_fast
 from repdeg_fast import linear_cross_entropy, multi_layer_mlm_loss
+from repdeg_fast.ops import products
 from repdeg_fast.ops.linear_cross_entropy import operation  # noqa: F401 - tells conftest where to test
 
 V, M, D, K = 70, 21, 9, 2
@@ -241,6 +242,34 @@ def test_error_of_the_gradient_filter(backend):
             assert error.max() < threshold + smoothing / V
             assert (error.sum(1) <= (p * left_out).sum(1) + smoothing + 1e-12).all()
     assert left_out.float().mean() > 0.5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_filter_spares_products(dtype, strategy, monkeypatch):
+    """On a CPU: confident rows leave few columns, in some tiles none. The gradients are those of the reference."""
+    hidden, weight, target, bias = inputs(200, M, D, dtype)
+    with torch.no_grad():
+        bias[90:] -= 40
+        target[target >= 90] = 3
+        hidden.mul_(4)
+    columns = []
+    add = products.Sum.add
+    monkeypatch.setattr(
+        products.Sum, "add", lambda self, a, b, *rest: columns.append(a.numel()) or add(self, a, b, *rest)
+    )
+    gradients = {}
+    for backend, gradient_filter in (("cpu", None), ("cpu", 0.2), ("reference", 0.2)):
+        columns.clear()
+        with repdeg_fast.use_backend(backend):
+            loss = linear_cross_entropy(
+                hidden, weight, target, bias, strategy=strategy, gradient_filter=gradient_filter, padding_idx=7
+            )
+            gradients[backend, gradient_filter] = torch.autograd.grad(loss, (hidden, weight, bias)), sum(columns)
+    (filtered, fewer), (_, whole) = gradients["cpu", 0.2], gradients["cpu", None]
+    assert 0 < fewer < 0.6 * whole
+    for ours, theirs in zip(filtered, gradients["reference", 0.2][0], strict=True):
+        assert relative_error(ours, theirs) <= TOLERANCE[dtype]
 
 
 def test_second_call_of_a_compiled_graph():

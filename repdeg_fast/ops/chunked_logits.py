@@ -18,6 +18,7 @@ tile by tile, never as a whole.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,23 +108,26 @@ class ChunkedLogits:
             _store(lses, lse, heads, chunk)
             if predicted is not None and classes is not None:
                 _store(predicted, classes, heads, chunk)
+            kept = _columns_left(z, rule) if rule.gradient_filter and scale is not None else None
             if grad_hidden is not None:
                 part = _rows(grad_hidden, heads, chunk)
-                self._make_hidden_gradient(part, z, weight, tiles)
+                self._make_hidden_gradient(part, z, weight, kept or tiles)
                 _store(grad_hidden, part, heads, chunk)
             if grad_weight is not None:
-                for tile in tiles:
-                    weight_sum.add(_columns(z, tile).t(), hidden, first == 0, tile)
+                if kept is not None and first == 0:
+                    weight_sum.clear()
+                for piece in kept or tiles:
+                    weight_sum.add(_columns(z, piece).t(), hidden, first == 0 and kept is None, piece)
         weight_sum.finish()
         if grad_loss is not None:
             buffers.keep(memory)
         return losses, lses, _like_bias(gradients, bias)
 
-    def _make_logits(self, z: Tensor, hidden: Tensor, weight: Tensor, tiles: list[Piece]) -> None:
+    def _make_logits(self, z: Tensor, hidden: Tensor, weight: Tensor, tiles: Sequence[Piece]) -> None:
         for tile in tiles:
             self.kernels.multiply(_columns(z, tile), hidden, operand(_part(weight, tile), z.dtype).t(), False)
 
-    def _make_hidden_gradient(self, gradient: Tensor, dz: Tensor, weight: Tensor, tiles: list[Piece]) -> None:
+    def _make_hidden_gradient(self, gradient: Tensor, dz: Tensor, weight: Tensor, tiles: Sequence[Piece]) -> None:
         total = Sum(self.kernels, gradient, arithmetic_dtype(gradient), len(tiles))
         for i, tile in enumerate(tiles):
             total.add(_columns(dz, tile), operand(_part(weight, tile), dz.dtype), i == 0)
@@ -161,10 +165,18 @@ class ChunkedLogits:
                 )  # fmt: skip
                 self.kernels.rows(block, columns, rule, accumulate_bias=first > 0)
                 dz = z if dz is None else dz
+                kept = _columns_left(dz, rule) if rule.gradient_filter else None
                 if grad_hidden is not None:
-                    hidden_sum.add(dz, part, begin == 0, chunk)
+                    if kept is not None and begin == 0:
+                        hidden_sum.clear(chunk)
+                    for piece in kept or (None,):
+                        new = begin == 0 and kept is None
+                        hidden_sum.add(_columns(dz, piece), _part(part, piece), new, chunk)
                 if grad_weight is not None:
-                    weight_sum.add(dz.t(), hidden, first == 0)
+                    if kept is not None and first == 0:
+                        weight_sum.clear()
+                    for piece in kept or (None,):
+                        weight_sum.add(_columns(dz, piece).t(), hidden, first == 0 and kept is None, piece)
             weight_sum.finish()
         hidden_sum.finish()
         return _like_bias(gradients, bias)
@@ -249,10 +261,21 @@ def _gradients(head: Head, wide: torch.dtype, wanted: Wanted) -> Gradients:
     return gradients
 
 
-def _pieces(length: int, step: int) -> list[Piece]:
+def _pieces(length: int, step: int) -> list[slice | None]:
     if 0 < length <= step:
         return [None]
     return [slice(*ends) for ends in buffers.ranges(length, step)]
+
+
+def _columns_left(dz: Tensor, rule: LossRule) -> list[Tensor] | None:
+    """On a CPU, where to know costs no wait: the columns of dz that its gradient filter has left something of, in
+    pieces, and at least one; ``None`` where these are too many for copies to be worth it."""
+    if dz.device.type != "cpu":
+        return None
+    left = dz.bool().any(dim=0).nonzero().squeeze(1)
+    if 2 * left.shape[0] > dz.shape[1]:
+        return None
+    return list((left if left.shape[0] else left.new_zeros(1)).split(TILE))
 
 
 def _part(tensor: Tensor, piece: Piece) -> Tensor:
@@ -263,7 +286,7 @@ def _columns(matrix: Tensor, piece: Piece) -> Tensor:
     return matrix if piece is None else matrix[:, piece]
 
 
-def _rows(tensor: Tensor, heads: int, positions: Piece) -> Tensor:
+def _rows(tensor: Tensor, heads: int, positions: slice | None) -> Tensor:
     """The same positions of every head, head by head: a view where that is one, else contiguous, as the kernels take
     rows (`flatten` alone gives a view that skips from head to head where there is one position)."""
     if positions is None or heads == 1:
@@ -272,7 +295,7 @@ def _rows(tensor: Tensor, heads: int, positions: Piece) -> Tensor:
     return by_head[:, positions].flatten(0, 1).contiguous()
 
 
-def _store(tensor: Tensor, rows: Tensor, heads: int, positions: Piece) -> None:
+def _store(tensor: Tensor, rows: Tensor, heads: int, positions: slice | None) -> None:
     """Write ``rows`` where :func:`_rows` took them from, unless they are there."""
     if heads > 1 and positions is not None:
         tensor.unflatten(0, (heads, -1))[:, positions] = rows.unflatten(0, (heads, -1))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from repdeg_fast.contracts.linear_cross_entropy import Products
 
-Piece = slice | None  # of rows or columns; None: all of them, since slicing costs as much as a small kernel
+# Of rows or columns: some in a row, or these; None: all of them, since slicing costs as much as a small kernel.
+Piece = slice | Tensor | None
 
 
 class LibraryProducts:
@@ -50,14 +51,23 @@ class Sum:
             self.total = gradient.new_empty(gradient.shape, dtype=wide)
 
     def add(self, a: Tensor, b: Tensor, first: bool, part: Piece = None) -> None:
-        """total[part] += a @ b, or = where `first`."""
+        """total[part] += a @ b, or = where `first` (not of single rows)."""
         assert self.total is not None
+        if isinstance(part, Tensor):
+            product = a.new_empty((a.shape[0], b.shape[1]))
+            self.kernels.multiply(product, a, b, False)
+            self.total.index_add_(0, part, product.to(self.total.dtype))
+            return
         total = self.total if part is None else self.total[part]
         if total.dtype == a.dtype or (total.dtype == torch.float32 and adds_to_fp32(total.device, a.dtype)):
             self.kernels.multiply(total, a, b, not first)
         else:
             product = torch.mm(a, b)
             total.copy_(product) if first else self.kernels.add(total, product)
+
+    def clear(self, part: slice | None = None) -> None:
+        assert self.total is not None
+        (self.total if part is None else self.total[part]).zero_()
 
     def finish(self) -> None:
         if self.gradient is not None and self.total is not None and self.total is not self.gradient:
