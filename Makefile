@@ -14,6 +14,8 @@ PYTEST := $(BIN)/python -m pytest tests -n auto --dist worksteal -p no:benchmark
 help:
 	@echo "make bench              set up .venv and run the benchmarks (ARGS='--ops cosreg ...' to choose, ARGS=--full: all)"
 	@echo "make test               set up .venv, lint, and run all tests"
+	@echo "make convergence        short trainings, fused beside unfused (minutes)"
+	@echo "make fuzz               random shapes, strides, dtypes and options against float64; EXAMPLES=2000 of each kind"
 	@echo "make docs               build the documentation into site/; open site/index.html"
 	@echo "make versions           compile all kernels against the oldest torch and Triton that are supported (downloads 350 MB)"
 	@echo "make wheel              dist/: a wheel that brings its C++ kernels compiled, for any Python and any torch from 2.10 on"
@@ -45,6 +47,12 @@ test: lint
 ifeq ($(shell uname -m),x86_64)  # the C++ kernels once more, as machines with AVX2 alone have them
 	REPDEG_FAST_MARCH=x86-64-v3 $(PYTEST) -m cpp $(ARGS)
 endif
+
+convergence: $(INSTALLED)
+	$(BIN)/python -m pytest tests/test_convergence.py -m convergence -s -q $(ARGS)
+
+fuzz: $(INSTALLED)
+	REPDEG_FAST_FUZZ=$(or $(EXAMPLES),2000) $(BIN)/python -m pytest tests/test_fuzz.py -q $(ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m mkdocs build --strict --quiet

@@ -110,17 +110,20 @@ _left_out = pytest.StashKey()  # reason -> how many tests
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m have left
 def pytest_collection_modifyitems(config, items):
-    reasons = {item: _cannot_run(item) for item in items}
+    named = "convergence" in config.option.markexpr
+    reasons = {item: _cannot_run(item, named) for item in items}
     config.stash[_left_out] = Counter(filter(None, reasons.values()))
     config.hook.pytest_deselected(items=[item for item, reason in reasons.items() if reason])
     items[:] = [item for item, reason in reasons.items() if not reason]
 
 
-def _cannot_run(item):
+def _cannot_run(item, convergence):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         return "need an NVIDIA GPU (`make gpu`)"
     if item.get_closest_marker("interpreter") and os.environ.get("TRITON_INTERPRET") != "1":
         return "need TRITON_INTERPRET=1 (the second run of `make test`)"
+    if item.get_closest_marker("convergence") and not convergence:
+        return "take minutes (`make convergence`)"
     return None
 
 

@@ -285,35 +285,6 @@ def test_opcheck():
         torch.library.opcheck(cosreg_add_.overload, (grad, weight.detach(), 0.5, p, 1e-12, "auto"))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_as_one_graph(dynamic):
-    weight = embedding(40, 16, torch.float32).requires_grad_()
-
-    def step(weight, eps):
-        return 2 * cosine_regularization(weight.tanh(), eps=eps)
-
-    step(weight, 1e-6).backward()
-    eager, weight.grad = weight.grad, None
-    torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)(weight, 1e-6).backward()
-    assert relative_error(weight.grad, eager) <= 1e-6
-
-
-def test_checkpointing_and_autocast():
-    weight = embedding(40, 16, torch.float32).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = torch.utils.checkpoint.checkpoint(cosine_regularization, weight, use_reentrant=False)
-    value.backward()
-    assert value.dtype == torch.float32
-    assert_matches(value, weight.grad, weight)
-
-
-def test_second_derivative_is_a_clear_error():
-    weight = embedding(10, 4).requires_grad_()
-    (grad,) = torch.autograd.grad(cosine_regularization(weight), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        grad.sum().backward()
-
-
 def test_saves_one_value_a_row_and_a_column():
     weight = embedding(700, 96, torch.float32).requires_grad_()
     assert 0 < saved_bytes(lambda: cosine_regularization(weight), weight) <= 4 * (700 + 96)

@@ -63,28 +63,6 @@ def test_compiles_to_one_graph():
     assert compiled(*leaves, None).isfinite()
 
 
-def test_checkpointing_draws_the_same_sample():
-    problem = Problem((2, 32, 300, 16, 16))
-
-    def loss(mixture_logits):
-        _, embeddings = gumbel_mix(problem.hidden_states, mixture_logits, *problem.tensors()[2:])
-        return (embeddings * problem.upstream).sum()
-
-    torch.manual_seed(0)
-    plain = torch.autograd.grad(loss(problem.mixture_logits), problem.mixture_logits)[0]
-    torch.manual_seed(0)
-    value = torch.utils.checkpoint.checkpoint(loss, problem.mixture_logits, use_reentrant=False)
-    assert torch.equal(torch.autograd.grad(value, problem.mixture_logits)[0], plain)
-
-
-def test_double_backward_says_what_to_do():
-    problem = Problem((2, 5, 30, 8, 8))
-    _, embeddings = gumbel_mix(*problem.tensors())
-    (grad,) = torch.autograd.grad(embeddings.square().sum(), problem.mixture_logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="gumbel_mix has no second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 def test_gradients_share_no_memory(place, hard):
     """Two steps that accumulate must not add to the same memory, nor write into what comes from above."""

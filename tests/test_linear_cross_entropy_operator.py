@@ -27,7 +27,7 @@ def test_opcheck(chunked):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_compiles_as_one_graph(strategy):
     hidden, weight, target, bias = inputs(40, 16, 8)
 

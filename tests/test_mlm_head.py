@@ -207,22 +207,6 @@ def test_autocast_in_bfloat16():
     assert model.embedding.weight.grad.dtype == torch.float32
 
 
-def test_under_torch_compile():
-    model = Model()
-    hidden_states, target = batch()
-    expected = model.head(hidden_states, target)
-    expected.sum().backward()
-    grads = [parameter.grad.clone() for parameter in model.parameters()]
-    model.zero_grad()
-    loss = torch.compile(lambda h, t: model.head(h, t).sum(), backend="aot_eager", fullgraph=True)(
-        hidden_states, target
-    )
-    loss.backward()
-    torch.testing.assert_close(loss, expected.sum())
-    for parameter, grad in zip(model.parameters(), grads, strict=True):
-        torch.testing.assert_close(parameter.grad, grad)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

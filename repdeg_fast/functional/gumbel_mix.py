@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from repdeg_fast import backends
 from repdeg_fast._checks import (
@@ -95,10 +96,12 @@ def gradient_reversal(x: Tensor, scale: float = -1.0) -> Tensor:
     """``x`` as it is; its gradient is multiplied by ``scale`` (arXiv 1409.7495, where it is −λ)."""
     check_floating("x", x)
     check_finite("scale", scale)
-    return _ScaleGradient.apply(x, scale)
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError("gradient_reversal has no forward-mode derivative: only its gradient is not the identity's")
+    return _GradientReversal.apply(x, scale)
 
 
-class _ScaleGradient(torch.autograd.Function):
+class _GradientReversal(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -1,0 +1,251 @@
+"""What every public operation and module can do inside PyTorch: the rows, the columns, and what each cell promises.
+
+tests/test_support.py makes a test of each cell; ``python tests/support.py`` writes the tables of docs/compilers.md from
+the same registry, and a test holds the page to it. A new operation is one entry in OPERATIONS."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import repdeg_fast as rf
+
+PAGE = Path(__file__).parent.parent / "docs" / "compilers.md"
+WIDTH, VOCABULARY = 8, 11
+
+YES, ERROR, ANEW, GPU, NONE = "✓", "error", "anew", "GPU", "–"
+
+
+class Case(NamedTuple):
+    """``function(*tensors, number, seed)`` of tensors with M rows; ``number`` is a coefficient of the operation."""
+
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    tensors: Callable[[int], list[Tensor]]
+    coefficient: str = ""  # its name, where there is one
+    seeded: bool = False
+
+
+class ModuleCase(NamedTuple):
+    """A module, made anew at each call, and its inputs, of which the first wants a gradient."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int], list[Tensor]]
+
+
+def _leaf(*shape: int, mean: float = 0.0) -> Tensor:
+    return (torch.randn(shape) + mean).requires_grad_()
+
+
+def _rows(number: int = 1) -> Callable[[int], list[Tensor]]:
+    return lambda m: [_leaf(m, WIDTH) for _ in range(number)]
+
+
+def _head(m: int) -> list[Tensor]:
+    return [_leaf(m, WIDTH), _leaf(VOCABULARY, WIDTH), _leaf(VOCABULARY)]
+
+
+def _heads(m: int) -> list[Tensor]:
+    return [_leaf(2, m, WIDTH), *_head(m)[1:]]
+
+
+def _target(hidden: Tensor) -> Tensor:
+    return torch.arange(hidden.shape[-2], device=hidden.device) % VOCABULARY
+
+
+def _add_in_place(weight: Tensor, number: float, seed: object) -> Tensor:
+    leaf = weight.detach().clone().requires_grad_()
+    leaf.grad = torch.zeros_like(weight)
+    value = rf.add_cosine_regularization_(leaf, number)
+    return value + leaf.grad.sum()
+
+
+def _sample(h: Tensor, mixture: Tensor, w: Tensor, number: float, seed: object) -> Tensor:
+    return rf.gumbel_mix(h, mixture, w, temperature=number, seed=seed)[1]
+
+
+def _losses_and_sample(h: Tensor, mixture: Tensor, w: Tensor, b: Tensor, number: float, seed: object) -> object:
+    return rf.mlm_losses_and_sample(h, mixture, w, _target(h), b, temperature=number, seed=seed)[::2]
+
+
+OPERATIONS: dict[str, Case] = {
+    "admin_norm": Case(
+        lambda x, f, w, number, seed: rf.admin_norm(x, f, weight=w, dropout=number, seed=seed),
+        lambda m: [*_rows(2)(m), torch.rand(WIDTH).add(0.5).requires_grad_()],
+        "dropout",
+        seeded=True,
+    ),
+    "contrastive_loss": Case(lambda q, d, number, seed: rf.contrastive_loss(q, d, scale=number), _rows(2), "scale"),
+    "span_pair_loss": Case(lambda x, number, seed: rf.span_pair_loss(x), _rows()),
+    "cosine_regularization": Case(
+        lambda w, number, seed: number * rf.cosine_regularization(w), _rows(), "its factor in the loss"
+    ),
+    "add_cosine_regularization_": Case(_add_in_place, _rows(), "coefficient"),
+    "pairwise_cosine": Case(
+        lambda x, y, number, seed: rf.pairwise_cosine(x, y, kind="relu", margin=number), _rows(2), "margin"
+    ),
+    "pairwise_max_cosine": Case(lambda x, number, seed: rf.pairwise_max_cosine(x).values, _rows()),
+    "global_orthogonal_regularization": Case(
+        lambda x, number, seed: rf.global_orthogonal_regularization(x, second_moment_weight=number),
+        lambda m: [_leaf(m + 2 * WIDTH, WIDTH)],  # more vectors than dimensions: fewer are summed in another way
+        "second_moment_weight",
+    ),
+    "gumbel_mix": Case(
+        _sample, lambda m: [_leaf(2, m, WIDTH), _leaf(m, 2), _leaf(VOCABULARY, WIDTH)], "temperature", seeded=True
+    ),
+    "gradient_reversal": Case(lambda x, number, seed: rf.gradient_reversal(x, number), _rows(), "scale"),
+    "linear_cross_entropy": Case(
+        lambda h, w, b, number, seed: rf.linear_cross_entropy(h, w, _target(h), b, label_smoothing=number),
+        _head,
+        "label_smoothing",
+    ),
+    "multi_layer_mlm_loss": Case(
+        lambda h, w, b, number, seed: rf.multi_layer_mlm_loss(h, w, _target(h), b, label_smoothing=number),
+        _heads,
+        "label_smoothing",
+    ),
+    "mlm_losses_and_sample": Case(
+        _losses_and_sample,
+        lambda m: [_leaf(2, m, WIDTH), _leaf(m, 2), *_head(m)[1:]],
+        "temperature",
+        seeded=True,
+    ),
+}
+
+
+class TiedHead(nn.Module):
+    """A head beside the embedding that it is tied to, as in a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.head = rf.MultiLayerMLMHead(WIDTH, self.embedding)
+
+    def forward(self, hidden_states: Tensor, target: Tensor) -> Tensor:
+        return self.head(hidden_states, target)
+
+
+class Mixture(rf.GumbelMixture):
+    def forward(self, hidden_states: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        seed = torch.ones(1, dtype=torch.int64, device=weight.device)
+        return super().forward(hidden_states, hidden_states, weight, seed=seed)[1]
+
+
+def _transformer() -> nn.Module:
+    return rf.AdminTransformer(
+        WIDTH, 2, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=16, dropout=0.0, batch_first=True
+    )
+
+
+MODULES: dict[str, ModuleCase] = {
+    "AdminNorm": ModuleCase(lambda: rf.AdminNorm(WIDTH, branch_bias=True), _rows(2)),
+    "AdminTransformer": ModuleCase(_transformer, lambda m: [_leaf(2, m, WIDTH), _leaf(2, 3, WIDTH)]),
+    "ContrastiveLoss": ModuleCase(lambda: rf.ContrastiveLoss(scale=5.0), _rows(2)),
+    "CosineRegularization": ModuleCase(lambda: rf.CosineRegularization(0.5), _rows()),
+    "GumbelMixture": ModuleCase(
+        lambda: Mixture(WIDTH, hard=False), lambda m: [_leaf(2, m, WIDTH), _leaf(VOCABULARY, WIDTH)]
+    ),
+    "MultiLayerMLMHead": ModuleCase(
+        TiedHead, lambda m: [_leaf(2, m, WIDTH), torch.arange(m).where(torch.arange(m) % 3 > 0, -100) % VOCABULARY]
+    ),
+}
+
+# column -> what it promises; the tests are the functions of these names in test_support.py
+OF_BOTH = {
+    "compile": "`torch.compile(fullgraph=True)`: one graph, the same values and gradients",
+    "M": "`dynamic=True`: other numbers of rows run in the same graph",
+    "autocast": "bfloat16 autocast: values close to fp32's, gradients in the dtype of their leaves",
+    "checkpoint": "activation checkpointing, without reentrance: the same bits, dropout and samples included",
+    "reentrant": "activation checkpointing, with reentrance: the same bits",
+    "export": "`torch.export.export`, the same value",
+    "CUDA graph": "captured with its backward pass, replayed with other inputs (and another seed)",
+    "func.grad": "`torch.func.grad`",
+}
+OF_OPERATIONS = {
+    **OF_BOTH,
+    "coefficient": "another coefficient runs in the same graph",
+    "seed": "another seed, an int, runs in the same graph (a tensor is an input like others)",
+    "meta": "meta tensors: shapes and dtypes of values and gradients without memory",
+    "vmap": "`torch.func.vmap`: values and gradients of each",
+    "forward mode": "`torch.func.jvp`, `torch.autograd.forward_ad`",
+    "double backward": "a derivative of the gradient",
+}
+OF_MODULES = {
+    **OF_BOTH,
+    "functional_call": "`torch.func.functional_call` with other parameters",
+    "deepcopy": "a copy computes the same and shares nothing",
+    "pickle": "so does one that was pickled",
+    "state_dict": "`state_dict` into a new one: the same keys, the same value",
+    "meta": "made on the meta device, then `to_empty` and `load_state_dict`",
+}
+
+NOTES = {
+    "anew": "*anew*: the value is a constant of the graph, another one is compiled anew. PyTorch does so for every "
+    "Python number that an operator takes; a factor outside of it is none.",
+    "error": "*error*: a `RuntimeError` that names the operation and what to do: the formulas in "
+    "`repdeg_fast.reference` are differentiable in any way.",
+    "GPU": "*GPU*: a test that needs one, and has not run here (`make gpu` runs it).",
+    "–": "*–*: there is no such thing: no coefficient, no seed, a gradient written in place, or, of "
+    "`MultiLayerMLMHead` in a CUDA graph, a number of masked positions that the host must know.",
+}
+
+_IN_PLACE = ("checkpoint", "reentrant", "vmap", "func.grad", "forward mode", "double backward")
+EXCEPTIONS = {
+    **{("add_cosine_regularization_", column): NONE for column in _IN_PLACE},
+    **{(row, "coefficient"): ANEW for row, case in OPERATIONS.items() if case.coefficient},
+    ("cosine_regularization", "coefficient"): YES,
+    ("global_orthogonal_regularization", "coefficient"): YES,
+    ("gradient_reversal", "coefficient"): YES,
+    **{(row, "coefficient"): NONE for row, case in OPERATIONS.items() if not case.coefficient},
+    **{(row, "seed"): NONE for row, case in OPERATIONS.items() if not case.seeded},
+    ("gradient_reversal", "func.grad"): YES,
+    ("gradient_reversal", "double backward"): YES,
+    ("MultiLayerMLMHead", "CUDA graph"): NONE,
+}
+_USUAL = {"CUDA graph": GPU, "func.grad": ERROR, "forward mode": ERROR, "double backward": ERROR}
+
+
+def promise(row: str, column: str) -> str:
+    return EXCEPTIONS.get((row, column), _USUAL.get(column, YES))
+
+
+def cells() -> list[tuple[str, str]]:
+    """Those that a test stands behind."""
+    tables = ((OPERATIONS, OF_OPERATIONS), (MODULES, OF_MODULES))
+    every = [(row, column) for rows, columns in tables for row in rows for column in columns]
+    return [cell for cell in every if promise(*cell) != NONE]
+
+
+def tables() -> str:
+    """Both tables in Markdown, what the columns mean, and the notes."""
+    parts = [_table("operation", OPERATIONS, OF_OPERATIONS), _table("module", MODULES, OF_MODULES)]
+    parts.append("\n".join(f"- **{column}**: {meaning}." for column, meaning in (OF_OPERATIONS | OF_MODULES).items()))
+    parts[-1] = parts[-1].replace(
+        f"- **meta**: {OF_MODULES['meta']}.", f"- **meta**: {OF_OPERATIONS['meta']}; of modules: {OF_MODULES['meta']}."
+    )
+    coefficients = "; ".join(f"{case.coefficient} of `{row}`" for row, case in OPERATIONS.items() if case.coefficient)
+    return "\n\n".join([*parts, *NOTES.values(), f"Coefficients: {coefficients}."])
+
+
+def _table(title: str, rows: dict, columns: dict) -> str:
+    lines = [f"| {title} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| `{row}` | " + " | ".join(promise(row, column) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+BEGIN, END = "<!-- made by `python tests/support.py` -->\n\n", "\n\n<!-- end -->"
+
+
+def page(text: str) -> str:
+    """The page with the tables as they should be."""
+    head, rest = text.split(BEGIN)
+    return head + BEGIN + tables() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.exit(0)
