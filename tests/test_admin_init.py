@@ -146,6 +146,63 @@ def test_formula_rules_equal_admin_torch(rule):
         assert row.branch_variance is None
 
 
+def test_constant_omega_is_that_of_admin_torch():
+    """Its default: ω is no parameter. Values, the other gradients and what is saved."""
+    model, (source, target) = build(), batch()
+    table = repdeg_fast.initialize_admin_(model, rule="default", trainable=False)
+    assert table.rule == "O(logn)"
+    assert not any("omega" in name for name, _ in model.named_parameters())
+    x, f = torch.randn(3, D), torch.randn(3, D)
+    for name, norm in admin_norms(model).items():
+        theirs = admin_torch.as_module(2 * N if name.startswith("encoder") else 3 * M)
+        assert torch.equal(norm.omega, theirs.omega)  # (1,)
+        torch.testing.assert_close(norm(x, f), norm_of(theirs(x, f), norm), rtol=1e-5, atol=1e-6)
+    trained = build()
+    trained.load_state_dict(model.state_dict() | {name: value.expand(D) for name, value in named_omegas(model).items()})
+    results = [m(source, target).square().mean() for m in (model, trained)]
+    assert torch.equal(*results)
+    for result in results:
+        result.backward()
+    right = dict(trained.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, right[name].grad, rtol=1e-5, atol=1e-7)
+    again = build()
+    repdeg_fast.initialize_admin_(again, rule="O(n)", trainable=False)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(source, target).square().mean(), results[0])
+    plain = repdeg_fast.fold_admin(model.eval())
+    torch.testing.assert_close(plain(source, target), model(source, target), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"trainable: .*since ω of encoder.layers.0.norm1 is a constant"):
+        repdeg_fast.initialize_admin_(model, rule="O(1)", trainable=True)
+
+
+def admin_norms(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdminNorm)}
+
+
+def named_omegas(model):
+    return {f"{name}.omega": norm.omega for name, norm in admin_norms(model).items()}
+
+
+def norm_of(stream, norm):
+    return F.layer_norm(stream, (D,), norm.weight, norm.bias, norm.eps)
+
+
+def test_a_constant_of_ones_own():
+    norm = AdminNorm(8, omega=1.5, trainable_omega=False, dtype=torch.float64)
+    assert [name for name, _ in norm.named_parameters()] == ["weight", "bias"]
+    assert norm.state_dict()["omega"].tolist() == [1.5]
+    assert "trainable_omega=False" in repr(norm)
+    x = torch.randn(2, 8).double().requires_grad_()
+    norm(x, torch.zeros_like(x)).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert norm.omega.grad is None
+    norm.fix_omega(2.0)
+    assert norm.omega.tolist() == [2.0]
+    norm.reset_parameters()
+    assert norm.omega.tolist() == [1.5]
+
+
 @pytest.mark.parametrize("layers", [1, 2, 12, 36, 120])
 def test_formula_rules_at_many_depths(layers):
     model = nn.ModuleList([AdminNorm(1) for _ in range(layers)])

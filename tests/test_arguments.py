@@ -163,7 +163,7 @@ CALLS = {
         {
             "hidden_states": [None, 3, "x", {}, [], [None], ROWS, [ROWS[0]], torch.ones(2)],
             "target": [None, 3, "x", {}, LABELS.float()], "ignore_index": INTEGER,
-            "label_smoothing": [*NUMBER, 1.0], "softcap": POSITIVE[1:], "reduction": CHOICE[3:4], "strategy": ["x"],
+            "label_smoothing": [*NUMBER, 1.5], "softcap": POSITIVE[1:], "reduction": CHOICE[3:4], "strategy": ["x"],
         },
     ),
     "MultiLayerMLMHead.transform": (

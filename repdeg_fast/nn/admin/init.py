@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repdeg_fast._checks import check_choice
+from repdeg_fast._checks import check_choice, check_flag
 from repdeg_fast.nn.admin.norm import AdminNorm
 from repdeg_fast.nn.admin.profile import admin_norms, check_batch, observe, stack_of, variances
 from repdeg_fast.nn.admin.sharding import check_whole, reshard
@@ -23,14 +23,20 @@ FORMULAS = {
     "O(1)": lambda n: math.sqrt(n),
     "O(n)": lambda n: 1.0,
 }
-RULES = ("profile", *FORMULAS, "deepnorm")
+RULES = ("profile", *FORMULAS, "default", "deepnorm")
 
 
 @torch.no_grad()
 def initialize_admin_(
-    model: nn.Module, batch: Any = None, rule: str = "profile", *, group: Any | None = None
+    model: nn.Module,
+    batch: Any = None,
+    rule: str = "profile",
+    *,
+    group: Any | None = None,
+    trainable: bool | None = None,
 ) -> AdminTable:
-    """Set ω of every :class:`~repdeg_fast.AdminNorm` in ``model``, in place.
+    """Set ω of every :class:`~repdeg_fast.AdminNorm` in ``model``, in place. For admin-torch's way, ``rule="default",
+    trainable=False``.
 
     A *stack* is the AdminNorms of one residual stream: those whose names agree up to the first list index, as
     ``encoder.layers`` and ``decoder.layers``. Each stack has its own recursion or its own n, the number of its
@@ -41,7 +47,8 @@ def initialize_admin_(
             set before its sub-layer ends (arXiv 2004.08249, arXiv 2008.07772). Variances are over all
             elements of the batch, in float64. Under ``torch.distributed`` they are those of all ranks' batches
             together: every rank calls this and gets the same ω.
-        ``"O(logn)"``: √((n+1)/ln(n+1) − 1); ``"O(1)"``: √n; ``"O(n)"``: 1. No batch is needed.
+        ``"O(logn)"`` or ``"default"``: √((n+1)/ln(n+1) − 1); ``"O(1)"``: √n; ``"O(n)"``: 1. No batch is needed; these
+            are the rules and names of admin-torch.
         ``"deepnorm"``: α of arXiv 2203.00555 as ω; linear1, linear2, and the value and output projections of every
             attention are multiplied by its β, so call it once, on fresh weights. For AdminEncoderLayer and
             AdminDecoderLayer.
@@ -51,6 +58,8 @@ def initialize_admin_(
         batch: what the model is called with: a tuple or list (positional arguments), a mapping (by name) or one value.
             Only ``"profile"`` looks at it.
         rule: one of the above.
+        trainable: ``False``: ω becomes a constant, a buffer of one value in the place of the parameter (d,): make the
+            optimizer afterwards. ``None``: it stays what it is.
         group: process group of the data-parallel ranks; ``None``: the default one.
 
     Returns:
@@ -61,7 +70,9 @@ def initialize_admin_(
             that are not finite. ω is then as it was.
     """
     check_choice("rule", rule, RULES)
+    rule = "O(logn)" if rule == "default" else rule
     norms = admin_norms(model)
+    _check_trainable(model, norms, trainable)
     if rule == "profile":
         _check_profiled(model, norms, batch)
         rows = _profile(model, batch, group)
@@ -72,8 +83,21 @@ def initialize_admin_(
         rows = [Sublayer(stack_of(name), name, FORMULAS[rule](sizes[stack_of(name)])) for name in norms]
     reshard(model)
     for row in rows:
-        norms[row.name].omega.fill_(row.omega)
+        if trainable is False:
+            norms[row.name].fix_omega(row.omega)
+        else:
+            norms[row.name].omega.fill_(row.omega)
     return AdminTable(rule, rows)
+
+
+def _check_trainable(model: nn.Module, norms: dict[str, AdminNorm], trainable: bool | None) -> None:
+    if trainable is None:
+        return
+    check_flag("trainable", trainable)
+    if trainable and (name := next((n for n, norm in norms.items() if not isinstance(norm.omega, nn.Parameter)), None)):
+        raise ValueError(f"trainable: expected None or False, since ω of {name} is a constant, got True")
+    if not trainable:
+        check_whole("model", model, "make ω a constant before you call fully_shard or parallelize_module")
 
 
 def _check_profiled(model: nn.Module, norms: dict[str, AdminNorm], batch: Any) -> None:

@@ -22,6 +22,8 @@ class AdminNorm(nn.Module):
     Args:
         normalized_shape: d, the length of the last dimension.
         omega: what every entry of the trainable ω (d,) starts from; see ``initialize_admin_`` for the paper's rules.
+        trainable_omega: ``False``: ω is a constant, a buffer of one value, as in admin-torch unless it is asked for a
+            parameter. It is in the ``state_dict``, and costs neither a gradient nor state of an optimizer.
         dropout: probability in [0, 1), applied to the branch while training.
         eps: added to the variance.
         norm: ``"layer"`` or ``"rms"``.
@@ -31,7 +33,7 @@ class AdminNorm(nn.Module):
         save: see :func:`repdeg_fast.admin_norm`.
     """
 
-    omega: nn.Parameter
+    omega: Tensor  # a parameter (d,), or a buffer (1,)
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     branch_bias: nn.Parameter | None
@@ -48,6 +50,7 @@ class AdminNorm(nn.Module):
         bias: bool = True,
         branch_bias: bool = False,
         save: str = "auto",
+        trainable_omega: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -55,7 +58,8 @@ class AdminNorm(nn.Module):
         check_size("normalized_shape", normalized_shape)
         check_finite("omega", omega)
         check_options(dropout, eps, norm, save)
-        for name, flag in (("elementwise_affine", elementwise_affine), ("bias", bias), ("branch_bias", branch_bias)):
+        flags = {"elementwise_affine": elementwise_affine, "bias": bias, "branch_bias": branch_bias}
+        for name, flag in (flags | {"trainable_omega": trainable_omega}).items():
             check_flag(name, flag)
         check_dtype("dtype", dtype)
         self.normalized_shape, self.initial_omega = normalized_shape, float(omega)
@@ -65,7 +69,10 @@ class AdminNorm(nn.Module):
             empty = torch.empty(normalized_shape, device=device, dtype=dtype) if there else None
             self.register_parameter(name, None if empty is None else nn.Parameter(empty))
 
-        parameter("omega", True)
+        if trainable_omega:
+            parameter("omega", True)
+        else:
+            self.register_buffer("omega", torch.empty(1, device=device, dtype=dtype))
         parameter("weight", elementwise_affine)
         parameter("bias", elementwise_affine and bias and norm == "layer")
         parameter("branch_bias", branch_bias)
@@ -73,10 +80,18 @@ class AdminNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         """ω to its start value, weight to 1, biases to 0."""
-        starts = ((self.omega, self.initial_omega), (self.weight, 1.0), (self.bias, 0.0), (self.branch_bias, 0.0))
-        for parameter, start in starts:
+        nn.init.constant_(self.omega, self.initial_omega)
+        for parameter, start in ((self.weight, 1.0), (self.bias, 0.0), (self.branch_bias, 0.0)):
             if parameter is not None:
                 nn.init.constant_(parameter, start)
+
+    def fix_omega(self, value: float) -> None:
+        """Make ω the constant ``value``: a buffer of one value in the place of the parameter. Optimizers that have the
+        parameter should be made anew."""
+        check_finite("value", value)
+        constant = torch.full_like(self.omega[:1], value, requires_grad=False)
+        del self.omega
+        self.register_buffer("omega", constant)
 
     def forward(self, x: Tensor, branch: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
         """(..., d). ``x``: the residual stream; ``branch``: the sub-layer's output, of the same shape and dtype."""
@@ -99,7 +114,8 @@ class AdminNorm(nn.Module):
         return (
             f"{self.normalized_shape}, omega={self.initial_omega}, dropout={self.dropout}, eps={self.eps}, "
             f"norm={self.norm!r}, elementwise_affine={self.weight is not None}, bias={self.bias is not None}, "
-            f"branch_bias={self.branch_bias is not None}, save={self.save!r}"
+            f"branch_bias={self.branch_bias is not None}, save={self.save!r}, "
+            f"trainable_omega={isinstance(self.omega, nn.Parameter)}"
         )
 
 
