@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import torch
 from pretraining import (
@@ -33,11 +34,11 @@ from pretraining import (
 )
 from rich.console import Console
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import BertForMaskedLM
 
 from repdeg_fast.data import MaskingCollator
 from repdeg_fast.integrations import huggingface
-from repdeg_fast.models.amos import MIXTURES, AmosConfig, AmosForPreTraining
+from repdeg_fast.models.amos import MIXTURES, AmosBertConfig, AmosBertModel, AmosConfig, AmosForPreTraining
 
 CLASSES = 10  # of the probe: packages of the standard library
 
@@ -72,8 +73,15 @@ class Pretraining(Training):
     def make_model(self) -> torch.nn.Module:
         raise NotImplementedError
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
+        """Of the encoder, with relative positions as the authors have them. No dropout: a few passes over the text do
+        not wear it out. Initial weights are larger than BERT's 0.02, which is meant for a width of 768."""
         return {
+            "relative_position_buckets": 32,
+            "token_types": False,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "initializer_range": 0.06,
             "vocab_size": len(self.tokenizer),
             "pad_token_id": self.tokenizer.pad_token_id,
             "hidden_size": self.options.hidden_size,
@@ -110,7 +118,11 @@ class Plain(Pretraining):
     model: BertForMaskedLM
 
     def make_model(self) -> BertForMaskedLM:
-        return huggingface.apply(BertForMaskedLM(BertConfig(**self.sizes())))
+        config = AmosBertConfig(**self.sizes())
+        model = BertForMaskedLM(config)
+        model.bert = AmosBertModel(config)
+        model.tie_weights()
+        return huggingface.apply(model)
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
         loss = self.model(**self.batch()).loss
@@ -156,7 +168,7 @@ def compare(training: Amos, seconds: float, console: Console) -> None:
     encoders = {
         "AMOS": training.model.discriminator,
         f"masked language model ({len(plain.history)} steps)": plain.model.bert,
-        "random": BertModel(BertConfig(**training.sizes()), add_pooling_layer=False),
+        "random": AmosBertModel(AmosBertConfig(**training.sizes())),
     }
     console.print(f"package of a passage, {int(labels.max()) + 1} of them, linear probe of frozen features:")
     for name, encoder in encoders.items():

@@ -1,6 +1,7 @@
 """Collators of spans: whole words, 80/10/10, cut before masking, pairs side by side."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -118,6 +119,32 @@ def test_the_generator_decides(bert):
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
 
 
+def first_label(batches):
+    return [batch["labels"].max().item() for batch in batches]
+
+
+@pytest.mark.parametrize("kind", [MaskingCollator, SpanCollator])
+def test_workers_draw_numbers_of_their_own(bert, kind):
+    """Two forked workers, two epochs: with the generator's copies all four lists would be the same."""
+    generator, make = torch.Generator().manual_seed(1), getattr(kind, "from_tokenizer", kind)
+    loader = torch.utils.data.DataLoader(
+        [list(range(6, 100))] * 8, collate_fn=make(bert, generator=generator, probability=0.01), num_workers=2
+    )
+    state = generator.get_state()
+    epochs = [first_label(loader) for _ in range(2)]
+    assert epochs[0][::2] != epochs[0][1::2]
+    assert epochs[0] != epochs[1]
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_a_collator_is_sent_to_a_new_process_without_its_generator(bert, monkeypatch):
+    collator = SpanCollator(bert, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr("repdeg_fast.data._random.get_spawning_popen", lambda: "a process")
+    assert pickle.loads(pickle.dumps(collator)).generator is None
+    monkeypatch.undo()
+    assert collator.generator is not None
+
+
 def test_bad_input(bert):
     collator = SpanPairCollator(bert)
     for examples, error, message in (
@@ -126,6 +153,8 @@ def test_bad_input(bert):
         ({"spans": []}, TypeError, "examples: expected a sequence of examples, got dict"),
         ([[[7], ["a"]]], TypeError, r"examples\[0\], span \d: expected token ids"),
         ([[[7], []]], ValueError, r"examples\[0\], span 1: expected at least one token, got none"),
+        ([{"text": [7]}], ValueError, r"examples\[0\]: expected a mapping with 'spans', got one with text"),
+        ([[[2, 7, 3], [8]]], ValueError, r"examples: expected spans without special tokens, got one that begins with"),
     ):
         with pytest.raises(error, match=message):
             collator(examples)

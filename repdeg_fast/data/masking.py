@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from repdeg_fast._checks import check_finite, check_flag
+from repdeg_fast.data._random import Draws
 from repdeg_fast.data.words import continuation_token_ids
 
 IGNORE_INDEX = -100
 
 
-class MaskingCollator:
+class MaskingCollator(Draws):
     """Pads examples to a batch and masks each of its words with probability ``probability``.
 
     A masked token becomes ``mask_token_id`` and its label the token it was; all other labels are −100. Special tokens
@@ -36,8 +37,8 @@ class MaskingCollator:
             words are masked whole: all tokens of a word or none, again a fraction ``probability`` of all tokens on
             average.
         probability: 0.15 in BERT, ELECTRA and AMOS.
-        generator: of random numbers, on the CPU, whose state can be saved and restored; torch's own unless given.
-            Do not give one where a ``DataLoader`` has workers: each would draw the same numbers.
+        generator: of random numbers, on the CPU, whose state can be saved and restored; torch's own unless given,
+            and in the workers of a ``DataLoader``, which its own ``generator`` seeds.
     """
 
     def __init__(
@@ -53,8 +54,7 @@ class MaskingCollator:
         check_finite("probability", probability)
         if not 0 <= probability <= 1:
             raise ValueError(f"probability: expected a number from 0 to 1, got {probability}")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+        super().__init__(generator)
         self.mask_token_id, pad = _token_id("mask_token_id", mask_token_id), _token_id("pad_token_id", pad_token_id)
         self.padding = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0}
         special = _token_ids("special_token_ids", special_token_ids)
@@ -63,7 +63,6 @@ class MaskingCollator:
         continuations = sorted(_token_ids("continuation_token_ids", continuations))
         self.continuation_token_ids = torch.tensor(continuations, dtype=torch.int64)
         self.probability = probability
-        self.generator = generator
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, *, whole_words: bool = False, **options: Any) -> MaskingCollator:
@@ -124,7 +123,7 @@ class MaskingCollator:
         starts[:, 1:] |= special[:, :-1]
         starts[:, :1] = True
         first = (torch.arange(tokens.shape[1]) * starts).cummax(dim=1).values
-        numbers = torch.rand(tokens.shape, generator=self.generator).gather(1, first)
+        numbers = torch.rand(tokens.shape, generator=self._numbers).gather(1, first)
         return (numbers < self.probability) & ~special & attention_mask.bool()
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from repdeg_fast._checks import check_finite, check_size
+from repdeg_fast.data._random import Draws
 from repdeg_fast.data.masking import IGNORE_INDEX, integers
 from repdeg_fast.data.words import continuation_token_ids
 
 Span = Sequence[int] | Tensor  # token ids without special tokens
 
 
-class _Collator:
+class _Collator(Draws):
     """What the two collators share: rows from spans."""
 
     def __init__(
@@ -30,12 +31,11 @@ class _Collator:
         check_finite("probability", probability)
         if not 0 < probability <= 1:
             raise ValueError(f"probability: expected a number above 0 and at most 1, got {probability}")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+        super().__init__(generator)
         for name in ("mask_token_id", "pad_token_id"):
             if getattr(tokenizer, name, None) is None:
                 raise ValueError(f"tokenizer: expected one with a {name}, got {type(tokenizer).__name__} without")
-        self.tokenizer, self.probability, self.generator = tokenizer, probability, generator
+        self.tokenizer, self.probability = tokenizer, probability
         self._before, self._after = _special_tokens_around(tokenizer)
         check_size("max_length", max_length)
         self._most = max_length - len(self._before) - len(self._after)
@@ -45,6 +45,12 @@ class _Collator:
         self._vocabulary = len(tokenizer)
 
     def _batch(self, spans: list[Tensor]) -> dict[str, Tensor]:
+        before = self._before
+        if len(before) and any(torch.equal(span[: len(before)], before) for span in spans):
+            raise ValueError(
+                f"examples: expected spans without special tokens, got one that begins with {before.tolist()} as the "
+                "tokenizer begins a text; give it add_special_tokens=False"
+            )
         rows = [self._row(self._cut(span)) for span in spans]
         inputs, labels = zip(*rows, strict=True)
         pad = self.tokenizer.pad_token_id
@@ -63,8 +69,8 @@ class _Collator:
         """Inputs and labels, with special tokens around them."""
         chosen = self._choose(span)
         labels = span.masked_fill(~chosen, IGNORE_INDEX)
-        fate = torch.rand(len(span), generator=self.generator)
-        random = torch.randint(self._vocabulary, span.shape, generator=self.generator)
+        fate = torch.rand(len(span), generator=self._numbers)
+        random = torch.randint(self._vocabulary, span.shape, generator=self._numbers)
         inputs = torch.where(chosen & (fate < 0.9), random, span)  # a tenth of the chosen, once masks are laid over it
         inputs = inputs.masked_fill(chosen & (fate < 0.8), self.tokenizer.mask_token_id)
         around = (self._before, self._after)
@@ -78,7 +84,7 @@ class _Collator:
         first = [*begins.nonzero().flatten().tolist(), len(span)]
         wanted = max(1, round(self.probability * len(span)))
         chosen = torch.zeros(len(span), dtype=torch.bool)
-        for word in torch.randperm(len(first) - 1, generator=self.generator).tolist():
+        for word in torch.randperm(len(first) - 1, generator=self._numbers).tolist():
             start, stop = first[word], first[word + 1]
             if stop - start <= wanted:
                 chosen[start:stop] = True
@@ -88,7 +94,7 @@ class _Collator:
         return chosen
 
     def _random_integer(self, below: int) -> int:
-        return int(torch.randint(below, (), generator=self.generator))
+        return int(torch.randint(below, (), generator=self._numbers))
 
 
 class SpanCollator(_Collator):
@@ -108,8 +114,8 @@ class SpanCollator(_Collator):
         tokenizer: of transformers. Word boundaries are known for WordPiece, byte-level BPE (RoBERTa) and SentencePiece.
         max_length: T at most, special tokens included.
         probability: of the tokens, to be chosen.
-        generator: of random numbers, on the CPU; torch's own unless given. Do not give one where a ``DataLoader`` has
-            workers: each would draw the same numbers.
+        generator: of random numbers, on the CPU; torch's own unless given, and in the workers of a ``DataLoader``,
+            which its own ``generator`` seeds.
     """
 
     def __call__(self, examples: Sequence[Mapping[str, Any] | Span]) -> dict[str, Tensor]:
@@ -121,7 +127,7 @@ class SpanCollator(_Collator):
         Raises:
             TypeError, ValueError: saying which example, what was given and expected.
         """
-        spans = [example["text"] if isinstance(example, Mapping) else example for example in _some(examples)]
+        spans = [_under("text", example, i) for i, example in enumerate(_some(examples))]
         return self._batch([_tokens(span, f"examples[{i}]") for i, span in enumerate(spans)])
 
 
@@ -141,12 +147,12 @@ class SpanPairCollator(_Collator):
         under ``"spans"``."""
         pairs = []
         for i, document in enumerate(_some(examples)):
-            spans = document["spans"] if isinstance(document, Mapping) else document
+            spans = _under("spans", document, i)
             if len(spans) < 2:
                 raise ValueError(
                     f"examples[{i}]: expected a document of at least two spans, got {len(spans)}; leave such out"
                 )
-            first, second = torch.randperm(len(spans), generator=self.generator)[:2].tolist()
+            first, second = torch.randperm(len(spans), generator=self._numbers)[:2].tolist()
             pairs += [_tokens(spans[j], f"examples[{i}], span {j}") for j in (first, second)]
         return self._batch(pairs)
 
@@ -167,6 +173,15 @@ def _some(examples: Any) -> Any:
     if not examples:
         raise ValueError("examples: expected at least one, got none")
     return examples
+
+
+def _under(name: str, example: Any, number: int) -> Any:
+    """What a mapping has under ``name``; anything else as it is."""
+    if not isinstance(example, Mapping):
+        return example
+    if name not in example:
+        raise ValueError(f"examples[{number}]: expected a mapping with {name!r}, got one with {', '.join(example)}")
+    return example[name]
 
 
 def _tokens(span: Any, what: str) -> Tensor:
