@@ -153,6 +153,11 @@ def test_buckets_are_the_published_ones():
             "expected the tensors of the authors' AMOS, found no .*embed_positions",
         ),
         (lambda s: s.update({"encoder.lost": torch.ones(2)}), "expected no place for encoder.lost"),
+        (lambda s: s.pop("encoder.binary_head.out_proj.bias"), "expected tensors for rtd_head.bias, got none"),
+        (
+            lambda s: s.update({"auxiliary.lm_head.bias": torch.ones(3)}),
+            r"expected shape \(53,\) for mlm_head.bias, got \(3,\)",
+        ),
     ],
 )
 def test_checkpoints_that_are_none(change, message):
@@ -160,6 +165,16 @@ def test_checkpoints_that_are_none(change, message):
     change(state)
     with pytest.raises(ValueError, match=f"state_dict: {message}"):
         from_published(state, mlm_layers=MLM_LAYERS)
+
+
+def test_what_is_no_checkpoint():
+    for given, message in (
+        ("checkpoint.pt", "expected names and tensors, got str; torch.load a file"),
+        ({"model": {}}, "expected tensors, got dict as 'model': pass that entry"),
+        ({"encoder": 3}, "expected tensors, got int as 'encoder'"),
+    ):
+        with pytest.raises(TypeError, match=f"state_dict: {message}"):
+            from_published(given)
 
 
 def published(**options):

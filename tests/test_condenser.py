@@ -164,6 +164,12 @@ def test_without_labels_there_is_no_loss():
     assert output.loss is None
     assert torch.equal(output.last_hidden_state, model.model.base_model(**inputs).last_hidden_state)
     assert torch.equal(output.cls, output.last_hidden_state[:, 0])
+    assert output.hidden_states is None
+    found = model(**inputs, output_hidden_states=True, return_dict=True).hidden_states
+    for mine, right in zip(found, model.model(**inputs, output_hidden_states=True).hidden_states, strict=True):
+        assert torch.equal(mine, right)
+    with pytest.raises(ValueError, match="return_dict: expected True, got False"):
+        model(**inputs, return_dict=False)
 
 
 def test_a_batch_without_masks_has_loss_zero():
@@ -217,6 +223,13 @@ def test_a_missing_head_is_said_loudly(tmp_path):
         CoCondenserForPreTraining.from_pretrained(tmp_path)
     (tmp_path / "condenser.json").write_text(json.dumps({"n_head_layers": 2, "skip_from": 2, "late_mlm": False}))
     with pytest.raises(FileNotFoundError, match=r"condenser_head.safetensors: expected the head that condenser.json"):
+        CoCondenserForPreTraining.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "condenser.json").write_text(json.dumps({"n_head_layers": 3, "skip_from": 2, "late_mlm": False}))
+    with pytest.raises(ValueError, match=r"condenser_head.safetensors: expected the 3 layers of condenser.json in the"):
+        CoCondenserForPreTraining.from_pretrained(tmp_path)
+    (tmp_path / "condenser.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"condenser.json: expected the settings of the head in condenser_head"):
         CoCondenserForPreTraining.from_pretrained(tmp_path)
 
 

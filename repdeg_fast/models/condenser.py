@@ -55,6 +55,7 @@ class CondenserOutput(ModelOutput):
     contrastive_loss: scalar, of coCondenser: times the number of ranks, which averaging gradients undoes.
     cls: (B, d), the CLS of the encoder's last layer.
     last_hidden_state: (B, T, d), of the encoder.
+    hidden_states: of the encoder, the embeddings first, where ``output_hidden_states`` was given.
     """
 
     loss: Tensor | None = None
@@ -63,6 +64,7 @@ class CondenserOutput(ModelOutput):
     contrastive_loss: Tensor | None = None
     cls: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class CondenserForPreTraining(nn.Module):
@@ -141,18 +143,22 @@ class CondenserForPreTraining(nn.Module):
 
         Args:
             labels: the token at masked positions, −100 elsewhere, at the CLS too. Without: no losses.
-            inputs: what else the encoder takes.
+            inputs: what else the encoder takes, and ``output_hidden_states``.
 
         Raises:
-            ValueError: a label on the CLS, whose word the head could not but copy (looked for on a CPU only).
+            ValueError: a label on the CLS, whose word the head could not but copy (looked for on a CPU only);
+                ``return_dict=False``.
         """
         _check_labels(labels)
+        wanted = inputs.pop("output_hidden_states", False)
+        if inputs.pop("return_dict", None) is False:
+            raise ValueError("return_dict: expected True, got False; the output's to_tuple() gives a tuple")
         states = self.model.base_model(
             input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
             output_hidden_states=True, return_dict=True, **inputs,
         ).hidden_states  # fmt: skip
         late = states[-1]
-        output = CondenserOutput(cls=late[:, 0], last_hidden_state=late)
+        output = CondenserOutput(cls=late[:, 0], last_hidden_state=late, hidden_states=states if wanted else None)
         if labels is None:
             return output
         condensed = self._condense(late, states[self.skip_from], attention_mask)
@@ -198,8 +204,8 @@ class CondenserForPreTraining(nn.Module):
             options: of ``AutoModelForMaskedLM.from_pretrained``.
 
         Raises:
-            FileNotFoundError: there are settings of a head, but no head.
-            ValueError: the head that is there has another number of layers than was asked for.
+            FileNotFoundError: there are settings of a head but no head, or a head without settings.
+            ValueError: the head that is there has another number of layers than was asked for, or other sizes.
 
         Warns:
             RuntimeWarning: there is no head, so that a new one was made.
@@ -210,13 +216,22 @@ class CondenserForPreTraining(nn.Module):
         settings = saved | {name: value for name, value in given.items() if value is not None}
         if saved and not head_file.exists():
             raise FileNotFoundError(f"{head_file}: expected the head that {SETTINGS} describes; was it copied along?")
+        if head_file.exists() and not saved:
+            raise FileNotFoundError(
+                f"{settings_file}: expected the settings of the head in {HEAD}; were they copied along?"
+            )
         if saved and settings["n_head_layers"] != saved["n_head_layers"]:
             raise ValueError(
                 f"n_head_layers: expected {saved['n_head_layers']}, as the head in {folder} has, got {n_head_layers}"
             )
         model = cls(AutoModelForMaskedLM.from_pretrained(folder, **options), **settings)
         if head_file.exists():
-            model.head.load_state_dict(load_file(head_file))
+            try:
+                model.head.load_state_dict(load_file(head_file))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{head_file}: expected the {len(model.head)} layers of {SETTINGS} in the encoder's sizes: {error}"
+                ) from error
         else:
             warnings.warn(
                 f"{folder} has no {HEAD}: Condenser's head is new and untrained. To start from a plain encoder that is "

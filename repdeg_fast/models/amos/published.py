@@ -45,12 +45,27 @@ def from_published(state_dict: Mapping[str, Tensor], **options: Any) -> AmosForP
             ``pad_token_id``; what differs from :meth:`AmosConfig.published`.
 
     Raises:
-        ValueError: a tensor that is missing, or one that has no place (named).
+        TypeError: ``state_dict`` is no mapping of names to tensors.
+        ValueError: a tensor that is missing, one that has no place, or one of another shape (named).
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected names and tensors, got {type(state_dict).__name__}; torch.load a file")
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            hint = ": pass that entry" if name == "model" else ""
+            raise TypeError(f"state_dict: expected tensors, got {type(tensor).__name__} as {name!r}{hint}")
     config = AmosConfig.published(**(_sizes(state_dict) | options))
     model = AmosForPreTraining(config)
     found = dict(_renamed(state_dict))
-    found["rtd_head.weight"], found["rtd_head.bias"] = -found["rtd_head.weight"], -found["rtd_head.bias"]
+    for name in ("rtd_head.weight", "rtd_head.bias"):
+        if name in found:
+            found[name] = -found[name]
+    own = model.state_dict()
+    for name, tensor in found.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise ValueError(
+                f"state_dict: expected shape {tuple(own[name].shape)} for {name}, got {tuple(tensor.shape)}"
+            )
     result = model.load_state_dict(found, strict=False)
     tied = {*model.all_tied_weights_keys}
     if missing := [name for name in result.missing_keys if name not in tied]:
