@@ -297,3 +297,19 @@ def test_trainer_saves_resumes_and_averages_what_it_accumulates(tmp_path):
     _, (twice,) = trained("twice", 1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert 0.6 * once["grad_norm"] < twice["grad_norm"] < 1.5 * once["grad_norm"]
     assert twice["loss"] == pytest.approx(once["loss"], rel=0.1)
+
+
+def test_sentence_transformers_embeds_with_the_saved_encoder(tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(60))]
+    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    model = CondenserForPreTraining(language_model(pad_token_id=0)).float().eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = st.SentenceTransformer(str(tmp_path), device="cpu")
+    encoder[1].pooling_mode = "cls"
+    texts = ["w3 w7 w1", "w9"]
+    found = encoder.encode(texts, convert_to_tensor=True)
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(found, model(**inputs).cls.detach())
