@@ -15,12 +15,17 @@ with those of all others. recall@k: how often its partner is among the k nearest
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from pretraining import (
+    CLASSES,
+    EqualCost,
     HelpFormatter,
     Training,
     add_training_options,
+    compare,
+    labelled_rows,
     learn_word_pieces,
     plot,
     read_documents,
@@ -30,10 +35,11 @@ from pretraining import (
     write_history,
 )
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 from repdeg_fast.data import SpanPairCollator
+from repdeg_fast.integrations import huggingface
 from repdeg_fast.models.condenser import CoCondenserForPreTraining, CondenserForPreTraining, CondenserOutput
 from repdeg_fast.training import cached_backward
 
@@ -42,17 +48,20 @@ HELD_OUT = 200  # documents
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = add_training_options(parser, output="condenser", steps=2000, batch_size=32)
+    add = add_training_options(
+        parser, output="condenser", steps=1600, batch_size=32, sequence_length=32, learning_rate=2e-3
+    )
     add("--contrastive", action="store_true", help="coCondenser: pairs of spans of one document find each other")
     add("--chunk-size", type=int, default=0, help="with --contrastive: rows that are encoded at once; 0: all")
     add("--head-layers", type=int, default=2, help="of the head")
     add("--skip-from", type=int, default=2, help="layer whose states the head sees beside the late CLS")
+    add("--probe", action="store_true", help="compare with a masked language model trained as long")
     add("--spans", type=int, default=4, help="of a document; longer ones become several documents")
     return parser.parse_args(arguments)
 
 
 class Pretraining(Training):
-    model: CondenserForPreTraining
+    model: Any  # CondenserForPreTraining
 
     def prepare(self) -> None:
         options, texts = self.options, read_documents(self.options.text)
@@ -70,16 +79,25 @@ class Pretraining(Training):
         self.held_out, self.documents = ([documents[i] for i in part] for part in (order[:held_out], order[held_out:]))
         if not self.held_out:
             raise SystemExit(f"--text: expected at least 5 documents of two spans of {length} tokens")
-        self.entropy = unigram_entropy(token_rows(texts, self.tokenizer, options.sequence_length)[0][:, 1:-1])
+        self.rows, self.sources = token_rows(texts, self.tokenizer, options.sequence_length)
+        self.model = self.make_model()
+
+    def encoder(self) -> BertForMaskedLM:
+        """No dropout: a few passes over the text do not wear it out. Initial weights are larger than the default 0.02,
+        which is meant for a width of 768."""
+        options = self.options
         config = BertConfig(
             vocab_size=len(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id, hidden_size=options.hidden_size,
             intermediate_size=4 * options.hidden_size, num_hidden_layers=options.layers,
             num_attention_heads=options.heads, max_position_embeddings=options.sequence_length,
+            initializer_range=0.06, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
+        return huggingface.apply(BertForMaskedLM(config))
+
+    def make_model(self) -> nn.Module:
+        options = self.options
         cls = CoCondenserForPreTraining if options.contrastive else CondenserForPreTraining
-        self.model = cls(
-            BertForMaskedLM(config), n_head_layers=options.head_layers, skip_from=options.skip_from, late_mlm=True
-        )
+        return cls(self.encoder(), n_head_layers=options.head_layers, skip_from=options.skip_from, late_mlm=True)
 
     def batch(self) -> dict[str, Tensor]:
         """Pairs of spans; to Condenser they are rows like others."""
@@ -104,6 +122,9 @@ class Pretraining(Training):
         mlm = 0.0 if losses.chunk_loss is None else losses.chunk_loss.item()
         return {"masked_loss": mlm, "contrastive_loss": losses.embedding_loss.item()}
 
+    def base_model(self) -> Any:
+        return self.model.model.base_model
+
     @torch.no_grad()
     def recall(self) -> dict[str, float]:
         """Of held-out documents: how often the second span is among the k nearest to the first."""
@@ -112,12 +133,22 @@ class Pretraining(Training):
         cls = []
         for which in (0, 1):
             rows = torch.tensor([around[0] + spans[which] + around[1] for spans in self.held_out])
-            parts = rows.to(self.options.device).split(64)
-            cls.append(torch.cat([self.model(input_ids=part).cls for part in parts]).cpu())
+            parts, encoder = rows.to(self.options.device).split(64), self.base_model()
+            cls.append(torch.cat([encoder(input_ids=part).last_hidden_state[:, 0] for part in parts]).cpu())
         self.model.train()
         scores = cls[0] @ cls[1].T
         rank = (scores > scores.diagonal()[:, None]).sum(dim=1)
         return {f"recall@{k}": (rank < k).double().mean().item() for k in (1, 10)}
+
+
+class Plain(EqualCost, Pretraining):
+    """The encoder alone."""
+
+    def make_model(self) -> BertForMaskedLM:
+        return self.encoder()
+
+    def base_model(self) -> Any:
+        return self.model.base_model
 
 
 def main(arguments: list[str] | None = None) -> Pretraining:
@@ -131,13 +162,24 @@ def main(arguments: list[str] | None = None) -> Pretraining:
     training.model.save_pretrained(folder)
     training.tokenizer.save_pretrained(folder)
     write_history(training.history, options.output)
-    report(training.history, console)
-    console.print(f"how often each token occurs alone gives a masked loss of {training.entropy:.2f}")
+    report(training, console)
+    entropy = unigram_entropy(training.rows[:, 1:-1])
+    console.print(f"how often each token occurs alone gives a masked loss of {entropy:.2f}")
     console.print(f"after: {shown(training.recall())} of {len(training.held_out)} documents")
     masked = [name for name in training.history[0] if name != "contrastive_loss"]
     panels = {"masked loss": masked} | ({"contrastive loss": ["contrastive_loss"]} if options.contrastive else {})
-    if not plot(training.history, panels, options.output / "history.png", {"masked loss": training.entropy}):
+    if not plot(training.history, panels, options.output / "history.png", {"masked loss": entropy}):
         console.print("no plot: pip install matplotlib")
+    if options.probe:
+        plain = Plain.beside(training, console)
+        console.print(f"after: {shown(plain.recall())}")
+        torch.manual_seed(options.seed)
+        encoders = {
+            "Condenser": training.base_model(),
+            "masked language model": plain.base_model(),
+            "random": training.encoder().base_model,
+        }
+        compare(encoders, *labelled_rows(training.rows, training.sources, CLASSES), console)
     return training
 
 

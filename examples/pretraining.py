@@ -9,6 +9,7 @@ import csv
 import inspect
 import pydoc_data.topics
 import sysconfig
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,13 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, track
 from tokenizers.implementations import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+CLASSES = 10  # of the probe: packages of the standard library
 SPECIAL = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -121,14 +123,19 @@ def add_training_options(parser: argparse.ArgumentParser, **defaults: Any) -> Ca
     add = parser.add_argument
     add("--text", type=Path, help="text file; what the standard library says of itself unless given")
     add("--output", type=Path, default=defaults["output"], help="folder")
-    add("--vocabulary-size", type=int, default=4000, help="word pieces, learned from the text")
+    add("--vocabulary-size", type=int, default=2000, help="word pieces, learned from the text")
     add("--steps", type=int, default=defaults["steps"])
     add("--batch-size", type=int, default=defaults["batch_size"])
-    add("--sequence-length", type=int, default=64)
-    add("--hidden-size", type=int, default=128)
+    add("--sequence-length", type=int, default=defaults.get("sequence_length", 64))
+    add("--hidden-size", type=int, default=64)
     add("--heads", type=int, default=2, help="attention heads")
     add("--layers", type=int, default=4)
-    add("--learning-rate", type=float, default=1e-3, help="after a warm-up over a tenth of the steps; falls to 0")
+    add(
+        "--learning-rate",
+        type=float,
+        default=defaults.get("learning_rate", 3e-3),
+        help="after a warm-up over a tenth of the steps; falls to 0",
+    )
     add("--checkpoint-every", type=int, default=500, help="steps")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -156,6 +163,7 @@ class Training:
             self.model.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
         )
         self.history: list[dict[str, float]] = []
+        self.seconds = 0.0  # of the processor, in steps
         self.checkpoint = options.output / "checkpoint.pt"
         if self.checkpoint.exists():
             self._restore()
@@ -175,27 +183,31 @@ class Training:
         return line
 
     def step(self) -> dict[str, float]:
-        done, total, rate = len(self.history), self.options.steps, self.options.learning_rate
-        warm_up = max(1, total // 10)
+        start, done = time.process_time(), self.progress()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * min((done + 1) / warm_up, (total - done) / (total - warm_up + 1))
+            group["lr"] = self.options.learning_rate * min(done / 0.1, (1 - done) / 0.9)
         line = self.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
         self.optimizer.step()
         self.history.append(line)
+        self.seconds += time.process_time() - start
         return line
+
+    def progress(self) -> float:
+        """From 0 to 1, where training ends."""
+        return (len(self.history) + 1) / (self.options.steps + 1)
 
     def run(self, console: Console) -> None:
         """To the end, with a progress bar; a checkpoint now and then."""
         self.options.output.mkdir(parents=True, exist_ok=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=self.options.steps, completed=len(self.history))
-            while len(self.history) < self.options.steps:
+            task = progress.add_task("", total=1.0, completed=self.progress())
+            while self.progress() < 1:
                 line = self.step()
                 shown = ", ".join(f"{name} {value:.3g}" for name, value in line.items())
-                progress.update(task, completed=len(self.history), description=shown)
-                if len(self.history) % self.options.checkpoint_every == 0 or len(self.history) == self.options.steps:
+                progress.update(task, completed=self.progress(), description=shown)
+                if len(self.history) % self.options.checkpoint_every == 0 or self.progress() == 1:
                     self.save()
 
     def random_rows(self, rows: Tensor) -> Tensor:
@@ -210,6 +222,7 @@ class Training:
         state = {
             "options": self._fixed_options(),
             "history": self.history,
+            "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": (torch.get_rng_state(), cuda, self.generator.get_state()),
@@ -224,7 +237,7 @@ class Training:
         changed = [f"{name} {began.get(name)} → {now[name]}" for name in now if now[name] != began.get(name)]
         if changed:
             raise SystemExit(f"{self.checkpoint} began with other options ({', '.join(changed)}); change --output")
-        self.history = state["history"]
+        self.history, self.seconds = state["history"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         cpu, cuda, batches = state["random"]
@@ -237,6 +250,33 @@ class Training:
         return {name: str(value) for name, value in vars(self.options).items() if name not in self.FREE_OPTIONS}
 
 
+class EqualCost(Training):
+    """Of an example whose batches it reads: a masked language model trained for as many processor seconds."""
+
+    budget: float
+    batch: Callable[[], dict[str, Tensor]]  # of the example
+
+    def loss(self) -> tuple[Tensor, dict[str, float]]:
+        loss = self.model(**self.batch()).loss
+        return loss, {"mlm_loss": loss.item()}
+
+    def backward(self) -> dict[str, float]:
+        return Training.backward(self)
+
+    def progress(self) -> float:
+        return min(1.0, self.seconds / self.budget)
+
+    @classmethod
+    def beside(cls, training: Training, console: Console) -> EqualCost:
+        """Trained, and reported."""
+        plain = cls(argparse.Namespace(**vars(training.options) | {"output": training.options.output / "plain"}))
+        plain.budget = training.seconds
+        console.print("a masked language model, for as long:")
+        plain.run(console)
+        report(plain, console)
+        return plain
+
+
 def write_history(history: list[dict[str, float]], folder: Path) -> None:
     with (folder / "history.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, history[0])
@@ -244,8 +284,10 @@ def write_history(history: list[dict[str, float]], folder: Path) -> None:
         writer.writerows(history)
 
 
-def report(history: list[dict[str, float]], console: Console) -> None:
+def report(training: Training, console: Console) -> None:
     """Each curve's first and last twentieth."""
+    history = training.history
+    console.print(f"{len(history)} steps, {training.seconds / 60:.1f} processor minutes")
     part = max(1, len(history) // 20)
     for name in history[0]:
         first, last = (sum(line[name] for line in lines) / part for lines in (history[:part], history[-part:]))
@@ -276,6 +318,16 @@ def plot(history: list[dict[str, float]], panels: dict[str, list[str]], path: Pa
     return True
 
 
+def compare(encoders: dict[str, nn.Module], rows: Tensor, labels: Tensor, console: Console) -> dict[str, float]:
+    """The probe: tell a passage's package from the mean of its last hidden states."""
+    found = {name: probe(features(encoder.cpu(), rows, console), labels) for name, encoder in encoders.items()}
+    number = int(labels.max()) + 1
+    console.print(f"package of a passage, {number} of them, {len(rows)} passages, linear probe of frozen features:")
+    for name, accuracy in found.items():
+        console.print(f"{name:>22}: {accuracy:.3f}")
+    return found
+
+
 @torch.no_grad()
 def features(encoder: nn.Module, rows: Tensor, console: Console, batch_size: int = 64) -> Tensor:
     """(N, d): the mean of the last hidden states of each row."""
@@ -284,17 +336,21 @@ def features(encoder: nn.Module, rows: Tensor, console: Console, batch_size: int
     return torch.cat([encoder(input_ids=part).last_hidden_state.mean(dim=1) for part in parts])
 
 
-def probe(vectors: Tensor, labels: Tensor, steps: int = 300) -> float:
-    """Accuracy of a linear classifier of frozen vectors on the last fifth, after training on the rest."""
-    cut = len(vectors) * 4 // 5
-    vectors = (vectors - vectors[:cut].mean(0)) / vectors[:cut].std(0).clamp(min=1e-6)
-    layer = nn.Linear(vectors.shape[1], int(labels.max()) + 1)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01, weight_decay=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(layer(vectors[:cut]), labels[:cut]).backward()
-        optimizer.step()
-    return (layer(vectors[cut:]).argmax(1) == labels[cut:]).double().mean().item()
+def probe(vectors: Tensor, labels: Tensor, steps: int = 200, parts: int = 5) -> float:
+    """Accuracy of a linear classifier of frozen vectors: trained on four fifths and asked of the last, for each fifth
+    in turn."""
+    right = torch.zeros(len(labels), dtype=torch.bool)
+    for part in torch.arange(len(labels)).chunk(parts):
+        rest = torch.ones_like(right).index_fill(0, part, False)
+        scaled = (vectors - vectors[rest].mean(0)) / vectors[rest].std(0).clamp(min=1e-6)
+        layer = nn.Linear(vectors.shape[1], int(labels.max()) + 1)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01, weight_decay=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(layer(scaled[rest]), labels[rest]).backward()
+            optimizer.step()
+        right[part] = layer(scaled[part]).argmax(1) == labels[part]
+    return right.double().mean().item()
 
 
 def labelled_rows(rows: Tensor, sources: list[str], classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ from repdeg_fast import add_cosine_regularization_, analysis, cosine_regularizat
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = add_training_options(parser, output="lm_cosreg", steps=1500, batch_size=32)
+    add = add_training_options(parser, output="lm_cosreg", steps=1500, batch_size=16)
     add("--coefficient", type=float, default=1.0, help="of the regularization; 1 in the paper")
     return parser.parse_args(arguments)
 

@@ -288,6 +288,8 @@ def test_sequences_packed_into_a_row_give_what_rows_give():
     torch.testing.assert_close(row.rtd_logits[0], rows.rtd_logits[real])
     for name, gradient in right.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9)
+    ones = torch.ones_like(packed["input_ids"])  # which other collators add
+    torch.testing.assert_close(model(**packed, attention_mask=ones, seed=2).loss, rows.loss)
 
 
 def test_modern_bert_is_saved_and_its_discriminator_is_plain(tmp_path):

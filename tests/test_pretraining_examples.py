@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = "--vocabulary-size 300 --hidden-size 16 --layers 2 --sequence-length 16 --checkpoint-every 4 --batch-size 8"
+SMALL = "--vocabulary-size 300 --hidden-size 16 --layers 2 --heads 2 --sequence-length 16 --checkpoint-every 4"
+SMALL += " --batch-size 8"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +80,8 @@ def test_amos_whole(arguments, tmp_path, capsys, monkeypatch):
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written >= {"checkpoint.pt", "amos", "encoder", "history.csv", "history.png"}
     assert len((tmp_path / "out" / "history.csv").read_text().splitlines()) == 7
-    assert type(transformers.AutoModel.from_pretrained(tmp_path / "out" / "encoder")) is transformers.BertModel
+    encoder = transformers.AutoModel.from_pretrained(tmp_path / "out" / "encoder")
+    assert type(encoder) is transformers.ModernBertModel
     printed = capsys.readouterr().out
     assert "how often each token occurs alone" in printed
     assert "random: 1.000" in printed
@@ -101,16 +103,18 @@ def test_condenser_goes_on_where_it_stopped(arguments, tmp_path, options):
     resumed(example("pretrain_condenser").Pretraining, [*arguments, *options, "--spans", "2"], tmp_path)
 
 
-def test_condenser_whole(arguments, tmp_path, capsys):
+def test_condenser_whole(arguments, tmp_path, capsys, monkeypatch):
     module = example("pretrain_condenser")
-    options = ["--contrastive", "--spans", "2", "--steps", "40", "--learning-rate", "5e-3"]
+    monkeypatch.setattr(module, "CLASSES", 1)
+    options = ["--contrastive", "--spans", "2", "--steps", "40", "--learning-rate", "5e-3", "--probe"]
     training = module.main([*arguments, *options, "--output", str(tmp_path / "out")])
     for name in ("head_loss", "late_loss"):
         losses = [line[name] for line in training.history]
         assert sum(losses[-8:]) < 0.95 * sum(losses[:8]), name
     printed = capsys.readouterr().out
     assert "before: recall@1" in printed
-    assert "after: recall@1" in printed
+    assert printed.count("after: recall@1") == 2  # the plain encoder's also
+    assert "Condenser: 1.000" in printed
     encoder = transformers.AutoModel.from_pretrained(tmp_path / "out" / "condenser")
     assert type(encoder) is transformers.BertModel
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "condenser")("a").input_ids
@@ -119,7 +123,7 @@ def test_condenser_whole(arguments, tmp_path, capsys):
 
 def test_cosreg_goes_on_and_keeps_the_words_apart(arguments, tmp_path):
     module = example("train_lm_cosreg")
-    resumed(module.Run, [*arguments, "--heads", "2"], tmp_path)
+    resumed(module.Run, arguments, tmp_path)
     options = ["--steps", "30", "--learning-rate", "5e-3", "--coefficient", "20", "--output", str(tmp_path / "out")]
     found = module.main([*arguments, *options])
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == found

@@ -190,7 +190,7 @@ def _modern_bert_masks(
     attention, which reads their lengths from the arguments that ``DataCollatorWithFlattening`` adds)."""
     positions: Tensor | None = inputs.get("position_ids")
     arguments: dict[str, Any] = {"allow_is_bidirectional_skip": attention_mask is None}
-    if positions is not None and attention_mask is None and "flash" not in str(config._attn_implementation):
+    if positions is not None and "flash" not in str(config._attn_implementation):
         sequence = (positions == 0).cumsum(dim=1).expand(len(embeddings), -1)
 
         def together(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
