@@ -158,6 +158,7 @@ def test_the_head_begins_as_the_model_begins_its_layers():
 
 def test_without_labels_there_is_no_loss():
     model = CoCondenserForPreTraining(language_model()).eval()
+    assert (model.device, model.config) == (model.model.device, model.model.config)
     inputs = batch(rows=3)
     inputs.pop("labels")
     output = model(**inputs)

@@ -130,6 +130,11 @@ class CondenserForPreTraining(nn.Module):
         """The model's."""
         return self.model.config
 
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.model.device
+
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T)
