@@ -1,13 +1,21 @@
 """Pretrain a small AMOS on real text, on a CPU or a GPU, and probe what its encoder knows.
 
-    python examples/pretrain_amos.py                          # the standard library's own text, minutes on two cores
+    python examples/pretrain_amos.py --probe                  # the standard library's own text, minutes on two cores
     python examples/pretrain_amos.py --text book.txt --steps 5000 --output book
 
 The same command again goes on from the last checkpoint in the output folder, with the very numbers that an unbroken
 run would have had. At its end the folder holds checkpoint.pt, amos/ (the model), encoder/ (the discriminator, a
-BertModel to fine-tune, with its tokenizer), history.csv and history.png.
+ModernBertModel to fine-tune, with its tokenizer), history.csv and history.png.
 
 --probe also trains a plain masked language model of equal cost, and compares linear classifiers of frozen features.
+
+The first command, 2.2 processor minutes for AMOS on one of two cores of a busy AMD EPYC, gave, as means of the first
+and the last 90 steps:
+
+    masked loss after layers 1, 2, 4    6.98, 6.98, 6.98 → 5.09, 4.88, 4.86    token frequencies alone: 6.36
+    mixture weights                     0.32, 0.34, 0.34 → 0.03, 0.09, 0.88
+    discriminator's loss                           0.502 → 0.357               the best constant answer: 0.396
+    discriminator's accuracy                       0.784 → 0.870               always "original": 0.865
 """
 
 from __future__ import annotations

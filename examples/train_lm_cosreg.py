@@ -7,6 +7,19 @@
 The same command again goes on from the last checkpoints in the output folder. At its end the folder holds plain/ and
 cosreg/ with a checkpoint and history.csv each, words.png (the two cones side by side, and the singular values) and
 comparison.json.
+
+The first command, 2.7 processor minutes on one of two cores of a busy AMD EPYC, gave:
+
+                             plain     cosreg
+    perplexity, held out     74.55      76.12
+    R                       0.2501     0.0026
+    mean cosine             0.2503     0.0026
+    effective rank           49.3       58.3     of 64
+    isotropy                 0.318      0.851
+    second singular value    0.260      0.891     of the largest
+
+The word vectors leave their cone; perplexity does not fall as it does in the paper, but is 2 % higher: one seed, a
+model of 64 dimensions and 2,000 words.
 """
 
 from __future__ import annotations
