@@ -16,6 +16,10 @@ and the last 90 steps:
     mixture weights                     0.32, 0.34, 0.34 → 0.03, 0.09, 0.88
     discriminator's loss                           0.502 → 0.357               the best constant answer: 0.396
     discriminator's accuracy                       0.784 → 0.870               always "original": 0.865
+
+and the probe, of 1,780 passages (sampling error about 0.012): AMOS 0.571, masked language model 0.589 (4,130 steps for
+the same cost, masked loss 3.82), random 0.517. AMOS's encoder is about as good as the plain
+one; that it is better does not show at this size.
 """
 
 from __future__ import annotations
