@@ -118,10 +118,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     pass
 
 
-def add_training_options(parser: argparse.ArgumentParser, **defaults: Any) -> Callable[..., Any]:
-    """Those that every example has; returns ``parser.add_argument``."""
+def add_training_options(parser: argparse.ArgumentParser, *, text: bool = True, **defaults: Any) -> Callable[..., Any]:
+    """Those that every example has; returns ``parser.add_argument``. ``text``: it reads documents."""
     add = parser.add_argument
-    add("--text", type=Path, help="text file; what the standard library says of itself unless given")
+    if text:
+        add("--text", type=Path, help="text file; what the standard library says of itself unless given")
     add("--output", type=Path, default=defaults["output"], help="folder")
     add("--vocabulary-size", type=int, default=2000, help="word pieces, learned from the text")
     add("--steps", type=int, default=defaults["steps"])
