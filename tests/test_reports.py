@@ -52,7 +52,8 @@ def test_embedding_report_has_the_measures(embedding_folder):
 
 def test_embedding_report_of_what_is_hardly_one():
     for weight in (torch.ones(1, 1), torch.zeros(5, 3), torch.ones(20, 4)):
-        made = report.embedding_report("odd", weight, inspection.inspect_embedding(weight))
+        made = report.embedding_report("odd.name", weight, inspection.inspect_embedding(weight))
+        assert "<h1>Degeneration of odd.<wbr>name</h1>" in report.page.html(made)
         assert "<svg" in report.page.html(made)
         assert "nan" not in " ".join(made.findings) or len(weight) < 2 or not weight.any() or weight.std() == 0
 
@@ -107,7 +108,9 @@ def test_model_report_compares_a_model_with_itself(analysis_folder, model_folder
     assert set(table["token_influence"]) <= {"rare", "middle", "frequent"}
     page = (analysis_folder / "report.html").read_text()
     assert f"have a CKA of {numbers['cka_between'][-1][-1]:.3f}" in page
-    assert len(list(analysis_folder.glob("*.png"))) == len(set(re.findall("<figcaption>(.*?)<", page))) > 12
+    assert len(list(analysis_folder.glob("*.png"))) == len(set(re.findall("<figcaption>(.*?)<", page))) > 24
+    again = numbers[f"{model_folder} (2)"]
+    assert again == {key: pytest.approx(value, abs=1e-9) if isinstance(value, float) else value for key, value in table.items()}
 
 
 @pytest.mark.parametrize("folder", ["embedding_folder", "analysis_folder"])

@@ -53,6 +53,8 @@ def analyze(
     names = [path.resolve().name for path, _, _ in loaded]
     if len(set(names)) < len(names):
         names = [str(path) for path, _, _ in loaded]
+    if len(set(names)) < len(names):  # a model beside itself
+        names[1] += " (2)"
     with progress(steps) as tick:
         found = [
             texts.measure(name, one, passages, points, tick) for name, (_, one, _) in zip(names, loaded, strict=True)

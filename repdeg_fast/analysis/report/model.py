@@ -109,7 +109,7 @@ def model_report(
     ticks = _ticks(measured.sample)
     maps: list[Chart] = [
         Heatmap(
-            f"CKA of layers, {name}", _short(table["layers"]), _short(table["layers"]), table["cka"], "layer", "layer"
+            f"CKA of layers{_of(name, numbers)}", _short(table["layers"]), _short(table["layers"]), table["cka"], "layer", "layer"
         )
         for name, table in numbers.items()
     ]
@@ -123,7 +123,7 @@ def model_report(
         sentences.insert(0, f"The last layers of {measured.name} and {other.name} have a CKA of {last:.3f} (1: equal).")
     sections.append(Section("Which layers are alike", "Unbiased linear CKA; 1: equal up to rotation and scale.", maps))
     for one in filter(None, (measured, other)):
-        sections.append(_pictures(one, name_of, tick))
+        sections.append(_pictures(one, _of(one.name, numbers), name_of, tick))
     return Report(
         title=f"Representations of {measured.name}" + (f" and {other.name}" if other else ""),
         about=f"{measured.tokens:,} tokens of text; {len(measured.sample):,} of them for what needs all pairs",
@@ -138,14 +138,9 @@ def findings(name: str, table: dict[str, Any], named: bool) -> list[str]:
     """What the curves say, in sentences."""
     start = f"{name}: " if named else ""
     information, identity, cosine = table["mutual_information"], table["token_identity"], table["average_cosine"]
-    lowest = min(range(len(information)), key=lambda i: information[i])
-    shape = "falls" if lowest == len(information) - 1 else "is lowest in " + table["layers"][lowest]
-    if lowest == 0:
-        shape = "does not fall below that of the embeddings"
     out = [
-        f"{start}Mutual information with the input token {shape}: {information[0]:.2f} nats in the embeddings,"
-        f" {information[lowest]:.2f} at its lowest, {information[-1]:.2f} in the last layer (the tokens' entropy is"
-        f" {table['token_entropy']:.2f}).",
+        f"{start}Mutual information with the input token {_course(information, table['layers'])} (the tokens' entropy"
+        f" is {table['token_entropy']:.2f}).",
         f"{start}Of the {table['k']} nearest neighbours {100 * identity[0]:.0f} % are the same token in"
         f" the embeddings and"
         f" {100 * identity[-1]:.0f} % in the last layer.",
@@ -183,6 +178,17 @@ def findings(name: str, table: dict[str, Any], named: bool) -> list[str]:
     return out
 
 
+def _course(values: list[float], layers: list[str]) -> str:
+    """A curve in words."""
+    lowest = min(range(len(values)), key=lambda i: values[i])
+    first, last = f"{values[0]:.2f} nats in the embeddings", f"{values[-1]:.2f} in the last layer"
+    if lowest == len(values) - 1:
+        return f"falls from {first} to {last}"
+    if lowest == 0:
+        return f"does not fall below that of the embeddings: {first}, {last}"
+    return f"falls, then rises: {first}, {values[lowest]:.2f} in {layers[lowest]}, {last}"
+
+
 def _kept(share: float) -> str:
     return "well kept" if share < 0.5 else "partly kept" if share < 0.85 else "hardly kept"
 
@@ -201,7 +207,7 @@ def _curve_sections(numbers: dict[str, Any]) -> list[Section]:
 
     def by_bin(key: str, title: str) -> list[Chart]:
         return [
-            Lines(f"{title}{', ' + name if several else ''}", _short(table["layers"][1:]), table[key], "PWCCA distance")
+            Lines(title + _of(name, numbers), _short(table["layers"][1:]), table[key], "PWCCA distance")
             for name, table in numbers.items()
             if table[key]
         ]
@@ -246,7 +252,12 @@ def _curve_sections(numbers: dict[str, Any]) -> list[Section]:
     ]
 
 
-def _pictures(measured: Measured, name_of: Callable[[int], str], tick: Tick) -> Section:
+def _of(name: str, numbers: dict[str, Any]) -> str:
+    """Added to titles, where there are several models."""
+    return f", {name}" if len(numbers) > 1 else ""
+
+
+def _pictures(measured: Measured, of: str, name_of: Callable[[int], str], tick: Tick) -> Section:
     from sklearn.manifold import TSNE
 
     sample = measured.sample
@@ -267,12 +278,12 @@ def _pictures(measured: Measured, name_of: Callable[[int], str], tick: Tick) -> 
             places["t-SNE"] = torch.from_numpy(embedded).double()
         for method, xy in places.items():
             x, y = xy[:, 0].tolist(), xy[:, 1].tolist()
-            title = f"{method}, {sample.layers[i]}, {measured.name}"
+            title = f"{method}, {sample.layers[i]}{of}"
             charts.append(Scatter(f"{title}: tokens", x, y, groups, names))
             positions = sample.positions[some].double().tolist()
             charts.append(Scatter(f"{title}: position", x, y, values=positions, value_label="position"))
-    text = f"The {len(common)} most frequent tokens of {measured.name}, each point an occurrence in its sentence."
-    return Section(f"Pictures: {measured.name}", text, charts)
+    text = f"The {len(common)} most frequent tokens of the sample; each point is one of them in its sentence."
+    return Section(f"Pictures{of}", text, charts)
 
 
 def _pca(points: Tensor) -> Tensor:

@@ -43,22 +43,22 @@ def write(report: Report, folder: Path, tick: Callable[[str], None] = lambda wha
     page.write_text(html(report), encoding="utf-8")
     numbers.write_text(json.dumps(_finite(report.numbers), indent=1) + "\n", encoding="utf-8")
     pictures = []
-    for chart in (chart for section in report.sections for chart in section.charts):
+    for number, chart in enumerate((one for section in report.sections for one in section.charts), 1):
         tick(chart.title)
         name = re.sub(r"[^a-z0-9]+", "-", chart.title.lower()).strip("-")[:80]
-        pictures.append(save_png(chart, folder / f"{name}.png"))
+        pictures.append(save_png(chart, folder / f"{number:02}-{name}.png"))
     return [page, numbers, *pictures]
 
 
 def html(report: Report) -> str:
     parts = [
-        f"<h1>{escape(report.title)}</h1><p class='about'>{escape(report.about)}</p>",
+        f"<h1>{_breakable(report.title)}</h1><p class='about'>{_words(report.about)}</p>",
         "<h2>What was found</h2><ul>",
     ]
-    parts += [f"<li>{escape(sentence)}</li>" for sentence in report.findings]
+    parts += [f"<li>{_words(sentence)}</li>" for sentence in report.findings]
     parts.append("</ul>")
     for section in report.sections:
-        parts.append(f"<section><h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>")
+        parts.append(f"<section><h2>{escape(section.title)}</h2><p>{_words(section.text)}</p>")
         if section.table:
             parts.append(_table(section.table))
         if section.charts:
@@ -69,7 +69,7 @@ def html(report: Report) -> str:
         parts.append("</section>")
     if report.notes:
         parts.append("<section><h2>How it was measured</h2><ul>")
-        parts += [f"<li>{escape(note)}</li>" for note in report.notes]
+        parts += [f"<li>{_words(note)}</li>" for note in report.notes]
         parts.append("</ul></section>")
     head = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
@@ -77,6 +77,16 @@ def html(report: Report) -> str:
         f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head><body><main>"
     )
     return head + "".join(parts) + "</main></body></html>\n"
+
+
+def _words(text: str) -> str:
+    """A number and its per cent stay on one line."""
+    return escape(text).replace(" %", "\u00a0%")
+
+
+def _breakable(words: str) -> str:
+    """Long names of tensors and files break after their dots, underlines and slashes."""
+    return re.sub(r"([._/])", r"\1<wbr>", escape(words))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

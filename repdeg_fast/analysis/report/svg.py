@@ -94,7 +94,7 @@ def _lines(chart: Lines) -> tuple[list[str], float]:
 
 def _legend(names: Sequence[str], top: float) -> tuple[list[str], float]:
     """Names under a picture, as many in a line as fit."""
-    out, x, y = [], float(_LEFT), top + 8
+    out, x, y = [], float(_LEFT), top + 12
     for name, colour in zip(names, PALETTE, strict=False):
         width = 24 + 7.2 * len(name)
         if x + width > WIDTH and x > _LEFT:
@@ -162,7 +162,7 @@ def _scatter(chart: Scatter) -> tuple[list[str], float]:
     for i in range(40):
         out.append(f'<rect x="{_LEFT + 4 * i}" y="{HEIGHT + 4}" width="4.2" height="10" fill="{viridis(i / 39)}"/>')
     words = f"{chart.value_label}: {short(low)} to {short(high)}"
-    return [*out, _text(_LEFT + 170, HEIGHT + 14, words, "start")], HEIGHT + 24
+    return [*out, _text(_LEFT, HEIGHT + 31, words, "start")], HEIGHT + 40
 
 
 def _colour(chart: Scatter, i: int) -> str:
