@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from repdeg_fast import analysis
 from repdeg_fast.analysis import neighbours, tiles
+from repdeg_fast.analysis.cosines import uniformity_of_even
 from repdeg_fast.backends import use_backend
 from repdeg_fast.native import build
 
@@ -61,6 +62,14 @@ def test_uniformity_against_pairwise_distances():
     assert analysis.uniformity(torch.ones(5, 3)) == pytest.approx(0, abs=1e-6)
     d = 400
     assert analysis.uniformity(torch.randn(1000, d)) == pytest.approx(-4 + 8 / d, abs=5e-3)  # E exp(4c) ≈ exp(8/d)
+
+
+def test_uniformity_of_evenly_spread_directions():
+    assert uniformity_of_even(3) == pytest.approx(math.log(math.sinh(4) / 4) - 4, rel=1e-12)  # c is uniform in 3-D
+    assert uniformity_of_even(400) == pytest.approx(-4 + 8 / 400, abs=1e-4)
+    for d in (1, 5):
+        found = analysis.uniformity(torch.randn(3000, d).double(), t=1.5)
+        assert uniformity_of_even(d, t=1.5) == pytest.approx(found, abs=0.02)
 
 
 def test_alignment_against_the_definition():
@@ -312,6 +321,52 @@ def test_points_that_are_no_finite_matrix_are_named(measure):
     with pytest.raises(ValueError, match="points: expected a floating matrix"):
         measure(torch.ones(3, 4, dtype=torch.long))
     measure(torch.randn(30, 4).bfloat16())
+
+
+def test_tokens_that_never_occur_and_counts_that_are_none():
+    assert analysis.frequency_bins(torch.tensor([0, 3, 0, 2]), 2).tolist() == [-1, 1, -1, 0]
+    for counts in (torch.zeros(5), torch.tensor([1, -1]), torch.tensor([1, float("nan")])):
+        with pytest.raises(ValueError, match="counts: expected none below 0 and some above"):
+            analysis.frequency_bins(counts, 3)
+    for counts in ([1, 2], torch.ones(2, 2), torch.ones(0)):
+        with pytest.raises(ValueError, match=r"counts: expected a vector \(V,\), how often each token occurs, got"):
+            analysis.frequency_bins(counts, 3)
+    with pytest.raises(ValueError, match="bins: expected at least 1, got 0"):
+        analysis.frequency_bins(torch.ones(3), 0)
+
+
+def test_constant_and_duplicate_features_and_few_points_have_a_rank():
+    points = torch.randn(60, 5)
+    odd = torch.cat([points, torch.full((60, 2), 7.0), points[:, :1]], 1)
+    assert (analysis.singular_values(odd, centred=True) > 1e-5).sum() == 5
+    assert 0 < analysis.isoscore(odd) < analysis.isoscore(points)
+    few = torch.randn(6, 20)
+    assert analysis.effective_rank(few, centred=True) <= 5 + 1e-4
+    assert analysis.directions_for(few, 1 - 1e-9, centred=True) == 5
+    assert 0 < analysis.isotropy(few) <= 1
+    same = analysis.representation_metrics(torch.ones(9, 4))
+    assert same["average_cosine"] == pytest.approx(1)
+    assert same["effective_rank"] == 0
+    assert math.isnan(same["isoscore"])
+
+
+def test_numbers_that_make_no_sense_are_named():
+    points, places = torch.randn(30, 4), torch.arange(30)
+    for run, message in (
+        (lambda: analysis.cosine_histogram(points, bins=0), "bins: expected at least 1, got 0"),
+        (lambda: analysis.cosine_histogram(points, sample=1), "sample: expected at least 2 points, got 1"),
+        (lambda: analysis.uniformity(points, t=0), "t: expected a number above 0, got 0"),
+        (lambda: analysis.directions_for(points, 2.0), r"share: expected a number in \(0, 1\], got 2.0"),
+        (lambda: analysis.nearest(points, 2.5), "k: expected 1 ≤ k < 30, the number of points, got 2.5"),
+        (lambda: analysis.position_distance(points[:1], places[:1]), "points: expected at least 2, got 1"),
+        (lambda: analysis.Covariances().mean(), "covariances: expected points, got none; call update first"),
+        (lambda: analysis.Covariances().update(points).mean(2), "sides: got 2; there are 0 … 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run()
+    assert math.isnan(analysis.position_distance_by_chance(places[:1]))
+    with pytest.raises(TypeError, match="points: expected a tensor, got NoneType"):
+        analysis.representation_metrics(None)
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30])

@@ -147,6 +147,15 @@ def test_layer_change_is_pwcca_of_consecutive_layers(bert):
         expected = analysis.pwcca(chosen.states[1], chosen.states[2])
         assert found[1].distance == pytest.approx(expected.distance, rel=1e-6)
         assert found[1].points == len(chosen)
+    with pytest.raises(ValueError, match="bins: expected one a token id, got 5 and a token 4"):
+        analysis.layer_change(collected, torch.zeros(5).long())
+    never = analysis.layer_change(collected, torch.full((50,), -1))
+    assert never.by_bin() == {}
+    assert [one.distance for one in never.overall()] == [
+        one.distance for one in analysis.layer_change(collected).overall()
+    ]
+    with pytest.raises(ValueError, match="hidden: expected some tokens, got none"):
+        analysis.layer_change([]).overall()
     with pytest.raises(ValueError, match="sides: embeddings and layer 2 are further apart than was kept"):
         change.whole().of(0, 2).scatter(0, 1)
 
@@ -169,6 +178,8 @@ def test_token_influence_leaves_one_token_out(bert):
             layer.attention.output.dense.weight.zero_()
     for layers in analysis.token_influence(bert, given, bins).values():
         assert [layer.distance for layer in layers] == pytest.approx([0, 0, 0], abs=1e-6)
+    with pytest.raises(ValueError, match=r"bins: expected a vector \(V,\) of integers, .* got torch.float32"):
+        analysis.token_influence(bert, given, torch.zeros(50))
     with pytest.raises(TypeError, match="token_influence needs dicts with input_ids and attention_mask"):
         analysis.token_influence(bert, [given[0]["input_ids"]], bins)
     with pytest.raises(ValueError, match="no sentence has a token of a bin"):

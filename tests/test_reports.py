@@ -110,7 +110,9 @@ def test_model_report_compares_a_model_with_itself(analysis_folder, model_folder
     assert f"have a CKA of {numbers['cka_between'][-1][-1]:.3f}" in page
     assert len(list(analysis_folder.glob("*.png"))) == len(set(re.findall("<figcaption>(.*?)<", page))) > 24
     again = numbers[f"{model_folder} (2)"]
-    assert again == {key: pytest.approx(value, abs=1e-9) if isinstance(value, float) else value for key, value in table.items()}
+    assert again == {
+        key: pytest.approx(value, abs=1e-9) if isinstance(value, float) else value for key, value in table.items()
+    }
 
 
 @pytest.mark.parametrize("folder", ["embedding_folder", "analysis_folder"])
@@ -180,14 +182,42 @@ def test_charts_of_odd_values():
     [
         ({"MODEL": "tests"}, ["model: tests has no config.json"]),
         ({"--text": "no/such"}, ["text: cannot read no/such"]),
-        ({"--text": "EMPTY"}, ["has no text"]),
+        ({"--text": "\n  \n"}, ["has no text"]),
+        ({"--text": "A cat, a dog."}, ["has 6 tokens that are not special; expected at least 10"]),
+        ({"--text": "\U00013000 \U00013001"}, ["has special tokens only; expected words that the tokenizer knows"]),
+        ({"--text": "cat\n" * 20}, ["embeddings: all its 20 points are the same"]),
+        ({"--length": 700}, ["length: the model takes 512 tokens at most, got 700"]),
+        ({"MODEL": "NAN"}, ["layer 2: NaN or Inf in its hidden states"]),
         ({"--out": "pyproject.toml"}, ["out: pyproject.toml is a file"]),
     ],
+    ids=lambda value: "" if isinstance(value, list) else next(iter(value))[:7],
 )
 def test_bad_input_of_analyze(change, expected, model_folder, text, tmp_path):
-    (tmp_path / "empty.txt").write_text("\n  \n")
-    given = {"MODEL": model_folder, "--text": text, "--out": tmp_path / "out"} | change
-    if given["--text"] == "EMPTY":
-        given["--text"] = tmp_path / "empty.txt"
-    output = invoke("analyze", given.pop("MODEL"), *(word for pair in given.items() for word in pair), *SMALL, code=2)
+    given = {"MODEL": model_folder, "--text": text, "--out": tmp_path / "out", "--length": 32} | change
+    if str(given["--text"]) == change.get("--text") != "no/such":
+        (tmp_path / "own.txt").write_text(given["--text"], encoding="utf-8")
+        given["--text"] = tmp_path / "own.txt"
+    if given["MODEL"] == "NAN":
+        given["MODEL"] = with_nan(model_folder, tmp_path / "nan")
+    small = ("--points", "150", "--clusters", "20", "--tokens", "500")
+    output = invoke("analyze", given.pop("MODEL"), *(word for pair in given.items() for word in pair), *small, code=2)
     assert all(words in output for words in expected)
+
+
+def with_nan(folder, copy):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["encoder.layer.1.output.LayerNorm.bias"][3] = float("nan")
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+def test_few_points_force_nothing_into_sentences(model_folder, tmp_path, monkeypatch):
+    """Fewer points than dimensions make any two layers equal: the report says so, and gives no comparison."""
+    monkeypatch.setattr(report, "write", lambda made, folder, tick: [folder / "report.html", folder / "report.json"])
+    (tmp_path / "few.txt").write_text("the cat sat on the mat\nit was a day of rain\n")
+    output = invoke("analyze", model_folder, "--text", tmp_path / "few.txt", "--out", tmp_path / "out", *SMALL)
+    assert "How much layers change cannot be said from 16 tokens" in " ".join(output.split())
+    assert "PWCCA distance" not in output

@@ -122,6 +122,8 @@ def test_google_svcca_has_no_answer_for_a_narrower_y_or_a_dead_feature():
     for arguments in ((y, x), (dead, y)):
         with pytest.raises(ValueError, match="convention: 'svcca' is not defined where"):
             pwcca(*arguments, convention="svcca", threshold=1e-6)
+    with pytest.raises(ValueError, match="convention: 'svcca' is not defined for the dependent features of these 6"):
+        pwcca(torch.randn(6, 20), torch.randn(6, 30), convention="svcca")
     with pytest.raises(ValueError, match="expected 'paper' or 'svcca', got 'google'"):
         pwcca(x, y, convention="google")
 

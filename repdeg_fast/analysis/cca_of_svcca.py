@@ -24,6 +24,11 @@ def pwcca_of_svcca(covariances: Covariances, epsilon: float) -> CanonicalCorrela
             " x and y, or use 'paper'"
         )
     whiteners = [_inverse_root(s + epsilon * np.eye(len(s))) for s in (sigma_x, sigma_y[kept][:, kept])]
+    if not all(np.isfinite(one).all() for one in whiteners):
+        raise ValueError(
+            f"convention: 'svcca' is not defined for the dependent features of these {n} points ({len(sigma_x)} and"
+            f" {int(kept.sum())} features): rounding decides its roots; raise threshold, or use 'paper'"
+        )
     turn, correlations, _ = np.linalg.svd(whiteners[0] @ cross[:, kept] @ whiteners[1])
     mean = covariances.mean(0).cpu().numpy()
     shift = n * np.outer(mean, mean)  # row i of their directions is shifted by the mean of *feature* i
@@ -36,4 +41,5 @@ def pwcca_of_svcca(covariances: Covariances, epsilon: float) -> CanonicalCorrela
 
 def _inverse_root(matrix: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(np.linalg.pinv(matrix))
-    return (vectors * np.sqrt(values)) @ vectors.T
+    with np.errstate(invalid="ignore"):  # NaN of a negative value: the caller says so
+        return (vectors * np.sqrt(values)) @ vectors.T

@@ -39,6 +39,8 @@ def cosine_histogram(points: Tensor, bins: int = 100, sample: int | None = None)
 
     With ``sample`` points are that many at most, drawn without replacement, always the same ones.
     """
+    if bins < 1:
+        raise ValueError(f"bins: expected at least 1, got {bins}")
     points = sampled(points, sample)
     counts = torch.zeros(bins, dtype=torch.float64)
     for cosines in pair_tiles(points):
@@ -50,11 +52,25 @@ def uniformity(points: Tensor, t: float = 2.0, sample: int | None = None) -> flo
     """log mean exp(−t‖x̂ − ŷ‖²) over pairs of different points (Wang and Isola, 2005.10242): 0 where all point one
     way, lower the more evenly they are spread; near −2t in high dimension. Zero points add nothing to the sum, but
     count among the pairs. ``sample`` as in :func:`cosine_histogram`."""
+    if not t > 0:
+        raise ValueError(f"t: expected a number above 0, got {t}")
     points = sampled(points, sample)
     if len(points) < 2:
         raise ValueError(f"points: expected at least 2, got {len(points)}")
     with torch.no_grad():
         return float(pairwise_cosine(unit_rows(points), kind="logmeanexp", temperature=1 / (2 * t))) - 2 * t
+
+
+def uniformity_of_even(d: int, t: float = 2.0) -> float:
+    """:func:`uniformity` of directions that are spread evenly: log E exp(2t(c − 1)), c the cosine of two of them, whose
+    moments E c^2k = (1/2)_k / (d/2)_k make a series."""
+    term = total = 1.0
+    for k in range(1, 1000):
+        term *= t * t / (k * (d / 2 + k - 1))  # (2t)^2k / (2k)! · E c^2k
+        total += term
+        if term < 1e-17 * total:
+            break
+    return math.log(total) - 2 * t
 
 
 def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> float:

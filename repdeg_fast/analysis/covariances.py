@@ -43,7 +43,7 @@ class Covariances:
         return len(self._origins)
 
     def columns(self, side: int = 0) -> int:
-        return len(self._origins[side])
+        return len(self.mean(side))
 
     def update(self, *sides: Tensor) -> Covariances:
         """Adds points: a matrix (n, d) of any floating dtype a side, all with equal n. Returns itself."""
@@ -97,7 +97,8 @@ class Covariances:
 
     def mean(self, side: int = 0) -> Tensor:
         """(d,)"""
-        return self._origins[side] + self._block(side, side)[0, 1:-1] / self.points
+        total = self._block(side, side)[0, 1:-1]
+        return self._origins[side] + total / self.points
 
     def scatter(self, first: int = 0, second: int | None = None) -> Tensor:
         """(d, e): Σ (x − mean)(y − mean)ᵀ over the points; of a side with itself where ``second`` is left out."""
@@ -127,6 +128,9 @@ class Covariances:
     def _block(self, first: int, second: int) -> Tensor:
         if not self._origins:
             raise ValueError("covariances: expected points, got none; call update first")
+        for side in (first, second):
+            if not 0 <= side < len(self):
+                raise ValueError(f"sides: got {side}; there are 0 … {len(self) - 1}")
         pair = min(first, second), max(first, second)
         if pair not in self._moments:
             raise ValueError(

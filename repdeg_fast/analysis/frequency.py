@@ -54,7 +54,17 @@ def _group(name: str, points: Tensor, reference: Tensor) -> Group:
 
 def frequency_bins(counts: Tensor, bins: int) -> Tensor:
     """(V,): the bin of each token, 0 the rarest, so that the bins hold about equally many *occurrences*; −1 for tokens
-    that never occur."""
+    that never occur.
+
+    Raises:
+        ValueError: ``counts`` is no vector, has none above 0, or one that is negative or NaN; ``bins`` < 1.
+    """
+    if not isinstance(counts, Tensor) or counts.dim() != 1 or not len(counts):
+        got = f"shape {tuple(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
+        raise ValueError(f"counts: expected a vector (V,), how often each token occurs, got {got}")
+    check_counts(counts, len(counts))
+    if bins < 1:
+        raise ValueError(f"bins: expected at least 1, got {bins}")
     order = counts.sort(stable=True).indices
     ordered = counts[order].double()
     middle = (ordered.cumsum(0) - ordered / 2) / ordered.sum()

@@ -123,7 +123,7 @@ def stream(
             mask = mask.bool()
             for name, state in zip(names, states, strict=True):
                 if not torch.isfinite(state[mask]).all():
-                    raise ValueError(f"layer {name}: NaN or Inf in its hidden states")
+                    raise ValueError(f"{name}: NaN or Inf in its hidden states")
             rows = torch.arange(sentences, sentences + len(ids))[:, None].expand(ids.shape)
             sentences += len(ids)
             chosen = tuple(state[mask].float().cpu() for state in states)
@@ -277,7 +277,7 @@ def _moved(batch: Any, model: nn.Module) -> Any:
 def _batch_first(name: str, state: Tensor, ids: Tensor) -> Tensor:
     if state.dim() != 3 or state.shape[:2] != ids.shape:
         raise ValueError(
-            f"layer {name}: expected hidden states ({ids.shape[0]}, {ids.shape[1]}, d) for ids of shape"
+            f"{name}: expected hidden states ({ids.shape[0]}, {ids.shape[1]}, d) for ids of shape"
             f" {tuple(ids.shape)}, got {tuple(state.shape)}"
         )
     return state

@@ -28,7 +28,7 @@ class LayerChange:
         self._parts: dict[int, Covariances] = {}
 
     def update(self, hidden: HiddenStates) -> LayerChange:
-        bins = torch.zeros_like(hidden.tokens) if self.bins is None else self.bins[hidden.tokens]
+        bins = torch.zeros_like(hidden.tokens) if self.bins is None else bins_of(hidden.tokens, self.bins)
         for part in bins.unique().tolist():
             covariances = self._parts.setdefault(part, Covariances(hidden.layers, band=1))
             covariances.update(*hidden.select(bins == part).states)
@@ -52,6 +52,16 @@ class LayerChange:
         points are left out."""
         parts = sorted(self._parts.items())
         return {part: _changes(found) for part, found in parts if part >= 0 and found.points >= _LEAST}
+
+
+def bins_of(tokens: Tensor, bins: Tensor) -> Tensor:
+    """The bin of each of the tokens (any shape)."""
+    if not isinstance(bins, Tensor) or bins.is_floating_point() or bins.dim() != 1:
+        got = f"{bins.dtype} {tuple(bins.shape)}" if isinstance(bins, Tensor) else type(bins).__name__
+        raise ValueError(f"bins: expected a vector (V,) of integers, the bin of each token id, got {got}")
+    if len(tokens) and int(tokens.max()) >= len(bins):
+        raise ValueError(f"bins: expected one a token id, got {len(bins)} and a token {int(tokens.max())}")
+    return bins[tokens]
 
 
 def layer_change(hidden: HiddenStates | Iterable[HiddenStates], bins: Tensor | None = None) -> LayerChange:
@@ -92,7 +102,7 @@ def token_influence(
             if not isinstance(batch, Mapping) or "attention_mask" not in batch:
                 raise TypeError("batches: token_influence needs dicts with input_ids and attention_mask")
             ids, mask = batch["input_ids"].cpu(), batch["attention_mask"].cpu().bool()
-            allowed = mask & (bins[ids] >= 0) & (mask.sum(1, keepdim=True) > 1)
+            allowed = mask & (bins_of(ids, bins) >= 0) & (mask.sum(1, keepdim=True) > 1)
             rows = allowed.any(1).nonzero()[:, 0]
             if not len(rows):
                 continue

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from repdeg_fast.analysis.cosines import direction_sum, mean_cosine, uniformity
-from repdeg_fast.analysis.covariances import Covariances
+from repdeg_fast.analysis.covariances import Covariances, check_points
 from repdeg_fast.analysis.frequency import rare_against_frequent
 from repdeg_fast.analysis.spectrum import effective_rank, isoscore
 from repdeg_fast.analysis.tiles import sampled
@@ -26,6 +26,7 @@ def representation_metrics(points: Tensor, counts: Tensor | None = None, *, samp
     Raises:
         ValueError: no finite matrix, or fewer than two points.
     """
+    check_points("points", points)
     if len(points) < 2:
         raise ValueError(f"points: expected at least 2, got {len(points)}")
     some = sampled(points, sample)

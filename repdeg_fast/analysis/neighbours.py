@@ -41,7 +41,7 @@ def nearest_by_rows(points: Tensor, k: int) -> Iterator[tuple[slice, Tensor, Ten
 def _nearest(points: Tensor, k: int) -> Nearest:
     """In no order. Each tile of cosines is looked at twice: by its rows for these points, by its columns for those."""
     check_points("points", points)
-    if not 1 <= k < len(points):
+    if not isinstance(k, int) or not 1 <= k < len(points):
         raise ValueError(f"k: expected 1 ≤ k < {len(points)}, the number of points, got {k}")
     dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
     found = Nearest(
@@ -93,12 +93,18 @@ def position_distance(points: Tensor, positions: Tensor, tokens: Tensor | None =
             total += float((places[indices] - places[rows, None]).abs().sum())
             count += indices.numel()
     if not count:
-        raise ValueError("tokens: expected some that occur twice, found none")
+        raise ValueError(
+            f"points: expected at least 2, got {len(points)}"
+            if tokens is None
+            else "tokens: expected some that occur twice, found none"
+        )
     return total / count
 
 
 def position_distance_by_chance(positions: Tensor, tokens: Tensor | None = None, k: int = 50) -> float:
-    """What :func:`position_distance` is for neighbours drawn at random, exactly."""
+    """What :func:`position_distance` is for neighbours drawn at random, exactly; NaN where no point has another one to
+    be near to."""
+    _check_labels("positions", positions, positions)
     total, count = 0.0, 0
     for group in _groups(positions, tokens):
         n, places = len(group), positions[group].double().sort().values
@@ -112,8 +118,7 @@ def position_distance_by_chance(positions: Tensor, tokens: Tensor | None = None,
 def _groups(points: Tensor, tokens: Tensor | None) -> Iterator[Tensor]:
     """Indices of the points of each token that has two or more; of all where there are no tokens."""
     if tokens is None:
-        yield torch.arange(len(points), device=points.device)
-        return
+        tokens = torch.zeros(len(points), dtype=torch.long, device=points.device)
     _check_labels("tokens", tokens, points)
     order = tokens.sort(stable=True).indices
     for group in order.split(tokens.unique(return_counts=True)[1].tolist()):

@@ -46,6 +46,8 @@ def participation_ratio(points: Tensor | Covariances, *, centred: bool = False) 
 
 def directions_for(points: Tensor | Covariances, share: float, *, centred: bool = False) -> int:
     """How many leading directions hold ``share`` of Σ σ²; 0 where that is 0."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share: expected a number in (0, 1], got {share}")
     cumulative = _values(points, centred).square().cumsum(0)
     return int((cumulative < share * cumulative[-1]).sum()) + 1 if cumulative[-1] > 0 else 0
 

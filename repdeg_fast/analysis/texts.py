@@ -15,6 +15,8 @@ from repdeg_fast.analysis.hidden_states import HiddenStates, concatenated, strea
 from repdeg_fast.analysis.layers import LayerChange, token_influence
 from repdeg_fast.analysis.report.model import BINS, Measured, Tick
 
+_LEAST = 10  # tokens of a text: with fewer no measure says anything
+
 
 def load_model(folder: Path) -> tuple[torch.nn.Module, Any]:
     """A Hugging Face model and its tokenizer from a folder, nothing from the network."""
@@ -30,6 +32,14 @@ def load_model(folder: Path) -> tuple[torch.nn.Module, Any]:
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model: {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def check_length(length: int, model: Any, tokenizer: Any) -> None:
+    """Raises InputError for passages that are longer than the model has positions."""
+    positions = getattr(model.config, "max_position_embeddings", None) or length
+    most = min(positions, tokenizer.model_max_length)
+    if length > most:
+        raise InputError(f"length: the model takes {most} tokens at most, got {length}")
 
 
 class Text:
@@ -57,8 +67,14 @@ class Text:
         self.counts = every.bincount(minlength=len(tokenizer))
         self.special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
         self.counts[self.special[self.special < len(self.counts)]] = 0
-        if not self.counts.any():
-            raise InputError(f"text: {path} has special tokens only")
+        found = int(self.counts.sum())
+        if not found:
+            raise InputError(
+                f"text: {path} has special tokens only; expected words that the tokenizer knows, and its files beside"
+                " the model"
+            )
+        if found < _LEAST:
+            raise InputError(f"text: {path} has {found} tokens that are not special; expected at least {_LEAST}")
 
     def batches(self, most: int | None = None) -> Iterator[dict[str, Tensor]]:
         ids = self.ids if most is None or len(self.ids) <= most else self.ids[:: len(self.ids) // most]

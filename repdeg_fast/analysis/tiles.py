@@ -60,6 +60,8 @@ def _unit(points: Tensor, norms: Tensor) -> Tensor:
 def sampled(points: Tensor, sample: int | None, name: str = "points") -> Tensor:
     """The points, checked; ``sample`` of them, always the same ones, where there are more."""
     check_points(name, points)
+    if sample is not None and sample < 2:
+        raise ValueError(f"sample: expected at least 2 points, got {sample}")
     if sample is None or len(points) <= sample:
         return points
     chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:sample]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +47,8 @@ def analyze(
     console = stdout()
     loaded = [(path, *texts.load_model(path)) for path in filter(None, (model, compare))]
     _, _, tokenizer = loaded[0]
+    for _, one, own in loaded:
+        texts.check_length(length, one, own)
     passages = texts.Text(text, tokenizer, tokens, length, batch)
     for path, _, other in loaded[1:]:
         if other.get_vocab() != tokenizer.get_vocab():
@@ -55,7 +59,7 @@ def analyze(
         names = [str(path) for path, _, _ in loaded]
     if len(set(names)) < len(names):  # a model beside itself
         names[1] += " (2)"
-    with progress(steps) as tick:
+    with progress(steps) as tick, _measures_of(model):
         found = [
             texts.measure(name, one, passages, points, tick) for name, (_, one, _) in zip(names, loaded, strict=True)
         ]
@@ -66,3 +70,14 @@ def analyze(
     for sentence in made.findings:
         console.print(f"- {sentence}", soft_wrap=True, markup=False)
     console.print(f"report: {paths[0]}, {paths[1].name} and {len(paths) - 2} pictures", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _measures_of(model: Path) -> Iterator[None]:
+    """What a measure says of a model's NaN, or of layers where nothing varies, is a user's error here."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"model: {model}: {error}") from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repdeg_fast.analysis.cosines import cosine_histogram, uniformity
+from repdeg_fast.analysis.cosines import cosine_histogram, uniformity, uniformity_of_even
 from repdeg_fast.analysis.inspection import Inspection
 from repdeg_fast.analysis.neighbours import hubness
 from repdeg_fast.analysis.report.charts import Bars, Lines, Scatter
@@ -93,7 +93,7 @@ def findings(numbers: dict[str, Any]) -> list[str]:
         f"Isotropy of the partition function is {numbers['isotropy']:.3g} (1: the same in every direction).",
     ]
     if "uniformity" in numbers:
-        even = -4 + 8 / d
+        even = uniformity_of_even(d)
         out.append(f"Uniformity is {numbers['uniformity']:.3f}; evenly spread directions would have about {even:.2f}.")
     if "hubness" in numbers:
         hubs = numbers["hubness"]

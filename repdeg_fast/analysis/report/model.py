@@ -62,12 +62,17 @@ def curves_of(measured: Measured, clusters: int, k: int, tick: Tick) -> dict[str
     out["token_entropy"] = found.entropy
     out["position_distance_by_chance"] = position_distance_by_chance(sample.positions, k=k)
     out["layers"], out["k"], out["clusters"] = list(sample.layers), k, found.clusters
-    out["layer_change"] = [one.distance for one in measured.change.overall()]
+    overall = measured.change.overall()
+    out["layer_change"] = [one.distance for one in overall]
     by_bin = measured.change.by_bin()
     out["layer_change_by_frequency"] = {BINS[part]: [one.distance for one in found] for part, found in by_bin.items()}
     out["layer_change_forced"] = {BINS[part]: [one.forced for one in found] for part, found in by_bin.items()}
+    out["layer_change_forced"]["all"] = [one.forced for one in overall]
     out["layer_change_points"] = {BINS[part]: found[0].points for part, found in by_bin.items()}
     out["token_influence"] = {BINS[part]: [one.distance for one in found] for part, found in measured.influence.items()}
+    out["token_influence_forced"] = {
+        BINS[part]: [one.forced for one in found] for part, found in measured.influence.items()
+    }
     out["token_influence_points"] = {BINS[part]: found[0].points for part, found in measured.influence.items()}
     tick(f"{measured.name}, CKA of all pairs of layers")
     out["cka"] = cka_table(sample, sample)
@@ -109,7 +114,12 @@ def model_report(
     ticks = _ticks(measured.sample)
     maps: list[Chart] = [
         Heatmap(
-            f"CKA of layers{_of(name, numbers)}", _short(table["layers"]), _short(table["layers"]), table["cka"], "layer", "layer"
+            f"CKA of layers{_of(name, numbers)}",
+            _short(table["layers"]),
+            _short(table["layers"]),
+            table["cka"],
+            "layer",
+            "layer",
         )
         for name, table in numbers.items()
     ]
@@ -151,23 +161,7 @@ def findings(name: str, table: dict[str, Any], named: bool) -> list[str]:
         f" the last layer;"
         f" by chance it would be {chance:.1f}, so position is {_kept(places[-1] / chance)} there."
     )
-    change = table["layer_change"]
-    most = max(range(len(change)), key=lambda i: change[i])
-    out.append(
-        f"{start}Representations change most from {table['layers'][most]} to {table['layers'][most + 1]}"
-        f" (PWCCA distance"
-        f" {change[most]:.3f}; the mean over layers is {sum(change) / len(change):.3f})."
-    )
-    for key, verb in (("layer_change_by_frequency", "change"), ("token_influence", "influence others")):
-        bins = {part: sum(values) / len(values) for part, values in table[key].items() if values}
-        if {"rare", "frequent"} <= set(bins):
-            more = "more" if bins["rare"] > bins["frequent"] else "less"
-            out.append(
-                f"{start}Rare tokens {verb} {more} than frequent ones: {bins['rare']:.3f} against"
-                f" {bins['frequent']:.3f}"
-                f" (mean PWCCA distance, from {table[key.split('_by')[0] + '_points']['rare']:,} and"
-                f" {table[key.split('_by')[0] + '_points']['frequent']:,} points)."
-            )
+    out += [start + sentence for sentence in _changes(table)]
     worst = max(range(len(cosine)), key=lambda i: cosine[i])
     out.append(
         f"{start}Two tokens' representations have a cosine of {cosine[worst]:.2f} on average in"
@@ -175,6 +169,39 @@ def findings(name: str, table: dict[str, Any], named: bool) -> list[str]:
         f" the most of all layers, and {cosine[-1]:.2f} in the last; the last layer uses"
         f" {table['effective_rank'][-1]:.0f} directions (effective rank)."
     )
+    return out
+
+
+def _changes(table: dict[str, Any]) -> list[str]:
+    """How much layers change and tokens influence; where few points force correlations to 1, that."""
+    if any(table["layer_change_forced"]["all"]):
+        return [
+            f"How much layers change cannot be said from {table['tokens']:,} tokens: they are fewer than the dimensions"
+            " of two layers, which forces correlations to 1; give more text."
+        ]
+    change = table["layer_change"]
+    most = max(range(len(change)), key=lambda i: change[i])
+    out = [
+        f"Representations change most from {table['layers'][most]} to {table['layers'][most + 1]} (PWCCA distance"
+        f" {change[most]:.3f}; the mean over layers is {sum(change) / len(change):.3f})."
+    ]
+    for key, verb in (("layer_change_by_frequency", "change"), ("token_influence", "influence others")):
+        bins = {part: sum(values) / len(values) for part, values in table[key].items() if values}
+        if not {"rare", "frequent"} <= set(bins):
+            continue
+        name = key.removesuffix("_by_frequency")
+        points, forced = (table[f"{name}_{what}"] for what in ("points", "forced"))
+        if any(forced["rare"]) or any(forced["frequent"]):
+            out.append(
+                f"Whether rare tokens {verb} more than frequent ones cannot be said from {points['rare']:,} and"
+                f" {points['frequent']:,} points: too few for so many dimensions; give more text."
+            )
+            continue
+        out.append(
+            f"Rare tokens {verb} {'more' if bins['rare'] > bins['frequent'] else 'less'} than frequent ones:"
+            f" {bins['rare']:.3f} against {bins['frequent']:.3f} (mean PWCCA distance, from {points['rare']:,} and"
+            f" {points['frequent']:,} points)."
+        )
     return out
 
 
