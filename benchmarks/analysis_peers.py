@@ -1,22 +1,23 @@
 """The measures of repdeg_fast.analysis beside the arithmetic and the packages that people use: time, memory, values.
 
-    python benchmarks/analysis_peers.py [--quick] [--json FILE]
+    pip install --no-deps faiss-cpu IsoScore pytorch-cka repsim
+    python benchmarks/analysis_peers.py [--quick] [--only WORDS] [--json FILE]
 
-Repeats are interleaved and ratios are medians, for machines that are not quiet. Memory is measured in a process of its
-own: the largest resident set beyond that before the call.
+A package that is not installed is listed as such. Repeats are interleaved, times are of the processor (all threads),
+and ratios are medians, for machines that are not quiet. Memory is measured in a process of its own: the largest
+resident set beyond that before the call.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,17 @@ from torch import Tensor
 
 from repdeg_fast import analysis
 from repdeg_fast.analysis.metrics import representation_metrics
+from repdeg_fast.bench.peers import Peer
 
 Provider = Callable[..., Any]
+
+PEERS = {
+    "faiss-cpu, exact": Peer("faiss", "faiss-cpu", "faiss"),
+    "IsoScore": Peer("IsoScore", "IsoScore", "IsoScore"),
+    "pytorch-cka": Peer("pytorch-cka", "pytorch-cka", "cka"),
+    "repsim": Peer("repsim", "repsim", "repsim"),
+    "a training step": Peer("transformers", "transformers", "transformers"),
+}
 
 
 def published_pwcca(x: Tensor, y: Tensor) -> float:
@@ -57,6 +67,19 @@ def gram_cka(*layers: Tensor) -> float:
 
 def our_cka(*layers: Tensor) -> float:
     return float(analysis.cka_matrix(analysis.Covariances().update(*layers), unbiased=True).mean())
+
+
+def pytorch_cka(*layers: Tensor) -> float:
+    from cka import cka_from_features
+
+    return float(cka_from_features(list(layers), list(layers)).mean())
+
+
+def repsim_pwcca(x: Tensor, y: Tensor) -> float:
+    """Another definition: its value is not ours."""
+    import repsim
+
+    return float(repsim.pwcca([x.double().numpy(), y.double().numpy()])[0, 1])
 
 
 def chunked_identity(points: Tensor, tokens: Tensor, k: int = 50) -> float:
@@ -92,8 +115,12 @@ def isoscore_package(points: Tensor) -> float:
     return float(IsoScore(points))
 
 
-def cases(quick: bool) -> dict[str, tuple[Callable[[], tuple[Tensor, ...]], dict[str, Provider], str]]:
-    """name: (inputs, providers, ours first; the package that a peer needs is named like it)."""
+class Case(NamedTuple):
+    inputs: Callable[[], tuple[Any, ...]]
+    providers: dict[str, Provider]  # ours first; those named in PEERS need a package
+
+
+def cases(quick: bool) -> dict[str, Case]:
     n, d, wide = (2000, 96, 4000) if quick else (20000, 768, 100000)
 
     def two() -> tuple[Tensor, ...]:
@@ -111,29 +138,72 @@ def cases(quick: bool) -> dict[str, tuple[Callable[[], tuple[Tensor, ...]], dict
         return (torch.randn(3000 if quick else 30522, d) + 0.1,)
 
     return {
-        f"pwcca {n} × {d}": (
+        f"pwcca {n} × {d}": Case(
             two,
-            {"ours": lambda x, y: analysis.pwcca(x, y).similarity, "numpy.linalg.svd": published_pwcca},
-            "",
+            {
+                "ours": lambda x, y: analysis.pwcca(x, y).similarity,
+                "numpy.linalg.svd": published_pwcca,
+                "repsim": repsim_pwcca,
+            },
         ),
-        "unbiased CKA, 4 layers": (four, {"ours": our_cka, "Gram matrices": gram_cka}, ""),
-        f"token_identity {wide} × 384": (
+        "unbiased CKA, 4 layers": Case(four, {"ours": our_cka, "Gram matrices": gram_cka, "pytorch-cka": pytorch_cka}),
+        f"token_identity {wide} × 384": Case(
             vectors,
-            {"ours": analysis.token_identity, "chunked torch.topk": chunked_identity, "faiss": faiss_identity},
-            "faiss",
+            {
+                "ours": analysis.token_identity,
+                "chunked torch.topk": chunked_identity,
+                "faiss-cpu, exact": faiss_identity,
+            },
         ),
-        "isoscore of an embedding": (embedding, {"ours": analysis.isoscore, "IsoScore": isoscore_package}, "IsoScore"),
-        "callback's metrics": (embedding, {"ours": lambda w: representation_metrics(w)["average_cosine"]}, ""),
+        "isoscore of an embedding": Case(embedding, {"ours": analysis.isoscore, "IsoScore": isoscore_package}),
+        CALLBACK: Case(
+            lambda: bert_step(quick),
+            {
+                "ours": lambda model, batch: representation_metrics(_embedding(model))["average_cosine"],
+                "a training step": training_step,
+            },
+        ),
     }
 
 
+CALLBACK = "the callback's metrics beside a step of BERT-base"
+EVERY = 100  # steps, the callback's default
+
+
+def bert_step(quick: bool) -> tuple[Any, ...]:
+    """A masked language model and 8 × 32 tokens."""
+    import transformers
+
+    config = transformers.BertConfig()
+    if quick:
+        config.num_hidden_layers, config.vocab_size = 1, 3000
+    model = transformers.BertForMaskedLM(config)
+    ids = torch.randint(5, model.config.vocab_size, (8, 32))
+    return model, {"input_ids": ids, "labels": ids.masked_fill(torch.rand(ids.shape) > 0.15, -100)}
+
+
+def _embedding(model: Any) -> Tensor:
+    return model.get_input_embeddings().weight
+
+
+def training_step(model: Any, batch: dict[str, Tensor]) -> float:
+    """Forward, backward and Adam's step."""
+    if not hasattr(model, "optimizer"):
+        model.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    loss = model(**batch).loss
+    loss.backward()
+    model.optimizer.step()
+    model.optimizer.zero_grad()
+    return loss.item()
+
+
 def peak_mib(name: str, provider: str, quick: bool, queue: Any) -> None:
-    make, providers, _ = cases(quick)[name]
+    case = cases(quick)[name]
     torch.manual_seed(0)
-    inputs = make()
+    inputs = case.inputs()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = _status("VmRSS")
-    providers[provider](*inputs)
+    case.providers[provider](*inputs)
     queue.put((_status("VmHWM") - before) / 1024)
 
 
@@ -143,48 +213,57 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
+def measure(name: str, case: Case, quick: bool, repeats: int) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    inputs = case.inputs()
+    providers, rows = dict(case.providers), []
+    for provider in case.providers:
+        if provider in PEERS and (reason := PEERS[provider].unavailable({})):
+            rows.append({"case": name, "provider": provider, "missing": reason})
+            del providers[provider]
+    times: dict[str, list[float]] = {provider: [] for provider in providers}
+    values = {}
+    for repeat in range(repeats + 1):  # the first is for what is made once
+        for provider, run in providers.items():
+            start = time.process_time()
+            values[provider] = run(*inputs)
+            if repeat:
+                times[provider].append(time.process_time() - start)
+    context = multiprocessing.get_context("spawn")
+    for provider in providers:
+        queue = context.Queue()
+        process = context.Process(target=peak_mib, args=(name, provider, quick, queue))
+        process.start()
+        peak = queue.get()
+        process.join()
+        row = {
+            "case": name,
+            "provider": provider,
+            "seconds": statistics.median(times[provider]),
+            "times ours": statistics.median(t / own for t, own in zip(times[provider], times["ours"], strict=True)),
+            "peak MiB beyond inputs": peak,
+            "value": values[provider],
+        }
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--only", default="", help="cases whose name contains this")
     options.add_argument("--json", help="write the figures there")
     given = options.parse_args()
     rows = []
-    for name, (make, providers, package) in cases(given.quick).items():
+    for name, case in cases(given.quick).items():
         if given.only not in name:
             continue
-        torch.manual_seed(0)
-        inputs = make()
-        if package and importlib.util.find_spec(package) is None:
-            print(f"{name}: {package} is not installed")
-            providers.pop(package)
-        times: dict[str, list[float]] = {provider: [] for provider in providers}
-        values = {}
-        for _ in range(given.repeats):
-            for provider, run in providers.items():
-                start = time.perf_counter()
-                values[provider] = run(*inputs)
-                times[provider].append(time.perf_counter() - start)
-        for provider in providers:
-            queue = multiprocessing.get_context("spawn").Queue()
-            process = multiprocessing.get_context("spawn").Process(
-                target=peak_mib, args=(name, provider, given.quick, queue)
-            )
-            process.start()
-            peak = queue.get()
-            process.join()
-            ratio = statistics.median(t / own for t, own in zip(times[provider], times["ours"], strict=True))
-            row = {
-                "case": name,
-                "provider": provider,
-                "seconds": statistics.median(times[provider]),
-                "times ours": ratio,
-                "peak MiB beyond inputs": peak,
-                "value": values[provider],
-            }
+        for row in measure(name, case, given.quick, given.repeats):
             rows.append(row)
             print("  ".join(f"{key} {v:.6g}" if isinstance(v, float) else str(v) for key, v in row.items()), flush=True)
+        if name == CALLBACK and "times ours" in rows[-1]:
+            print(f"{name}: {100 / (rows[-1]['times ours'] * EVERY):.3f} % of the steps' time at one in {EVERY} steps")
     if given.json:
         with open(given.json, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=1)
