@@ -199,7 +199,7 @@ def _changes(table: dict[str, Any]) -> list[str]:
             continue
         out.append(
             f"Rare tokens {verb} {'more' if bins['rare'] > bins['frequent'] else 'less'} than frequent ones:"
-            f" {bins['rare']:.3f} against {bins['frequent']:.3f} (mean PWCCA distance, from {points['rare']:,} and"
+            f" {bins['rare']:.3g} against {bins['frequent']:.3g} (mean PWCCA distance, from {points['rare']:,} and"
             f" {points['frequent']:,} points)."
         )
     return out
