@@ -197,14 +197,15 @@ def training_step(model: Any, batch: dict[str, Tensor]) -> float:
     return loss.item()
 
 
-def peak_mib(name: str, provider: str, quick: bool, queue: Any) -> None:
+def alone(name: str, provider: str, quick: bool, queue: Any) -> None:
+    """Seconds of a first call, MiB beyond the inputs, and the value."""
     case = cases(quick)[name]
     torch.manual_seed(0)
     inputs = case.inputs()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
-    before = _status("VmRSS")
-    case.providers[provider](*inputs)
-    queue.put((_status("VmHWM") - before) / 1024)
+    before, start = _status("VmRSS"), time.process_time()
+    value = case.providers[provider](*inputs)
+    queue.put((time.process_time() - start, (_status("VmHWM") - before) / 1024, value))
 
 
 def _status(key: str) -> int:
@@ -216,42 +217,53 @@ def _status(key: str) -> int:
 def measure(name: str, case: Case, quick: bool, repeats: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     inputs = case.inputs()
-    providers, rows = dict(case.providers), []
+    providers = dict(case.providers)
+    rows: list[dict[str, Any]] = []
     for provider in case.providers:
         if provider in PEERS and (reason := PEERS[provider].unavailable({})):
             rows.append({"case": name, "provider": provider, "missing": reason})
+            print(_line(rows[-1]))
             del providers[provider]
     times: dict[str, list[float]] = {provider: [] for provider in providers}
-    values = {}
-    for repeat in range(repeats + 1):  # the first is for what is made once
+    for repeat in range(repeats if repeats > 1 else 0):
         for provider, run in providers.items():
             start = time.process_time()
-            values[provider] = run(*inputs)
-            if repeat:
+            run(*inputs)
+            if repeat:  # the first is for what is made once
                 times[provider].append(time.process_time() - start)
+    del inputs
     context = multiprocessing.get_context("spawn")
     for provider in providers:
         queue = context.Queue()
-        process = context.Process(target=peak_mib, args=(name, provider, quick, queue))
+        process = context.Process(target=alone, args=(name, provider, quick, queue))
         process.start()
-        peak = queue.get()
+        seconds, peak, value = queue.get()
         process.join()
-        row = {
-            "case": name,
-            "provider": provider,
-            "seconds": statistics.median(times[provider]),
-            "times ours": statistics.median(t / own for t, own in zip(times[provider], times["ours"], strict=True)),
-            "peak MiB beyond inputs": peak,
-            "value": values[provider],
-        }
-        rows.append(row)
+        own = times[provider] = times[provider] or [seconds]
+        rows.append(
+            {
+                "case": name,
+                "provider": provider,
+                "seconds": statistics.median(own),
+                "times ours": statistics.median(t / ours for t, ours in zip(own, times["ours"], strict=True)),
+                "peak MiB beyond inputs": peak,
+                "value": value,
+            }
+        )
+        print(_line(rows[-1]), flush=True)
     return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return "  ".join(f"{key} {value:.6g}" if isinstance(value, float) else str(value) for key, value in row.items())
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument(
+        "--repeats", type=int, default=4, help="the first is not counted; 1: a first call in its own process"
+    )
     options.add_argument("--only", default="", help="cases whose name contains this")
     options.add_argument("--json", help="write the figures there")
     given = options.parse_args()
@@ -259,9 +271,7 @@ def main() -> None:
     for name, case in cases(given.quick).items():
         if given.only not in name:
             continue
-        for row in measure(name, case, given.quick, given.repeats):
-            rows.append(row)
-            print("  ".join(f"{key} {v:.6g}" if isinstance(v, float) else str(v) for key, v in row.items()), flush=True)
+        rows += measure(name, case, given.quick, given.repeats)
         if name == CALLBACK and "times ours" in rows[-1]:
             print(f"{name}: {100 / (rows[-1]['times ours'] * EVERY):.3f} % of the steps' time at one in {EVERY} steps")
     if given.json:
