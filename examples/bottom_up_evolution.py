@@ -3,10 +3,9 @@ language model (LM) and as a masked one (MLM), and draw how representations evol
 Bottom-up Evolution of Representations in the Transformer, arXiv 1909.01380).
 
     pip install "repdeg_fast[examples]"
-    python examples/bottom_up_evolution.py                       # ten minutes on two CPU cores
+    python examples/bottom_up_evolution.py                       # minutes on two CPU cores
     python examples/bottom_up_evolution.py --yardstick           # with a second start of each task, twice the time
 
-MEASURED
 The same command again goes on from the last checkpoints in the output folder. At its end the folder holds a folder a
 model with checkpoint.pt and history.csv, curves.json (every number) and curves.png.
 """

@@ -130,6 +130,13 @@ def test_isoscore():
         analysis.isoscore(torch.ones(0, 3))
 
 
+def test_isoscore_of_its_package():
+    package = pytest.importorskip("IsoScore.IsoScore")
+    points = torch.randn(400, 10).double() * torch.linspace(0.1, 1, 10) + 3
+    with pytest.warns(UserWarning, match="clone"):
+        assert analysis.isoscore(points) == pytest.approx(float(package.IsoScore(points)), rel=1e-6)
+
+
 def test_isotropy_takes_both_signs():
     points = cone(50, 4)
     directions = torch.linalg.svd(points.double()).Vh

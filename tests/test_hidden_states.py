@@ -160,6 +160,38 @@ def test_layer_change_is_pwcca_of_consecutive_layers(bert):
         change.whole().of(0, 2).scatter(0, 1)
 
 
+def test_equal_layers_do_not_change():
+    x, rows = torch.randn(200, 8), torch.arange(200)
+    turned = 2 * x.double() @ torch.linalg.qr(torch.randn(8, 8).double())[0] + 1
+    hidden = analysis.HiddenStates(("embeddings", "same", "turned"), (x, x, turned), rows % 9, rows, rows)
+    change = analysis.layer_change(hidden, torch.arange(9) % 2)
+    for found in (change.overall(), *change.by_bin().values()):
+        assert [one.distance for one in found] == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_token_influence_by_hand(bert):
+    """Where one token alone may be left out: PWCCA of the others' states with it and with it hidden."""
+    given = batches(20)
+    for batch in given:
+        batch["input_ids"].clamp_(max=48)[:, 4] = 49
+    bins = torch.full((50,), -1)
+    bins[49] = 0
+    bert.eval()
+    pairs = [([], []) for _ in range(3)]
+    for batch in given:
+        hidden = {**batch, "attention_mask": batch["attention_mask"].clone()}
+        hidden["attention_mask"][:, 4] = 0
+        with torch.no_grad():
+            states = [bert(**one, output_hidden_states=True).hidden_states[1:] for one in (batch, hidden)]
+        others = hidden["attention_mask"].bool()
+        for layer, (whole, without) in enumerate(pairs):
+            whole.append(states[0][layer][others])
+            without.append(states[1][layer][others])
+    expected = [analysis.pwcca(torch.cat(whole), torch.cat(without)).distance for whole, without in pairs]
+    found = analysis.token_influence(bert, given, bins)
+    assert [layer.distance for layer in found[0]] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
 def test_token_influence_leaves_one_token_out(bert):
     """Where a token is hidden from attention the others see what they would without it; a model whose attention is cut
     sees no difference."""

@@ -195,6 +195,8 @@ def test_independent_representations_give_the_random_baseline():
     √(de)/n, and its unbiased form is 0 but for noise."""
     x, y = torch.randn(2000, 20), torch.randn(2000, 60)
     assert float(cca(x, y).correlations.square().mean()) == pytest.approx(60 / 1999, rel=0.1)
+    for measure in (svcca, pwcca):  # nothing leads: their weights are about even
+        assert measure(x, y).similarity == pytest.approx(cca(x, y).similarity, rel=0.05)
     assert linear_cka(x, y) == pytest.approx((20 * 60) ** 0.5 / 2000, rel=0.15)
     assert abs(linear_cka(x, y, unbiased=True)) < 4e-3
     assert procrustes(x, y) > 1.5

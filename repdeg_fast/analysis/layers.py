@@ -81,7 +81,8 @@ def token_influence(
 ) -> dict[int, list[CanonicalCorrelations]]:
     """How much tokens of a bin matter to the others: one token of each sentence, drawn at random, is hidden from
     attention, and the other tokens' representations are compared with those in the whole sentence, by PWCCA in every
-    layer.
+    layer. (The paper hides it in the last of these layers alone, which needs the model's inside; here it is hidden in
+    all, so that influence adds up from layer to layer. In the first layer both are the same.)
 
     Args:
         batches: Dicts with ``input_ids`` and ``attention_mask`` (B, L). Positions stay as they are.
