@@ -35,7 +35,7 @@ IGNORED = -100
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = add_training_options(
-        parser, text=False, output="bottom_up_evolution", steps=800, batch_size=48, sequence_length=32,
+        parser, text=False, output="bottom_up_evolution", steps=1600, batch_size=48, sequence_length=32,
         learning_rate=2e-3,
     )  # fmt: skip
     add("--language", default="de", help="of the translations, as in the catalogues' folders")
