@@ -9,6 +9,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import repdeg_fast
 from repdeg_fast import (
     add_cosine_regularization_,
+    contrastive_loss,
     cosine_regularization,
     gumbel_mix,
     linear_cross_entropy,
@@ -290,3 +291,44 @@ def seeds(rank):
     ids, _ = gumbel_mix(torch.zeros(1, 50, 4), None, torch.zeros(shard.rows, 4), shard=shard)
     same_everywhere(ids)
     return ids.unique().numel()
+
+
+def contrastive(rank, options, dtype):
+    """Parts of any size; averaged gradients are those of the whole batch."""
+    ranks, each = distributed.get_world_size(), [3, 1, 4, 2][: distributed.get_world_size()]
+    first, n, whole, negatives = sum(each[:rank]), each[rank], sum(each), 2
+    queries = torch.randn(whole, WIDTH).to(dtype).requires_grad_()
+    documents = torch.randn(1 + negatives, whole, WIDTH).to(dtype).requires_grad_()
+    ids = {"query_ids": torch.arange(whole) // 2, "document_ids": torch.arange(3 * whole) // 2}
+    ids = ids if options.pop("ids", False) else {}
+    exchange = options.pop("exchange", "gather")
+    expected = contrastive_loss(queries, documents.flatten(0, 1), **options, **ids)
+    expected.sum().backward()
+    part = slice(first, first + n)
+    mine = [queries.detach()[part].requires_grad_(), documents.detach()[:, part].clone().requires_grad_()]
+    its_ids = {name: value.view(-1, whole)[:, part].flatten() for name, value in ids.items()}
+    got = contrastive_loss(
+        mine[0], mine[1].flatten(0, 1), group=distributed.group.WORLD, exchange=exchange, **options, **its_ids
+    )
+    got.sum().backward()
+    none = options.get("reduction") == "none"
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    close(got, expected[part] if none else expected, tolerance)
+    if not none:
+        same_everywhere(got)
+    scale = 1 if none else ranks
+    close(mine[0].grad / scale, queries.grad[part], tolerance)
+    close(mine[1].grad / scale, documents.grad[:, part], tolerance)
+
+
+def bad_contrastive(rank):
+    queries, documents, group = torch.randn(2, 4), torch.randn(2 + rank, 4), distributed.group.WORLD
+    good = torch.randn(2, 4)
+    return {
+        "documents": raised(lambda: contrastive_loss(queries, documents, group=group)),
+        "positive": raised(lambda: contrastive_loss(queries, good, positive=torch.arange(2), group=group)),
+        "exchange": raised(lambda: contrastive_loss(queries, good, exchange="star", group=group)),
+        "query_ids": raised(
+            lambda: contrastive_loss(queries, good, query_ids=torch.arange(2), exchange="ring", group=group)
+        ),
+    }

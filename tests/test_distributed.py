@@ -137,3 +137,23 @@ def test_in_triton(two):
     two.run(cases.cross_entropy, "shard", 2, {"softcap": 5.0}, torch.float32, 21, "triton")
     two.run(cases.sample, "dtensor", {}, torch.float32, 37, "triton")
     two.run(cases.sample, "shard", {"hard": False}, torch.float16, 21, "triton")
+
+
+def test_contrastive_loss_of_a_shared_batch(ranks):
+    both = {"directions": ("query_to_doc", "doc_to_query", "query_to_query")}
+    for options, dtype in [
+        ({"exchange": "ring"}, torch.float32),
+        ({"exchange": "ring", "similarity": "dot", "scale": 0.5, "reduction": "sum"}, torch.float32),
+        ({"exchange": "ring", "reduction": "none"}, torch.bfloat16),
+        ({"ids": True}, torch.float32),
+        ({"hardness_mode": "hard_negatives", "hardness_strength": 2.0, "reduction": "sum", **both}, torch.float32),
+        ({"reduction": "none"}, torch.float32),
+    ]:
+        ranks.run(cases.contrastive, options, dtype)
+
+
+def test_bad_contrastive_input(two):
+    for found in two.run(cases.bad_contrastive):
+        for name, error in found.items():
+            assert error, name
+            assert error[1].startswith(f"{name}: "), error

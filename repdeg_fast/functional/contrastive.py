@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from repdeg_fast._arithmetic import autocast_dtype
 from repdeg_fast._checks import check_choice, check_dense, check_finite, check_floating, check_positive
 from repdeg_fast.contracts.contrastive import DIRECTIONS, HARDNESS_MODES
 from repdeg_fast.ops import contrastive as _ops
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SIMILARITIES = ("cosine", "dot")
 PARTITION_MODES = ("joint", "per_direction")
@@ -36,6 +39,8 @@ def contrastive_loss(
     positive: Tensor | None = None,  # (N,)
     all_queries: Tensor | None = None,  # (C, d)
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """The contrastive loss of a batch (InfoNCE, multiple negatives ranking) and its gradients without the N × C matrix.
 
@@ -70,6 +75,11 @@ def contrastive_loss(
         all_queries: (C, d), the queries of all ranks; row r of ``queries`` is number ``positive[r]`` of them. Their
             gradient is what they get as columns.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        group: a process group whose ranks have a part of the batch each, of any size (all ranks:
+            ``torch.distributed.group.WORLD``); ids are their own. The loss is that of the whole batch, the same on all ranks (the own rows'
+            for ``"none"``); gradients are its gradients times the number of ranks, which averaging over ranks undoes.
+        exchange: with ``group``, ``"gather"`` the documents (and queries, where they are columns), or pass documents
+            round the ``"ring"``, so that no rank holds all of them: for ``query_to_doc`` without masks or hardness.
 
     Returns:
         The loss in float32 (float64 for float64 inputs): a scalar, or (N,) for ``reduction="none"``. A zero vector has
@@ -81,6 +91,15 @@ def contrastive_loss(
             check would stall the stream, it is undefined.
     """
     check_options(scale, similarity, directions, partition_mode, hardness_mode, hardness_strength, reduction)
+    if group is not None:
+        from repdeg_fast.distributed import contrastive as over_ranks
+
+        return over_ranks.contrastive_loss(
+            queries, documents, group, exchange, scale=scale, similarity=similarity, directions=directions,
+            partition_mode=partition_mode, hardness_mode=hardness_mode, hardness_strength=hardness_strength,
+            query_ids=query_ids, document_ids=document_ids, false_negative_margin=false_negative_margin,
+            positive=positive, all_queries=all_queries, reduction=reduction,
+        )  # fmt: skip
     if false_negative_margin is not None:
         check_finite("false_negative_margin", false_negative_margin)
     _check_matrix("queries", queries, None)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from repdeg_fast import functional
 from repdeg_fast.functional.contrastive import check_options
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ContrastiveLoss(nn.Module):
@@ -49,6 +53,8 @@ class ContrastiveLoss(nn.Module):
         document_ids: Tensor | None = None,
         positive: Tensor | None = None,
         all_queries: Tensor | None = None,
+        group: ProcessGroup | None = None,
+        exchange: str = "gather",
     ) -> Tensor:
         """A scalar, or (N,) without reduction. ``queries`` (N, d), ``documents`` (N·(1 + H), d): the positives, then
         blocks of hard negatives."""
@@ -57,7 +63,7 @@ class ContrastiveLoss(nn.Module):
             partition_mode=self.partition_mode, hardness_mode=self.hardness_mode,
             hardness_strength=self.hardness_strength, query_ids=query_ids, document_ids=document_ids,
             false_negative_margin=self.false_negative_margin, positive=positive, all_queries=all_queries,
-            reduction=self.reduction,
+            reduction=self.reduction, group=group, exchange=exchange,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
