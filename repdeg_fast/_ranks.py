@@ -1,5 +1,11 @@
-"""Whether there are other processes of a training, and how many."""
+"""Whether there are other processes of a training, how many, and what they have."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
 from torch import distributed
 
 
@@ -8,5 +14,30 @@ def are_there() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def number() -> int:
-    return distributed.get_world_size() if are_there() else 1
+def number(group: Any = None) -> int:
+    return distributed.get_world_size(group) if are_there() else 1
+
+
+class Share(NamedTuple):
+    """What one rank has of something that ranks count."""
+
+    before: int  # of the ranks before it
+    own: int
+    whole: int
+    ranks: int
+
+    @property
+    def weight(self) -> float:
+        """Of a rank's mean, so that the mean over ranks is that over all that they count; 0 where that is nothing."""
+        return self.own * self.ranks / max(self.whole, 1)
+
+
+def shares(counts: Sequence[int], device: torch.device, group: Any = None) -> list[Share]:
+    """Of each of ``counts``, this rank's share. With other ranks a gather, whose result the host waits for."""
+    if number(group) == 1:
+        return [Share(0, count, count, 1) for count in counts]
+    mine = torch.tensor(counts, device=device)
+    parts = [torch.empty_like(mine) for _ in range(number(group))]
+    distributed.all_gather(parts, mine, group=group)
+    by_count, rank = torch.stack(parts, dim=1).tolist(), distributed.get_rank(group)
+    return [Share(sum(of[:rank]), of[rank], sum(of), len(of)) for of in by_count]

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from datetime import timedelta
@@ -14,6 +15,7 @@ PRELOADED = (
     "torch.distributed.fsdp",
     "repdeg_fast",
     "repdeg_fast.distributed",
+    "training_cases",
 )
 PATIENCE = 15  # seconds: a rank that waits for another longer than this has lost it
 
@@ -30,6 +32,8 @@ class Pool:
         repdeg_fast.cosine_regularization(torch.ones(2, 2))  # kernels are compiled before anyone waits for another
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
+        # the server that has imported all that does not look into this process's sys.path
+        os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
         self.folder = tempfile.TemporaryDirectory()
         self.ranks, pipes = ranks, [context.Pipe() for _ in range(ranks)]
         self.pipes = [mine for mine, _ in pipes]

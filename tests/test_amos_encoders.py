@@ -315,13 +315,21 @@ def test_the_generator_of_modern_bert_has_no_dropout_unless_asked_for():
 
 def test_ranks_are_weighted_by_their_masked_positions(monkeypatch):
     model, inputs = published().train(), batch()
-    plain = model(**inputs, seed=1).loss
-    own = int((inputs["labels"] != -100).sum())
+    plain, wanted = model(**inputs, seed=1), model.config.rtd_weight
+    own, read = int((inputs["labels"] != -100).sum()), int(inputs["attention_mask"].sum())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.add_(3 * own + 7))
-    torch.testing.assert_close(model(**inputs, seed=1).loss, plain * (own * 4 / (4 * own + 7)))
-    torch.testing.assert_close(model.eval()(**inputs, seed=1).loss, plain)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+
+    def all_gather(parts, mine, group):
+        assert mine.tolist() == [own, read]
+        parts[0].copy_(mine)
+        parts[1].copy_(torch.tensor([own + 7, 3 * read]))
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    mlm, rtd = plain.mlm_losses.sum() * (2 * own / (2 * own + 7)), plain.rtd_loss * 0.5
+    torch.testing.assert_close(model(**inputs, seed=1).loss, mlm + wanted * rtd)
+    torch.testing.assert_close(model.eval()(**inputs, seed=1).loss, plain.loss)
 
 
 def test_bad_backbones():

@@ -128,7 +128,7 @@ def test_ranks_see_each_other_and_count_once_each(monkeypatch):
     cls = [model(**share).cls for share in shares]
     expected = torch.autograd.grad(model.contrastive_loss(torch.cat(cls)), model.model.bert.parameters())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
 
     def all_gather(parts, own):
         for part, rows in zip(parts, cls, strict=True):
@@ -137,7 +137,7 @@ def test_ranks_see_each_other_and_count_once_each(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
     sums = [torch.zeros_like(p) for p in model.model.bert.parameters()]
     for rank, share in enumerate(shares):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda *_, rank=rank: rank)
         loss = model(**share).contrastive_loss
         for total, grad in zip(sums, torch.autograd.grad(loss, model.model.bert.parameters()), strict=True):
             total += grad / 2

@@ -5,6 +5,7 @@ import re
 import distributed_cases as cases
 import pytest
 import torch
+import training_cases
 from ranks import Pool
 
 from repdeg_fast.distributed import VocabularyShard
@@ -157,3 +158,44 @@ def test_bad_contrastive_input(two):
         for name, error in found.items():
             assert error, name
             assert error[1].startswith(f"{name}: "), error
+
+
+@pytest.fixture(scope="module")
+def one():
+    pool = Pool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def alone(one):
+    """What one process makes of a training: once each."""
+    found = {}
+
+    def train(kind):
+        if kind not in found:
+            (found[kind],) = one.run(training_cases.train, kind, None)
+        return found[kind]
+
+    return train
+
+
+@pytest.mark.parametrize("kind", ["Amos", "Condenser", "HuggingFace", "Admin", "LanguageModel", "Contrastive"])
+def test_twenty_steps_are_those_of_one_process(alone, two, four, kind):
+    check_trained(two.run(training_cases.train, kind, "fsdp-layers"), alone(kind))
+    check_trained(four.run(training_cases.train, kind, "ddp"), alone(kind))
+
+
+@pytest.mark.parametrize(("kind", "wrap"), [("LanguageModel", "fsdp"), ("Ring", "ddp")])
+def test_twenty_steps_in_another_way(alone, two, kind, wrap):
+    check_trained(two.run(training_cases.train, kind, wrap), alone(kind))
+
+
+def check_trained(found, expected):
+    assert expected["losses"][0] != expected["losses"][-1]
+    for rank in found:
+        torch.testing.assert_close(rank["losses"], expected["losses"], rtol=1e-4, atol=1e-5)
+        assert len(rank["ids"]) == len(expected["ids"])
+        assert all(torch.equal(mine, right) for mine, right in zip(rank["ids"], expected["ids"], strict=True))
+        for name, right in expected["parameters"].items():
+            torch.testing.assert_close(rank["parameters"][name], right, rtol=1e-3, atol=1e-4, msg=name)

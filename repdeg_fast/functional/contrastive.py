@@ -76,8 +76,9 @@ def contrastive_loss(
             gradient is what they get as columns.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         group: a process group whose ranks have a part of the batch each, of any size (all ranks:
-            ``torch.distributed.group.WORLD``); ids are their own. The loss is that of the whole batch, the same on all ranks (the own rows'
-            for ``"none"``); gradients are its gradients times the number of ranks, which averaging over ranks undoes.
+            ``torch.distributed.group.WORLD``); ids are their own. The loss is that of the whole batch, the same on all
+            ranks (for ``"none"`` the own rows'); gradients are its gradients times the number of ranks, which averaging
+            over ranks undoes.
         exchange: with ``group``, ``"gather"`` the documents (and queries, where they are columns), or pass documents
             round the ``"ring"``, so that no rank holds all of them: for ``query_to_doc`` without masks or hardness.
 

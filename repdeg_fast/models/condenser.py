@@ -49,7 +49,7 @@ Condenser = TypeVar("Condenser", bound="CondenserForPreTraining")
 class CondenserOutput(ModelOutput):
     """What the models here return; losses are there where labels were given.
 
-    loss: scalar, the sum of the others.
+    loss: scalar, the sum of the others; of several ranks in training weighted by what each has masked of all.
     head_loss: scalar, masked-language-model loss after the head.
     late_loss: scalar, the encoder's own, where ``late_mlm``.
     contrastive_loss: scalar, of coCondenser: times the number of ranks, which averaging gradients undoes.
@@ -153,7 +153,26 @@ class CondenserForPreTraining(nn.Module):
         Raises:
             ValueError: a label on the CLS, whose word the head could not but copy (looked for on a CPU only);
                 ``return_dict=False``.
+
+        Under ``torch.distributed`` the loss in training is weighted by this rank's share of all masked positions, times
+        the number of ranks: averaged gradients are then those of one large batch.
         """
+        output = self._losses(input_ids, attention_mask, token_type_ids, position_ids, labels, **inputs)
+        if output.loss is not None:
+            output.loss = self._weight(labels) * output.loss
+        return output
+
+    def _weight(self, labels: Tensor | None) -> float:
+        """Of this rank."""
+        if labels is None or not self.training or _ranks.number() == 1:
+            return 1.0
+        return _ranks.shares([int((labels != IGNORE_INDEX).sum())], labels.device)[0].weight
+
+    def _losses(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None,
+        position_ids: Tensor | None, labels: Tensor | None, **inputs: Any,
+    ) -> CondenserOutput:  # fmt: skip
+        """Those of this rank alone."""
         _check_labels(labels)
         wanted = inputs.pop("output_hidden_states", False)
         if inputs.pop("return_dict", None) is False:
@@ -299,10 +318,10 @@ class CoCondenserForPreTraining(CondenserForPreTraining):
     ) -> CondenserOutput:
         """As :meth:`CondenserForPreTraining.forward`, for an even number of rows; of any number of rows without the
         contrastive loss where ``contrastive`` is ``False``: what a part of a batch can tell on its own."""
-        output = super().forward(input_ids, attention_mask, token_type_ids, position_ids, labels, **inputs)
+        output = self._losses(input_ids, attention_mask, token_type_ids, position_ids, labels, **inputs)
         if contrastive and output.loss is not None and output.cls is not None:
             output.contrastive_loss = self.contrastive_loss(output.cls)
-            output.loss = output.loss + output.contrastive_loss
+            output.loss = self._weight(labels) * output.loss + output.contrastive_loss
         return output
 
     def encoded(self, inputs: Mapping[str, Tensor], module: nn.Module | None = None) -> Encoded:

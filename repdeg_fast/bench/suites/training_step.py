@@ -79,7 +79,9 @@ def _published_class() -> type:
     class PublishedHeads(AmosForPreTraining):
         """K tensors of logits, for the losses and, detached, for the mixture."""
 
-        def _generate(self, features: Tensor, target: Tensor, seed: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def _generate(
+            self, features: Tensor, target: Tensor, seed: Any, first_position: int
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             head = self.mlm_head
             logits = F.linear(head.transform(features), head.weight, head.bias)
             losses = torch.stack([F.cross_entropy(one.float(), target) for one in logits])

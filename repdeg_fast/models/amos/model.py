@@ -63,6 +63,7 @@ class AmosForPreTraining(PreTrainedModel):
 
     Attributes:
         progress: of the training, from 0 to 1; for ``mixture="switch"``. Not saved.
+        data_parallel_group: the ranks that share a batch; all ranks unless given. Not saved.
     """
 
     config_class = AmosConfig
@@ -90,7 +91,7 @@ class AmosForPreTraining(PreTrainedModel):
             self.mixture = GumbelMixture(config.hidden_size, detach_features=config.detach_mixture or not learns)
             self.mixture.requires_grad_(learns)
         self.rtd_head = nn.Linear(config.hidden_size, 1)
-        self.progress = 0.0
+        self.progress, self.data_parallel_group = 0.0, None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -125,8 +126,9 @@ class AmosForPreTraining(PreTrainedModel):
             seed: of the sample, as in :func:`repdeg_fast.gumbel_mix`.
             attention: what else the encoders' attention takes, such as the lengths of packed sequences.
 
-        Under ``torch.distributed`` the loss in training is weighted by this rank's share of all masked positions, times
-        the number of ranks: averaged gradients are then those of one large batch.
+        Under ``torch.distributed`` the losses in training are weighted by this rank's share of all masked positions,
+        the discriminator's by its share of all that are not padding, times the number of ranks: averaged gradients are
+        then those of one large batch. From one seed on all ranks, so are the samples.
         """
         _check_inputs(input_ids, attention_mask, token_type_ids, position_ids, labels)
         inputs = self._encoder_inputs(token_type_ids=token_type_ids, position_ids=position_ids)
@@ -141,7 +143,8 @@ class AmosForPreTraining(PreTrainedModel):
         layers = self.generator(input_ids, mask, **inputs)
         features = torch.stack([layer.flatten(0, 1).index_select(0, positions) for layer in layers])
         target = labels.reshape(-1).index_select(0, positions)
-        mlm_losses, mixture_weights, tokens, samples = self._generate(features, target, seed)
+        masked, read = self._shares(target, input_ids, attention_mask)
+        mlm_losses, mixture_weights, tokens, samples = self._generate(features, target, seed, masked.before)
 
         flat = embeddings.flatten(0, 1).index_copy(0, positions, samples)
         rtd_logits = self._discriminate(flat.view_as(embeddings), mask, inputs)
@@ -149,7 +152,7 @@ class AmosForPreTraining(PreTrainedModel):
         replaced = sampled_ids != torch.where(labels == IGNORE_INDEX, input_ids, labels)
         rtd_loss, accuracy, share = _judge(rtd_logits, replaced, attention_mask)
         return AmosOutput(
-            loss=(mlm_losses.sum() + self.config.rtd_weight * rtd_loss) * self._weight_of_rank(target),
+            loss=masked.weight * mlm_losses.sum() + self.config.rtd_weight * read.weight * rtd_loss,
             mlm_losses=mlm_losses,
             rtd_loss=rtd_loss,
             rtd_accuracy=accuracy,
@@ -176,17 +179,19 @@ class AmosForPreTraining(PreTrainedModel):
                 raise ValueError(f"{name}: expected None, {type(self.discriminator).__name__} takes none")
         return {name: inputs[name] for name in taken}
 
-    def _weight_of_rank(self, target: Tensor) -> Tensor | float:
-        """This rank's number of masked positions over the mean of all ranks'."""
-        if not self.training or not _ranks.are_there():
-            return 1.0
-        own = torch.tensor(float(len(target)), device=target.device)
-        total = own.clone()
-        torch.distributed.all_reduce(total)
-        return own * torch.distributed.get_world_size() / total.clamp(min=1)
+    def _shares(
+        self, target: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[_ranks.Share, _ranks.Share]:
+        """This rank's part of all masked positions, and of all that are not padding."""
+        group = self.data_parallel_group
+        if not self.training or _ranks.number(group) == 1:
+            return _ranks.Share(0, 1, 1, 1), _ranks.Share(0, 1, 1, 1)
+        read = input_ids.numel() if attention_mask is None else int(attention_mask.sum())
+        masked, all_read = _ranks.shares([len(target), read], target.device, group)
+        return masked, all_read
 
     def _generate(
-        self, features: Tensor, target: Tensor, seed: int | Tensor | None
+        self, features: Tensor, target: Tensor, seed: int | Tensor | None, first_position: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """From the K layers' outputs (K, M, d) at the masked positions: losses (K,), mean mixture weights (K,), sampled
         tokens (M,) and their embeddings (M, d)."""
@@ -198,6 +203,7 @@ class AmosForPreTraining(PreTrainedModel):
         losses, tokens, embeddings = mlm_losses_and_sample(
             hidden_states, mixture_logits, head.weight, target, head.bias, padding_idx=head.padding_idx,
             temperature=self.config.gumbel_temperature, gradient_scale=self.config.gradient_scale, seed=seed,
+            first_position=first_position,
         )  # fmt: skip
         weights = _wide(mixture_logits.detach()).softmax(dim=1).sum(dim=0) / max(len(target), 1)
         return losses, weights, tokens, embeddings

@@ -1,0 +1,197 @@
+"""Twenty steps of each kind of training, on any number of ranks: what tests/test_distributed.py compares."""
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import BertConfig, BertForMaskedLM
+
+import repdeg_fast
+from repdeg_fast import MultiLayerMLMHead, add_cosine_regularization_, contrastive_loss
+from repdeg_fast.integrations import huggingface
+from repdeg_fast.models.amos import AmosConfig, AmosForPreTraining
+from repdeg_fast.models.condenser import CoCondenserForPreTraining
+from repdeg_fast.nn import AdminEncoder, AdminEncoderLayer
+
+STEPS, ROWS, LENGTH, V, D = 20, 8, 9, 67, 16
+SIZES = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": D}
+SIZES |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": LENGTH}
+
+
+class Training:
+    """A model, its layers for FSDP, and the loss of the rows of a batch that a rank has."""
+
+    shares_masks = True  # equally many in each row, where the loss does not weigh ranks
+    rate = 0.1
+
+    def batch(self, step):
+        """The whole batch: words, which of them are masked, and labels."""
+        generator = torch.Generator().manual_seed(step)
+        words = torch.randint(1, V, (ROWS, LENGTH), generator=generator)
+        scores = torch.rand(ROWS, LENGTH, generator=generator)
+        scores[:, 0] = 1
+        masked = scores.argsort(dim=1).argsort(dim=1) < 3 if self.shares_masks else scores < 0.3
+        return {"input_ids": words.masked_fill(masked, 1), "labels": words.masked_fill(~masked, -100)}
+
+    def layers(self):
+        return list(self.model.base_model.encoder.layer)
+
+    def loss(self, model, batch, step):
+        return model(**batch).loss
+
+    def shown(self, loss):
+        return loss
+
+    def after_backward(self):
+        pass
+
+
+class Amos(Training):
+    shares_masks = False
+
+    def __init__(self):
+        config = AmosConfig(**SIZES, mlm_layers=(1, 2), rtd_weight=5.0)
+        self.model, self.ids = AmosForPreTraining(config), []
+
+    def layers(self):
+        return [*self.model.discriminator.encoder.layer, *self.model.generator.encoder.layer]
+
+    def loss(self, model, batch, step):
+        output = model(**batch, seed=step)
+        self.ids.append(output.sampled_ids)
+        return output.loss
+
+
+class Condenser(Training):
+    shares_masks = False
+
+    def __init__(self):
+        self.model = CoCondenserForPreTraining(BertForMaskedLM(BertConfig(**SIZES)), skip_from=1, late_mlm=True)
+
+    def layers(self):
+        return [*self.model.model.bert.encoder.layer, *self.model.head]
+
+    def loss(self, model, batch, step):
+        output = model(**batch)
+        self.contrastive = output.contrastive_loss.detach()
+        return output.loss
+
+    def shown(self, loss):
+        """The contrastive loss counts once a rank."""
+        return loss - self.contrastive * (1 - 1 / distributed.get_world_size())
+
+
+class HuggingFace(Training):
+    def __init__(self):
+        self.model = huggingface.apply(BertForMaskedLM(BertConfig(**SIZES)), admin_norm=True)
+
+
+class Admin(Training):
+    """A post-LN encoder, profiled on the ranks' own rows before it is trained."""
+
+    def __init__(self):
+        layer = AdminEncoderLayer(D, 2, D, dropout=0.0, batch_first=True)
+        self.model = nn.Sequential(nn.Embedding(V, D), AdminEncoder(layer, 3), nn.Linear(D, V))
+
+    def prepare(self, batch):
+        self.table = repdeg_fast.initialize_admin_(self.model, batch["input_ids"])
+
+    def layers(self):
+        return list(self.model[1].layers)
+
+    def loss(self, model, batch, step):
+        return nn.functional.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
+
+
+class Tied(nn.Module):
+    """Words, a layer, and a head that projects on the words."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.layer = nn.Embedding(V, D), nn.Linear(D, D)
+        self.head = MultiLayerMLMHead(D, self.words)
+
+    def forward(self, words, labels):
+        hidden = self.layer(self.words(words)).tanh()
+        return self.head([hidden, 2 * hidden], labels).sum()
+
+
+class LanguageModel(Training):
+    """With CosReg straight into the gradient of the words, sharded or not."""
+
+    def __init__(self):
+        self.model = Tied()
+
+    def layers(self):
+        return [self.model.layer]
+
+    def loss(self, model, batch, step):
+        return model(batch["input_ids"], batch["labels"])
+
+    def after_backward(self):
+        add_cosine_regularization_(self.model.words.weight, 0.5)
+
+
+class TiedApart(LanguageModel):
+    """FSDP cuts the words by themselves."""
+
+    def layers(self):
+        return [self.model.words]
+
+
+class Contrastive(Training):
+    def __init__(self, exchange="gather"):
+        self.model, self.exchange = nn.Sequential(nn.Embedding(V, D), nn.Linear(D, D)), exchange
+
+    def layers(self):
+        return [self.model[1]]
+
+    def loss(self, model, batch, step):
+        queries, documents = model(batch["input_ids"]).tanh().unflatten(1, (3, -1)).mean(dim=2)[:, :2].unbind(dim=1)
+        group = distributed.group.WORLD
+        return contrastive_loss(queries, documents, group=group, exchange=self.exchange)
+
+
+class Ring(Contrastive):
+    def __init__(self):
+        super().__init__("ring")
+
+
+def train(rank, kind, wrap):
+    """Losses of all steps as all ranks have them on average, parameters at the end, and ids where there are."""
+    ranks = distributed.get_world_size()
+    training = globals()[kind]()
+    mine = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
+    batches = [{name: value[mine] for name, value in training.batch(step).items()} for step in range(STEPS)]
+    if hasattr(training, "prepare"):
+        training.prepare(batches[0])
+    model = training.model.train()
+    if wrap == "ddp":
+        model = DistributedDataParallel(model)
+    elif wrap:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for layer in training.layers() if wrap == "fsdp-layers" else ():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=training.rate), []
+    for step, batch in enumerate(batches):
+        loss = training.loss(model, batch, step)
+        optimizer.zero_grad()
+        loss.backward()
+        if isinstance(model, FSDPModule):
+            model.reshard()
+        training.after_backward()
+        optimizer.step()
+        losses.append(training.shown(loss.detach()))
+    total = torch.stack(losses)
+    distributed.all_reduce(total)
+    parameters = {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+        for name, value in training.model.named_parameters()
+    }
+    ids = [None] * ranks
+    distributed.all_gather_object(ids, getattr(training, "ids", []))
+    together = [torch.cat(parts) for parts in zip(*ids, strict=True)]
+    return {"losses": total / ranks, "parameters": parameters, "ids": together}
