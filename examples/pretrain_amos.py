@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 
+import ranks
 import torch
 from pretraining import (
     CLASSES,
@@ -131,6 +132,7 @@ def main(arguments: list[str] | None = None) -> Amos:
     training = Amos(options)
     entropy = unigram_entropy(training.data[:, 1:-1])
     training.run(console)
+    ranks.leave_to_the_first()
     training.model.save_pretrained(options.output / "amos")
     training.model.discriminator_encoder().save_pretrained(options.output / "encoder")
     training.tokenizer.save_pretrained(options.output / "encoder")

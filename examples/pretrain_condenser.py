@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import ranks
 import torch
 from pretraining import (
     CLASSES,
@@ -158,6 +159,7 @@ def main(arguments: list[str] | None = None) -> Pretraining:
     if not training.history:
         console.print(f"before: {shown(training.recall())} of {len(training.held_out)} documents")
     training.run(console)
+    ranks.leave_to_the_first()
     folder = options.output / "condenser"
     training.model.save_pretrained(folder)
     training.tokenizer.save_pretrained(folder)

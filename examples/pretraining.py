@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ranks
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, track
@@ -148,13 +149,14 @@ class Training:
     :meth:`loss` is.
 
     The same options again go on from the last checkpoint in the output folder, with the very numbers that an unbroken
-    run would have had.
+    run would have had. Under torchrun ranks share each batch.
     """
 
     FREE_OPTIONS = ("output", "checkpoint_every", "device")  # of a run that is continued, these may differ
     model: nn.Module
 
     def __init__(self, options: argparse.Namespace) -> None:
+        ranks.start(options)
         self.options = options
         self.generator = torch.Generator().manual_seed(options.seed)  # of batches and masks
         torch.manual_seed(options.seed)
@@ -187,7 +189,9 @@ class Training:
         start, done = time.process_time(), self.progress()
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * min(done / 0.1, (1 - done) / 0.9)
-        line = self.backward()
+        ranks.seed(len(self.history), self.options.seed)
+        line = ranks.average(self.backward(), self.options.device)
+        ranks.average_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
         self.optimizer.step()
         self.history.append(line)
@@ -202,7 +206,7 @@ class Training:
         """To the end, with a progress bar; a checkpoint now and then."""
         self.options.output.mkdir(parents=True, exist_ok=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
+        with Progress(*columns, console=console, disable=ranks.rank() > 0) as progress:
             task = progress.add_task("", total=1.0, completed=self.progress())
             while self.progress() < 1:
                 line = self.step()
@@ -215,10 +219,13 @@ class Training:
         return rows[torch.randint(len(rows), (self.options.batch_size,), generator=self.generator)]
 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self.options.device) for name, value in batch.items()}
+        return {name: ranks.rows(value).to(self.options.device) for name, value in batch.items()}
 
     def save(self) -> None:
-        """Under another name first: a run that dies here leaves the last checkpoint as it was."""
+        """Under another name first: a run that dies here leaves the last checkpoint as it was. Ranks have the same, and
+        any number of them goes on from it."""
+        if ranks.rank():
+            return
         cuda = torch.cuda.get_rng_state(self.options.device) if self.options.device.startswith("cuda") else None
         state = {
             "options": self._fixed_options(),

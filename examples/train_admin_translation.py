@@ -33,6 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ranks
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -121,6 +122,7 @@ class Run:
 
 def main() -> None:
     options = parse()
+    ranks.start(options)
     torch.set_num_threads(options.threads)
     pairs = load_pairs(options.language, options.pairs)
     subwords = Subwords([text for pair in pairs for text in pair], options.vocabulary)
@@ -137,6 +139,7 @@ def main() -> None:
     report_initialization(admin, next(stream(training, options)), options.out)
 
     runs = [train("post-LN", plain, training, options), train("ADMIN", admin, training, options)]
+    ranks.leave_to_the_first()
     for run, model in zip(runs, (plain, repdeg_fast.fold_admin(admin)), strict=True):
         evaluate(run, model.eval(), held_out[: options.translate], subwords, options.device)
         print(run)
@@ -174,7 +177,7 @@ def stream(examples: list[Example], options: argparse.Namespace) -> Iterator[Bat
     """Endless batches on the device, the same for one seed."""
     indices = [(example.source, example.target) for example in examples]
     for source, target in batches(indices, options.batch, options.seed):
-        yield source.to(options.device), target.to(options.device)
+        yield ranks.rows(source).to(options.device), ranks.rows(target).to(options.device)
 
 
 def report_initialization(admin: nn.Module, batch: Batch, out: Path) -> None:
@@ -199,10 +202,11 @@ def train(name: str, model: Translator, examples: list[Example], options: argpar
         task = bar.add_task(name, total=options.steps, loss=math.nan)
         for _, (source, target) in zip(range(options.steps), stream(examples, options), strict=False):
             optimizer.zero_grad()
-            loss = cross_entropy(model, source, target)
+            loss = cross_entropy(model, source, target) * ranks.weight((target[:, 1:] != PAD).sum())
             loss.backward()
+            ranks.average_gradients(model)
             norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            run.losses.append(loss.item())
+            run.losses.append(ranks.average({"loss": loss.item()}, options.device)["loss"])
             run.gradient_norms.append(norm.item())
             if not math.isfinite(run.losses[-1]):
                 break
@@ -220,7 +224,8 @@ def cross_entropy(model: Translator, source: Tensor, target: Tensor) -> Tensor:
 
 def progress() -> Progress:
     loss = TextColumn("loss {task.fields[loss]:.3f}")
-    return Progress(TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
+    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
+    return Progress(*columns, disable=ranks.rank() > 0)
 
 
 @torch.no_grad()

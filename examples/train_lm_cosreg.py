@@ -29,6 +29,7 @@ import json
 import math
 from pathlib import Path
 
+import ranks
 import torch
 from pretraining import (
     HelpFormatter,
@@ -92,7 +93,7 @@ class Run(Training):
         )
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
-        loss = self.model(self.random_rows(self.data).to(self.options.device))
+        loss = self.model(self.on_device({"tokens": self.random_rows(self.data)})["tokens"])
         return loss, {"loss": loss.item()}
 
     def backward(self) -> dict[str, float]:
@@ -132,6 +133,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         runs[name] = Run(argparse.Namespace(**vars(options) | changed))
         console.print(f"{name}: coefficient {coefficient:g}")
         runs[name].run(console)
+    ranks.leave_to_the_first()
+    for name in runs:
         write_history(runs[name].history, options.output / name)
     found = {name: run.measure() for name, run in runs.items()}
     (options.output / "comparison.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
