@@ -1,13 +1,20 @@
 """What ranks do in tests/test_distributed.py: the same problem cut over them, beside the one of one process."""
 
+import copy
+import os
+import time
+from datetime import timedelta
+
 import torch
-from ranks import Traffic
+from process_pool import Traffic
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
 
 import repdeg_fast
 from repdeg_fast import (
+    MultiLayerMLMHead,
     add_cosine_regularization_,
     contrastive_loss,
     cosine_regularization,
@@ -16,7 +23,8 @@ from repdeg_fast import (
     mlm_losses_and_sample,
     multi_layer_mlm_loss,
 )
-from repdeg_fast.distributed import VocabularyShard, compare_arguments
+from repdeg_fast.analysis import Covariances, HiddenStates, LayerChange, pwcca
+from repdeg_fast.distributed import VocabularyParallel, VocabularyShard, compare_arguments
 
 WIDTH = 12
 
@@ -332,3 +340,70 @@ def bad_contrastive(rank):
             lambda: contrastive_loss(queries, good, query_ids=torch.arange(2), exchange="ring", group=group)
         ),
     }
+
+
+def style(rank):
+    """Lookups and logits of a cut vocabulary, more ranks than rows; copies; what cannot be cut."""
+    words = nn.Embedding(3, WIDTH, padding_idx=1)
+    model = nn.ModuleDict({"words": words, "head": MultiLayerMLMHead(WIDTH, words)})
+    nn.init.normal_(model["head"].bias)
+    plain = copy.deepcopy(model)
+    assert parallelize_module(model, mesh(), VocabularyParallel()) is model
+    assert isinstance(model["words"], nn.Embedding)
+    assert model["head"].weight is model["words"].weight
+    ids = torch.tensor([[0, 1], [2, 0]])
+    for one in (plain, copy.deepcopy(model), model):
+        hidden = one["words"](ids)
+        ((one["head"].logits(hidden) * torch.arange(3.0)).sum() + hidden.square().sum()).backward()
+    close(model["words"](ids), plain["words"](ids))
+    close(model["head"].logits(hidden), plain["head"].logits(hidden))
+    for mine, right in zip(model.parameters(), plain.parameters(), strict=True):
+        close(mine.grad.full_tensor() if isinstance(mine.grad, DTensor) else mine.grad, right.grad)
+    limited = nn.Embedding(4, WIDTH, max_norm=1.0)
+    wrong = {
+        "got Linear without": nn.Linear(2, 2),
+        "embedding without max_norm": nn.ModuleList([limited, MultiLayerMLMHead(WIDTH, limited)]),
+        "tied to an nn.Embedding": MultiLayerMLMHead(WIDTH, nn.Parameter(torch.zeros(4, WIDTH))),
+    }
+    return {text: raised(lambda m=m: parallelize_module(m, mesh(), VocabularyParallel())) for text, m in wrong.items()}
+
+
+def moments(rank, empty):
+    """Covariances and changes of layers, of points that ranks share; a rank may have none."""
+    points, others = torch.randn(40, 3) + 5, torch.randn(40, 4)
+    whole = Covariances(("a", "b")).update(points, others)
+    ends = [0, 0, 40] if empty else [0, 13, 40]
+    part = slice(ends[rank], ends[rank + 1])
+    mine = Covariances(("a", "b")).update(points[part], others[part]).merge_ranks()
+    assert mine.points == 40
+    assert mine.name(1) == "b"
+    close(mine.mean(), whole.mean(), 1e-12)
+    close(mine.scatter(0, 1), whole.scatter(0, 1), 1e-10)
+    assert abs(pwcca(mine).distance - pwcca(whole).distance) < 1e-8
+    names, rows = ("embeddings", "layer 1"), torch.arange(40)
+    states = HiddenStates(names, (points, points.square()), rows % 4, rows, rows)
+    bins = torch.tensor([0, 1, 1, -1])
+    change = LayerChange(bins).update(states.select(torch.isin(rows, rows[part]))).merge_ranks()
+    expected = LayerChange(bins).update(states)
+    for kind in (0, 1):
+        assert abs(change.by_bin()[kind][0].distance - expected.by_bin()[kind][0].distance) < 1e-8
+    return raised(lambda: Covariances().update(torch.randn(5, 2 + rank)).merge_ranks())
+
+
+def late(rank, seconds):
+    """Another rank comes after the timeout."""
+    group = distributed.new_group(timeout=timedelta(seconds=seconds))
+    shard = VocabularyShard.even(8, group)
+    if rank:
+        time.sleep(2 * seconds)
+        return None
+    return raised(lambda: cosine_regularization(torch.randn(shard.rows, 4), shard=shard))
+
+
+def die(rank, step):
+    """Rank 1 is gone in the middle of a training."""
+    shard, weight = VocabularyShard.even(8), torch.randn(4, WIDTH).requires_grad_()
+    for now in range(20):
+        if rank and now == step:
+            os._exit(1)
+        linear_cross_entropy(torch.ones(3, WIDTH), weight, torch.arange(3), shard=shard).backward()

@@ -1,12 +1,13 @@
 """Vocabularies cut over two and four processes, and training on several: the numbers of one process."""
 
+import pydoc_data.topics
 import re
 
 import distributed_cases as cases
 import pytest
 import torch
 import training_cases
-from ranks import Pool
+from process_pool import PATIENCE, Pool
 
 from repdeg_fast.distributed import VocabularyShard
 
@@ -186,9 +187,45 @@ def test_twenty_steps_are_those_of_one_process(alone, two, four, kind):
     check_trained(four.run(training_cases.train, kind, "ddp"), alone(kind))
 
 
-@pytest.mark.parametrize(("kind", "wrap"), [("LanguageModel", "fsdp"), ("Ring", "ddp")])
+@pytest.mark.parametrize(
+    ("kind", "wrap"),
+    [
+        ("LanguageModel", "fsdp"),
+        ("TiedApart", "fsdp-layers"),
+        ("Ring", "ddp"),
+        ("SentenceTransformers", "ddp"),
+        ("Amos", "vocabulary"),
+        ("HuggingFace", "vocabulary"),
+        ("Causal", "vocabulary"),
+        ("LanguageModel", "vocabulary"),
+    ],
+)
 def test_twenty_steps_in_another_way(alone, two, kind, wrap):
+    if kind == "SentenceTransformers":
+        pytest.importorskip("sentence_transformers")
     check_trained(two.run(training_cases.train, kind, wrap), alone(kind))
+
+
+def test_training_goes_on_with_another_number_of_processes(alone, two, four, tmp_path):
+    kind, wrap = "LanguageModel", "fsdp-layers"
+    two.run(training_cases.train, kind, wrap, range(10), str(tmp_path))
+    expected = alone(kind)
+    found = four.run(training_cases.train, kind, wrap, range(10, 20), str(tmp_path))
+    check_trained(found, expected | {"losses": expected["losses"][10:]})
+
+
+def test_an_example_goes_on_with_another_number_of_ranks(one, two, four, tmp_path):
+    """Ranks share its batches; one process has the same losses."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n# ".join(pydoc_data.topics.topics.values())[:30_000], encoding="utf-8")
+    small = "--vocabulary-size 300 --hidden-size 16 --layers 1 --heads 2 --sequence-length 16 --batch-size 8 --steps 8"
+    arguments = lambda name: ["--text", str(text), *small.split(), "--output", str(tmp_path / name)]  # noqa: E731
+    (alone,) = one.run(training_cases.example, arguments("alone"), 8)
+    two.run(training_cases.example, arguments("ranks"), 4)
+    for history in four.run(training_cases.example, arguments("ranks"), 4):
+        assert len(history) == 8
+        for line, right in zip(history, alone, strict=True):
+            assert line == pytest.approx(right, rel=1e-4)
 
 
 def check_trained(found, expected):
@@ -199,3 +236,31 @@ def check_trained(found, expected):
         assert all(torch.equal(mine, right) for mine, right in zip(rank["ids"], expected["ids"], strict=True))
         for name, right in expected["parameters"].items():
             torch.testing.assert_close(rank["parameters"][name], right, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_model_is_put_on_a_mesh_in_one_line(ranks):
+    for found in ranks.run(cases.style):
+        for text, error in found.items():
+            assert error, text
+            assert text in error[1]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_moments_of_all_ranks(two, empty):
+    for kind, text in two.run(cases.moments, empty):
+        assert kind == "ValueError"
+        assert "sides: expected the same columns on all ranks, got [[2], [3]]" in text
+
+
+def test_ranks_that_are_late_or_dead_end_the_others():
+    pool = Pool(2)
+    late, _ = pool.run(cases.late, 0.5)
+    assert late[0] == "RuntimeError"
+    assert "imed out" in late[1]
+    for pipe in pool.pipes:
+        pipe.send((cases.die, (7,)))
+    assert pool.pipes[0].poll(PATIENCE + 5)
+    _, error = pool.pipes[0].recv()
+    assert "in linear_cross_entropy" in error
+    assert "RuntimeError" in error
+    pool.close()

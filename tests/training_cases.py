@@ -1,15 +1,22 @@
 """Twenty steps of each kind of training, on any number of ranks: what tests/test_distributed.py compares."""
 
+import sys
+from pathlib import Path
+
 import torch
 from torch import distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 import repdeg_fast
 from repdeg_fast import MultiLayerMLMHead, add_cosine_regularization_, contrastive_loss
+from repdeg_fast.distributed import VocabularyParallel
 from repdeg_fast.integrations import huggingface
 from repdeg_fast.models.amos import AmosConfig, AmosForPreTraining
 from repdeg_fast.models.condenser import CoCondenserForPreTraining
@@ -88,6 +95,13 @@ class HuggingFace(Training):
         self.model = huggingface.apply(BertForMaskedLM(BertConfig(**SIZES)), admin_norm=True)
 
 
+class Causal(Training):
+    def __init__(self):
+        sizes = {"vocab_size": V, "n_embd": D, "n_layer": 2, "n_head": 2, "n_positions": LENGTH}
+        config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1)
+        self.model = huggingface.apply(GPT2LMHeadModel(config))
+
+
 class Admin(Training):
     """A post-LN encoder, profiled on the ranks' own rows before it is trained."""
 
@@ -154,29 +168,51 @@ class Contrastive(Training):
         return contrastive_loss(queries, documents, group=group, exchange=self.exchange)
 
 
+class SentenceTransformers(Contrastive):
+    """The converted loss, whose columns sentence-transformers gathers."""
+
+    def __init__(self):
+        from repdeg_fast.integrations.sentence_transformers import MultipleNegativesRankingLoss
+
+        super().__init__()
+        self.objective = MultipleNegativesRankingLoss(self.model, gather_across_devices=True)
+
+    def loss(self, model, batch, step):
+        sides = model(batch["input_ids"]).tanh().unflatten(1, (3, -1)).mean(dim=2)[:, :2].unbind(dim=1)
+        return self.objective.compute_loss_from_embeddings(list(sides))
+
+
 class Ring(Contrastive):
     def __init__(self):
         super().__init__("ring")
 
 
-def train(rank, kind, wrap):
-    """Losses of all steps as all ranks have them on average, parameters at the end, and ids where there are."""
+def train(rank, kind, wrap, steps=range(STEPS), folder=None):
+    """Losses of the steps as all ranks have them on average, parameters at the end, and ids where there are.
+    ``folder``: of a checkpoint, read where ``steps`` begin later, else written."""
     ranks = distributed.get_world_size()
     training = globals()[kind]()
-    mine = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
-    batches = [{name: value[mine] for name, value in training.batch(step).items()} for step in range(STEPS)]
+    mine = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks) if wrap != "vocabulary" else slice(None)
+    batches = [{name: value[mine] for name, value in training.batch(step).items()} for step in steps]
     if hasattr(training, "prepare"):
         training.prepare(batches[0])
     model = training.model.train()
     if wrap == "ddp":
         model = DistributedDataParallel(model)
+    elif wrap == "vocabulary":
+        parallelize_module(model, init_device_mesh("cpu", (ranks,)), VocabularyParallel())
+        model.data_parallel_group, _ = distributed.new_subgroups(1)
     elif wrap:
         mesh = init_device_mesh("cpu", (ranks,))
         for layer in training.layers() if wrap == "fsdp-layers" else ():
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=training.rate), []
-    for step, batch in enumerate(batches):
+    if folder and steps.start:
+        state = get_model_state_dict(model)
+        checkpoint.load(state, checkpoint_id=folder)
+        set_model_state_dict(model, state)
+    for step, batch in zip(steps, batches, strict=True):
         loss = training.loss(model, batch, step)
         optimizer.zero_grad()
         loss.backward()
@@ -185,6 +221,8 @@ def train(rank, kind, wrap):
         training.after_backward()
         optimizer.step()
         losses.append(training.shown(loss.detach()))
+    if folder and not steps.start:
+        checkpoint.save(get_model_state_dict(model), checkpoint_id=folder)
     total = torch.stack(losses)
     distributed.all_reduce(total)
     parameters = {
@@ -193,5 +231,21 @@ def train(rank, kind, wrap):
     }
     ids = [None] * ranks
     distributed.all_gather_object(ids, getattr(training, "ids", []))
+    ids = ids[:1] if mine == slice(None) else ids
     together = [torch.cat(parts) for parts in zip(*ids, strict=True)]
     return {"losses": total / ranks, "parameters": parameters, "ids": together}
+
+
+def example(rank, arguments, steps):
+    """Steps of the example that trains a language model with CosReg, and a checkpoint; what its history says."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    import train_lm_cosreg
+
+    run = train_lm_cosreg.Run(train_lm_cosreg.parse(arguments))
+    run.model.eval()  # no dropout, which differs from rank to rank
+    run.options.output.mkdir(exist_ok=True)
+    for _ in range(steps):
+        run.step()
+    run.save()
+    distributed.barrier()
+    return run.history

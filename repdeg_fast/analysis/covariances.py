@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+
+from repdeg_fast import _ranks
 
 CHUNK = 4096  # points in float64 at a time
 _PANEL = 128  # columns of a product that is symmetric: narrower ones would save more and multiply slower
@@ -77,6 +80,32 @@ class Covariances:
             theirs = _moved(theirs, self._shift(other, i))
             moments += _moved(theirs.T, self._shift(other, j)).T
         self.points += other.points
+        return self
+
+    def merge_ranks(self, group: Any = None) -> Covariances:
+        """On all ranks of ``torch.distributed`` at once: adds the points of the others, so that each has those of all.
+        Returns itself."""
+        ranks = _ranks.number(group)
+        if ranks == 1:
+            return self
+        mine = (self.points, [origin.cpu() for origin in self._origins], self.names, self.band)
+        told: list[Any] = [None] * ranks
+        distributed.all_gather_object(told, mine, group=group)
+        origins, names, band = next((one[1:] for one in told if one[1]), ([], self.names, self.band))
+        if any(one[1] and [len(o) for o in one[1]] != [len(o) for o in origins] for one in told):
+            raise ValueError(
+                f"sides: expected the same columns on all ranks, got {[[*map(len, o)] for _, o, *_ in told]}"
+            )
+        if not origins:
+            return self
+        device = self._origins[0].device if self._origins else torch.device("cpu")
+        common = Covariances(names, band)
+        common._start([origin.to(device) for origin in origins])
+        common.merge(self)
+        for moments in common._moments.values():
+            distributed.all_reduce(moments, group=group)
+        self.points, self.names, self.band = sum(one[0] for one in told), names, band
+        self._origins, self._moments = common._origins, common._moments
         return self
 
     def of(self, *sides: int) -> Covariances:

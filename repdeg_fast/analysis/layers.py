@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from repdeg_fast import _ranks
 from repdeg_fast.analysis.cca import CanonicalCorrelations, pwcca
 from repdeg_fast.analysis.covariances import Covariances
 from repdeg_fast.analysis.hidden_states import HiddenStates, reader
@@ -32,6 +33,16 @@ class LayerChange:
         for part in bins.unique().tolist():
             covariances = self._parts.setdefault(part, Covariances(hidden.layers, band=1))
             covariances.update(*hidden.select(bins == part).states)
+        return self
+
+    def merge_ranks(self, group: Any = None) -> LayerChange:
+        """On all ranks of ``torch.distributed`` at once: adds the tokens of the others. Returns itself."""
+        told: list[Any] = [[*self._parts]]
+        if (ranks := _ranks.number(group)) > 1:
+            told = [None] * ranks
+            distributed.all_gather_object(told, [*self._parts], group=group)
+        for part in sorted({part for parts in told for part in parts}):
+            self._parts.setdefault(part, Covariances(band=1)).merge_ranks(group)
         return self
 
     def whole(self) -> Covariances:

@@ -3,5 +3,6 @@ debug mode that finds what ranks disagree on. docs/distributed.md is the guide."
 
 from repdeg_fast.distributed.debug import compare_arguments
 from repdeg_fast.distributed.shards import VocabularyShard
+from repdeg_fast.distributed.style import VocabularyParallel
 
-__all__ = ["VocabularyShard", "compare_arguments"]
+__all__ = ["VocabularyParallel", "VocabularyShard", "compare_arguments"]

@@ -114,9 +114,10 @@ def linear_cross_entropy(
         from repdeg_fast.distributed import linear_cross_entropy as over_shards
 
         _refuse_over_shards(
-            shift=shift, return_z_loss=return_z_loss, return_predictions=return_predictions,
-            return_accuracy=return_accuracy,
+            shift=shift if reduction == "none" or return_lse else 0, return_z_loss=return_z_loss,
+            return_predictions=return_predictions, return_accuracy=return_accuracy,
         )  # fmt: skip
+        target = _shifted(target, shift, ignore_index) if shift else target
         backend = backends.requested()
         return over_shards.linear_cross_entropy(hidden_states, weight, target, bias, given, shard, backend, return_lse)
     hidden_states, options = check_tensors(hidden_states, weight, target, bias, check_options(given))

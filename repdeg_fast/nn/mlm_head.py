@@ -75,9 +75,17 @@ class MultiLayerMLMHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(V, width): the tied parameter, as the embedding has it now."""
+        """(V, width): the tied parameter, as the embedding has it now; gathered, where FSDP2 cuts the embedding by
+        itself."""
         (embedding,) = self._tied
-        return embedding.weight if isinstance(embedding, nn.Module) else embedding
+        if not isinstance(embedding, nn.Module):
+            return embedding
+        weight: Tensor = embedding.weight
+        if not is_dtensor(weight):
+            return weight
+        from repdeg_fast.distributed.fsdp import whole_weight
+
+        return whole_weight(embedding, weight)
 
     @property
     def padding_idx(self) -> int | None:
@@ -111,16 +119,16 @@ class MultiLayerMLMHead(nn.Module):
     def transform(self, hidden_states: Tensor) -> Tensor:
         """What is multiplied with the embedding: (..., hidden_size) → (..., width)."""
         check_input("hidden_states", hidden_states, self.dense.weight)
-        if is_dtensor(self.weight):
-            raise TypeError(
-                "embedding: expected its weight whole where the head reads it, got a DTensor (FSDP2 or tensor "
-                "parallelism); leave the embedding to the fully_shard of a module around it and the head"
-            )
         return self.layer_norm(self.activation(self.dense(hidden_states)))
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) → (..., V), for predictions."""
-        return F.linear(self.transform(hidden_states), self.weight, self.bias)
+        hidden_states, weight = self.transform(hidden_states), self.weight
+        if not is_dtensor(weight):
+            return F.linear(hidden_states, weight, self.bias)
+        from repdeg_fast.distributed.style import vocabulary_logits
+
+        return vocabulary_logits(hidden_states, weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"tied to {self._tied[0]!r}" if isinstance(self._tied[0], nn.Module) else f"V={len(self.weight)}"

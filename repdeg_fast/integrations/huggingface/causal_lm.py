@@ -26,6 +26,7 @@ from transformers import (
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
 
+from repdeg_fast._checks import is_dtensor
 from repdeg_fast.functional import linear_cross_entropy
 from repdeg_fast.integrations.huggingface.fused import FusedModel, divided
 
@@ -40,7 +41,8 @@ class FusedCausalLM(FusedModel):
         head = self.get_output_embeddings()
         if self.loss_function is not ForCausalLMLoss:
             return "the model has a loss function of its own"
-        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+        plain = type(head) is nn.Linear or (isinstance(head, nn.Linear) and is_dtensor(head.weight))
+        if not plain or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
             return f"its head is not a plain nn.Linear ({type(head).__name__}, which may be hooked)"
         return None
 
