@@ -25,6 +25,7 @@ from repdeg_fast import (
 )
 from repdeg_fast.analysis import Covariances, HiddenStates, LayerChange, pwcca
 from repdeg_fast.distributed import VocabularyParallel, VocabularyShard, compare_arguments
+from repdeg_fast.distributed import linear_cross_entropy as over_shards
 
 WIDTH = 12
 
@@ -132,6 +133,7 @@ def cross_entropy(rank, form, heads, options, dtype, whole, backend):
     target[3] = -100
     upstream = torch.rand(heads, positions if options.get("reduction") == "none" else 1)
     return_lse = options.pop("return_lse", False)
+    over_shards.SMALLEST = options.pop("smallest", 1 << 20)  # of a piece of rows
 
     def run(hidden, weight, bias, **more):
         if return_lse:

@@ -60,6 +60,8 @@ def test_cross_entropy(ranks, form):
         (1, {"return_lse": True, "label_smoothing": 0.2, "reduction": "sum"}, torch.float64, 21, "auto"),
         (1, {"softcap": 4.0, "padding_idx": 2, "bias": False}, torch.float32, 5, "reference"),
         (2, {}, torch.bfloat16, 40, "auto"),
+        (2, {"smallest": 64, "label_smoothing": 0.1}, torch.bfloat16, 40, "auto"),
+        (3, {"smallest": 64, "label_smoothing": 0.1}, torch.float32, 40, "auto"),
     ]:
         ranks.run(cases.cross_entropy, form, heads, options, dtype, whole, backend)
 
