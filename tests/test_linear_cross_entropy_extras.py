@@ -35,11 +35,11 @@ def small_buffers(monkeypatch):
     cut_small(monkeypatch)
 
 
-def with_weights(options, device, dtype=torch.float32):
+def with_weights(options, device, dtype=torch.float32, vocabulary=V):
     """A class or two that weigh nothing."""
     if not options.get("class_weight"):
         return options
-    weights = torch.rand(V, dtype=torch.float64).mul(2).to(dtype)
+    weights = torch.rand(vocabulary, dtype=torch.float64).mul(2).to(dtype)
     weights[[3, 57]] = 0
     return options | {"class_weight": weights.to(device)}
 
@@ -47,18 +47,18 @@ def with_weights(options, device, dtype=torch.float32):
 def in_float64(leaves, target, options, reduction, upstream, lse_upstream=None):
     """Losses (K,) or (K, M), z-losses alike, and the gradients, by PyTorch's formula."""
     hidden, weight, bias = (t.detach().cpu().double().requires_grad_() for t in leaves)
-    target, softcap = target.cpu().long(), options.get("softcap")
+    target, softcap, vocabulary = target.cpu().long(), options.get("softcap"), len(weight)
     z = F.linear(hidden, weight, bias)
     z = softcap * torch.tanh(z / softcap) if softcap else z
     lse, counts = z.logsumexp(-1), target != -100
     if "gradient_filter" in options:
         p = z.softmax(-1)
-        kept = (p >= options["gradient_filter"]) | (torch.arange(V) == target[:, None])
+        kept = (p >= options["gradient_filter"]) | (torch.arange(vocabulary) == target[:, None])
         z = z.where(kept, z.detach())  # the logit is there, its gradient is not
         z, lse = z + 0, lse.detach() + ((z - z.detach()) * p.detach()).sum(-1)
     class_weight = options.get("class_weight")
-    class_weight = torch.ones(V).double() if class_weight is None else class_weight.cpu().double()
-    y = options.get("label_smoothing", 0.0) / V * class_weight.repeat(M, 1)
+    class_weight = torch.ones(vocabulary).double() if class_weight is None else class_weight.cpu().double()
+    y = options.get("label_smoothing", 0.0) / vocabulary * class_weight.repeat(len(target), 1)
     safe = target.masked_fill(~counts, 0)
     own = (1 - options.get("label_smoothing", 0.0)) * class_weight[safe]
     y = y.scatter_add(1, safe[:, None], own[:, None]) * counts[:, None]
@@ -165,15 +165,34 @@ def test_predictions_and_accuracy(place, strategy, gradients):
         assert found.z_loss is None
 
 
-def test_predictions_where_nothing_is_larger(place):
+LONG = 4200  # a vocabulary of several steps of the row kernels
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_long_vocabulary(place, strategy):
+    hidden, weight, target, bias = inputs(LONG, 3, 5, device=place.device, heads=1)
+    given = with_weights(TWO[0], place.device, vocabulary=LONG)
+    found = multi_layer_mlm_loss(hidden, weight, target, bias, strategy=strategy, return_z_loss=True, **given)
+    found.loss.sum().backward()
+    true = in_float64((hidden, weight, bias), target, given, "mean", torch.ones(1))
+    assert_right((hidden, weight, bias), found.loss, found.z_loss, true, 1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_predictions_where_nothing_is_larger(place, strategy):
     """A vocabulary that is masked, whole or but for its last word; −∞ everywhere is a tie."""
-    hidden, weight, _, _ = inputs(V, 3, D, device=place.device)
-    bias = torch.full((V,), -torch.inf, device=place.device)
+    hidden, weight, _, _ = inputs(LONG, 3, 5, device=place.device)
+    bias = torch.full((LONG,), -torch.inf, device=place.device)
     target = torch.full((3,), -100, device=place.device)
-    predict = lambda: linear_cross_entropy(hidden, weight, target, bias, return_predictions=True)  # noqa: E731
-    assert predict().predictions.tolist() == [0, 0, 0]
+    ask = {"return_predictions": True, "strategy": strategy}
+    predict = lambda: linear_cross_entropy(hidden, weight, target, bias, **ask).predictions.tolist()  # noqa: E731
+    assert predict() == [0, 0, 0]
     bias[-1] = 0
-    assert predict().predictions.tolist() == [V - 1] * 3
+    assert predict() == [LONG - 1] * 3
+    with torch.no_grad():
+        hidden.zero_()
+    bias[[20, 4150, LONG - 1]] = 1
+    assert predict() == [20] * 3
     assert linear_cross_entropy(hidden, weight, target, bias, return_accuracy=True).accuracy == 0
 
 
@@ -270,6 +289,21 @@ def test_the_gradient_filter_spares_products(dtype, strategy, monkeypatch):
     assert 0 < fewer < 0.6 * whole
     for ours, theirs in zip(filtered, gradients["reference", 0.2][0], strict=True):
         assert relative_error(ours, theirs) <= TOLERANCE[dtype]
+
+
+def test_a_module_passes_them_on():
+    """Of masked positions alone."""
+    head = repdeg_fast.MultiLayerMLMHead(D, torch.nn.Embedding(V, 6))
+    layers, labels = torch.randn(K, 2, 7, D), torch.randint(0, V, (2, 7))
+    labels[:, ::3] = -100
+    options = with_weights(TWO[0], "cpu") | {"return_z_loss": True, "return_predictions": True, "return_accuracy": True}
+    found = head(layers, labels, **options)
+    rows, masked = head.transform(layers)[:, labels != -100], labels[labels != -100]
+    expected = multi_layer_mlm_loss(rows, head.weight, masked, head.bias, **options)
+    assert found.predictions.shape == (K, len(masked))
+    assert found.lse is expected.lse is None
+    for mine, right in zip(found._replace(lse=found.loss), expected._replace(lse=expected.loss), strict=True):
+        torch.testing.assert_close(mine, right)
 
 
 def test_second_call_of_a_compiled_graph():

@@ -49,8 +49,10 @@ def arguments(
     """
     hidden_states, weight, _, bias = head
     needs = [wants_gradient(tensor) for tensor in (hidden_states, weight, bias)]
-    ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx, *extras = options
-    class_weight, lse_square_scale, gradient_filter = extras
+    (
+        ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx, class_weight,
+        lse_square_scale, gradient_filter,
+    ) = options  # fmt: skip
     chunked = strategy != "streaming" and reduction != "none" and (samples or True in needs)
     if chunked and strategy == "auto":
         (rows, width), device = hidden_states.shape, weight.device
@@ -66,7 +68,10 @@ def arguments(
 
 def check_options(options: Options) -> Options:
     """All but what concerns tensors."""
-    label_smoothing, softcap, reduction, strategy = options[1:5]
+    (
+        ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx, class_weight,
+        lse_square_scale, gradient_filter,
+    ) = options  # fmt: skip
     if not (type(label_smoothing) is float and 0 <= label_smoothing <= 1):
         check_finite("label_smoothing", label_smoothing)
         if not 0 <= label_smoothing <= 1:
@@ -79,9 +84,9 @@ def check_options(options: Options) -> Options:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    return options._replace(
-        label_smoothing=float(label_smoothing), softcap=float(softcap or 0),
-        lse_square_scale=_scale(options.lse_square_scale), gradient_filter=_filter(options.gradient_filter),
+    return Options(
+        ignore_index, float(label_smoothing), float(softcap or 0), reduction, strategy, accumulate_dtype, padding_idx,
+        class_weight, _scale(lse_square_scale), _filter(gradient_filter),
     )  # fmt: skip
 
 

@@ -124,10 +124,11 @@ def linear_cross_entropy(
     head = Head(hidden_states, weight, target, bias)
     rule = rule_of(hidden_states, class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
     wanted = Wanted.of(needs, accumulate_dtype) if chunked else None
-    predicted = target.new_empty(hidden_states.shape[0] if predict else 0, dtype=torch.int64)
-    to_write = predicted if predict else None
     reduced = Reduction(heads, lse_square_scale, reduction, padding_idx)
-    return *losses(head, rule, reduced, wanted, backend, None, to_write), predicted
+    if not predict:
+        return *losses(head, rule, reduced, wanted, backend), hidden_states.new_empty(0, dtype=torch.int64)
+    predicted = hidden_states.new_empty(hidden_states.shape[0], dtype=torch.int64)
+    return *losses(head, rule, reduced, wanted, backend, None, predicted), predicted
 
 
 def losses(
