@@ -59,6 +59,8 @@ FAULTS = [
         "self._generate(features, target, seed, masked.before)",
         "self._generate(features, target, seed, 0)",
         "tests/test_distributed.py -k 'twenty and Amos'",
+    ),
+    Fault(
         "a tile's classes have the weights of the first ones",
         CPU + "linear_cross_entropy.cpp",
         "class_weight.each + settings.first_column : nullptr",
