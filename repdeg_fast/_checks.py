@@ -23,10 +23,16 @@ def check_floating(name: str, value: Tensor) -> None:
     if type(value) in _PLAIN and value.dtype in FLOATING and value.layout is torch.strided and not value.is_nested:
         return  # the usual case, at once: a call is checked many times over
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        raise not_a_tensor(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}")
     check_dense(name, value)
+
+
+def not_a_tensor(name: str, value: object) -> TypeError:
+    """The error about ``value``, a layer perhaps, in place of a tensor."""
+    remedy = "; pass its .weight" if isinstance(getattr(value, "weight", None), Tensor) else ""
+    return TypeError(f"{name}: expected a tensor, got {type(value).__name__}{remedy}")
 
 
 def is_plain(value: Any, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:

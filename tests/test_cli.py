@@ -168,7 +168,7 @@ def test_a_pickled_module_is_refused_in_plain_words(tmp_path):
         (["bench", "--weights", "no/such/file"], ["no file", "FILE:TENSOR"]),
         (["profile", "--op", "cosreg", "--case", "tiny"], ["'tiny'", "minilm"]),
         (["inspect", "no/such/file"], ["no file"]),
-        (["inspect", "tests"], ["cannot read tests", "directory"]),
+        (["inspect", "tests"], ["tests is a folder", "checkpoint"]),
         (["bench", "--seconds", "nan"], ["seconds"]),
         (["bench", "--ops", ","], ["expected names with commas between them, got ','"]),
         (["bench", "--seconds", "inf"], ["seconds", "finite"]),

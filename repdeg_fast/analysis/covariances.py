@@ -10,6 +10,8 @@ from torch import Tensor, distributed
 
 from repdeg_fast import _ranks
 
+from repdeg_fast._checks import not_a_tensor
+
 CHUNK = 4096  # points in float64 at a time
 _PANEL = 128  # columns of a product that is symmetric: narrower ones would save more and multiply slower
 
@@ -205,7 +207,7 @@ def _default_names(sides: int) -> tuple[str, ...]:
 def check_points(name: str, points: Tensor) -> None:
     """``points`` is a matrix (n, d) of finite floating numbers."""
     if not isinstance(points, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(points).__name__}")
+        raise not_a_tensor(name, points)
     if points.dim() != 2 or points.shape[1] == 0 or not points.is_floating_point():
         raise ValueError(f"{name}: expected a floating matrix (points, d), got {points.dtype} {tuple(points.shape)}")
     for start, rows in zip(range(0, len(points), CHUNK), points.split(CHUNK), strict=False):

@@ -24,6 +24,7 @@ def representation_metrics(points: Tensor, counts: Tensor | None = None, *, samp
         sample: Points for spectra and pairs, always the same ones.
 
     Raises:
+        TypeError: no tensor.
         ValueError: no finite matrix, or fewer than two points.
     """
     check_points("points", points)

@@ -25,7 +25,10 @@ def load_model(folder: Path) -> tuple[torch.nn.Module, Any]:
     except ImportError as missing:
         raise InputError("analyze needs transformers: pip install 'repdeg-fast[hf]'") from missing
     if not (folder / "config.json").exists():
-        raise InputError(f"model: {folder} has no config.json; expected the folder of a Hugging Face model")
+        raise InputError(
+            f"model: {folder} has no config.json; expected the folder of a Hugging Face model, as save_pretrained or"
+            f" `hf download NAME --local-dir DIR` makes it (nothing is downloaded here)"
+        )
     try:
         return AutoModel.from_pretrained(folder, local_files_only=True), AutoTokenizer.from_pretrained(
             folder, local_files_only=True

@@ -68,6 +68,10 @@ def load(path: Path, name: str | None = None) -> tuple[str, Tensor]:
 
 def _start(path: Path) -> bytes:
     """The first bytes of what may be a checkpoint."""
+    if path.is_dir():
+        inside = sorted([*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.pt")])
+        remedy = f"a file in it, as {inside[0]}" if inside else "a safetensors or torch checkpoint"
+        raise InputError(f"weights: {path} is a folder; expected {remedy}")
     try:
         with path.open("rb") as file:
             start = file.read(_START)

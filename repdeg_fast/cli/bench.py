@@ -30,14 +30,18 @@ def bench(
     plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Write plots (PNG) into this folder.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Time for each provider and pass of a case, about.")] = 0.5,
     full: Annotated[
-        bool, typer.Option("--full", help="All cases that suit the device, not one for each operation.")
+        bool, typer.Option("--full", metavar="", help="All cases that suit the device, not one for each operation.")
     ] = False,
-    wide: Annotated[bool, typer.Option("--wide", help="Every column, for 170 columns.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", metavar="", help="Every column, for 170 columns.")] = False,
     listing: Annotated[
-        bool, typer.Option("--list", help="Show the operations, their cases and providers, and measure nothing.")
+        bool,
+        typer.Option("--list", metavar="", help="Show the operations, their cases and providers, and measure nothing."),
     ] = False,
     overhead: Annotated[
-        bool, typer.Option("--overhead", help="What a call costs the host beside its kernels, for every operation.")
+        bool,
+        typer.Option(
+            "--overhead", metavar="", help="What a call costs the host beside its kernels, for every operation."
+        ),
     ] = False,
 ) -> None:
     """Measure operations against their peers, side by side: time, share of the roof, memory, and the value."""

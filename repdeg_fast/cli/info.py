@@ -21,7 +21,7 @@ from repdeg_fast.native.cache import cache_root
 
 def info(
     compile_now: Annotated[
-        bool, typer.Option("--build", help="Compile the C++ and CUDA kernels now, ahead of time.")
+        bool, typer.Option("--build", metavar="", help="Compile the C++ and CUDA kernels now, ahead of time.")
     ] = False,
 ) -> None:
     """Show versions, devices, how the kernels were built, and which backend serves each operation and why."""

@@ -34,7 +34,9 @@ Providers = Annotated[
     typer.Option(metavar="A,B", help="Implementations; default: all. `bench --list` shows them.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is one.", show_default=False)]
-Dtype = Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Default: each case's own.", show_default=False)]
+Dtype = Annotated[
+    str, typer.Option(metavar="NAME", help=f"{', '.join(DTYPES)}; default: each case's own.", show_default=False)
+]
 Weights = Annotated[
     str,
     typer.Option(

@@ -38,6 +38,8 @@ class RepresentationCallback(TrainerCallback):
     def __init__(self, trainer: Any, every: int = 100, counts: Tensor | None = None, prefix: str = "embedding/"):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every: expected a positive number of steps, got {every!r}")
+        if not callable(getattr(trainer, "log", None)):
+            raise TypeError(f"trainer: expected the Trainer that it is added to, got {type(trainer).__name__}")
         self.trainer, self.every, self.counts, self.prefix = trainer, every, counts, prefix
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

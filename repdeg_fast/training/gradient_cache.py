@@ -123,6 +123,7 @@ def _put_in(
     """The second pass. ``weight``: the gradient of what a chunk's loss sums up."""
     chunks = [chunk for column in columns for chunk in column]
     last = {id(chunk.module): number for number, chunk in enumerate(chunks)}
+    reached = False
     for number, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True)):
         with synchronizing(chunk.module, synchronize and number == last[id(chunk.module)]):
             encoded = chunk.encode_again()
@@ -131,8 +132,13 @@ def _put_in(
                 roots.append((encoded.loss, (weight * encoded.count).to(encoded.loss.dtype)))
             roots = [root for root in roots if root[0].requires_grad]  # a frozen encoder has none
             if roots:
+                reached = True
                 torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
         torch.clear_autocast_cache()
+    if not reached:
+        raise ValueError(
+            "encode: expected embeddings with a gradient, got none in any chunk; no_grad, detach, or frozen?"
+        )
 
 
 def _mean(encoded: Sequence[Encoded]) -> tuple[Tensor | None, Tensor | None]:

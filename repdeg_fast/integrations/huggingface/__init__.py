@@ -91,8 +91,7 @@ def apply(
     for name, flag in (("loss", loss), ("admin_norm", admin_norm), ("report", report)):
         check_flag(name, flag)
     if not isinstance(model, FusedModel) and type(model) not in FUSED:
-        supported = ", ".join(cls.__name__ for cls in FUSED)
-        raise TypeError(f"model: expected one of {supported} of transformers, got {type(model).__name__}")
+        raise _unsupported(model)
     if admin_norm:
         take_over_sub_layers(model)
     if loss:
@@ -106,6 +105,21 @@ def apply(
     if report:
         print(describe(model))
     return model
+
+
+def _unsupported(model: object) -> TypeError:
+    """The refusal, which ends with what to do about the model at hand."""
+    inner = [getattr(model, name, None) for name in ("_orig_mod", "module", "base_model")]
+    if isinstance(model, str):
+        remedy = "; load it first, as by AutoModelForMaskedLM.from_pretrained"
+    elif any(type(one) in FUSED for one in inner):
+        remedy = "; apply it to the model inside, before it is wrapped"
+    elif any(isinstance(model, cls) for cls in FUSED):
+        remedy = ", a subclass, whose forward may do something else"
+    else:
+        remedy = ""
+    supported = ", ".join(cls.__name__ for cls in FUSED)
+    return TypeError(f"model: expected one of {supported} of transformers, got {type(model).__name__}{remedy}")
 
 
 def revert(model: Model) -> Model:

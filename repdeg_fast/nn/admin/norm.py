@@ -95,6 +95,8 @@ class AdminNorm(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
         """(..., d). ``x``: the residual stream; ``branch``: the sub-layer's output, of the same shape and dtype."""
+        if isinstance(x, Tensor) and x.shape[-1:] != (self.normalized_shape,):
+            raise ValueError(f"x: expected a last dimension of {self.normalized_shape}, got shape {tuple(x.shape)}")
         return admin_norm(
             x,
             branch,
