@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, distributed
 
 from repdeg_fast import _ranks
-
 from repdeg_fast._checks import not_a_tensor
 
 CHUNK = 4096  # points in float64 at a time
