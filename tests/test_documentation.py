@@ -81,6 +81,7 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(site)
         loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"?([^\">\s]+)", text)
         loaded += re.findall(r"<link [^>]*rel=\"?(?:stylesheet|icon|preload)[^>]*href=\"?([^\">\s]+)", text)
         assert not [url for url in loaded if "//" in url]
+        assert "mermaid" not in text  # the theme would load its program when the page is shown
 
 
 def test_the_api_is_in_the_page(site):
