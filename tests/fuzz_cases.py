@@ -288,7 +288,7 @@ def admin_norm(draw):
         rest, chosen = dict(zip(names, rest, strict=True)), {k: v for k, v in options.items() if k != "save"}
         return (admin_definition.admin_norm(x, branch, **rest, keep=keep, **chosen),)
 
-    return Problem(leaves, call, definition, {**options, "parameters": names, "dropout": dropout}, steep=4.0)
+    return Problem(leaves, call, definition, {**options, "parameters": names, "dropout": dropout}, steep=8.0)
 
 
 @st.composite
