@@ -95,12 +95,17 @@ def linear_cross_entropy(draw):
     target[torch.rand(rows) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = -100
     target = target.to(draw(st.sampled_from([torch.int64, torch.int32])))
     options = {
-        "label_smoothing": draw(st.sampled_from([0.0, 0.1])) if len(leaves) < 3 or leaves[2].isfinite().all() else 0.0,
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0]))
+        if len(leaves) < 3 or leaves[2].isfinite().all()
+        else 0.0,
         "softcap": draw(st.sampled_from([None, None, 5.0])),
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
         "strategy": draw(st.sampled_from(["auto", "chunked", "streaming"])),
         "padding_idx": draw(st.sampled_from([None, -1])),
+        "lse_square_scale": draw(st.sampled_from([0.0, 0.0, 1e-2])),
     }
+    if draw(st.booleans()):
+        options["class_weight"] = torch.rand(vocabulary, dtype=torch.float64).add(0.1).to(dtype)
     lse = heads is None and draw(st.booleans())
 
     def call(hidden, weight, bias=None):
@@ -121,9 +126,17 @@ def linear_cross_entropy(draw):
         z = z if z.dtype == torch.float64 else z.float()
         if options["softcap"]:
             z = options["softcap"] * torch.tanh(z / options["softcap"])
-        each = F.cross_entropy(z, target.long(), reduction="none", label_smoothing=options["label_smoothing"])
-        counts = (target != -100).sum().clamp_min(1)
-        loss = {"none": each, "sum": each.sum(), "mean": each.sum() / counts}[options["reduction"]]
+        class_weight = options.get("class_weight")
+        if class_weight is not None:
+            class_weight = class_weight.to(z.dtype)
+        smoothing = {"label_smoothing": options["label_smoothing"]}
+        each = F.cross_entropy(z, target.long(), class_weight, reduction="none", **smoothing)
+        counts = target != -100
+        of_target = counts if class_weight is None else class_weight[target.long() * counts] * counts
+        squares = options["lse_square_scale"] * z.logsumexp(1).square() * counts
+        total = of_target.sum() if counts.any() else 1
+        mean = each.sum() / total + squares.sum() / counts.sum().clamp_min(1)
+        loss = {"none": each + squares, "sum": (each + squares).sum(), "mean": mean}[options["reduction"]]
         return loss, z.logsumexp(1)
 
     return Problem(leaves, call, definition, options, steep=max(1.0, scale) * leaves[0].shape[:-1].numel() ** 0.5)

@@ -183,6 +183,79 @@ OF_MODULES = {
     "meta": "made on the meta device, then `to_empty` and `load_state_dict`",
 }
 
+# what of an operation is the same bits: (two runs, another number of threads, a row among other rows)
+BITS, ROUNDING = "✓", "rounding"
+_OF_ROWS = (BITS, BITS, BITS)
+_WITH_PRODUCTS = (BITS, ROUNDING, ROUNDING)
+_OF_ALL_ROWS = (BITS, ROUNDING, NONE)
+DETERMINISM = {
+    "admin_norm": _OF_ROWS,
+    "gradient_reversal": _OF_ROWS,
+    "cosine_regularization": (BITS, BITS, NONE),
+    "add_cosine_regularization_": (BITS, BITS, NONE),
+    "span_pair_loss": _OF_ALL_ROWS,
+    "pairwise_cosine": _OF_ALL_ROWS,
+    "global_orthogonal_regularization": _OF_ALL_ROWS,
+    "contrastive_loss": _WITH_PRODUCTS,
+    "pairwise_max_cosine": _WITH_PRODUCTS,
+    "gumbel_mix": _WITH_PRODUCTS,
+    "linear_cross_entropy": _WITH_PRODUCTS,
+    "multi_layer_mlm_loss": _WITH_PRODUCTS,
+    "mlm_losses_and_sample": _WITH_PRODUCTS,
+}
+
+
+class Rows(NamedTuple):
+    """An operation as a function of the first m of its rows, everything else being the same: a result a row."""
+
+    tensors: Callable[[], list[Tensor]]
+    first: Callable[..., Tensor]  # (m, *tensors)
+
+
+def _first_losses(m: int, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = h[..., :m, :]
+    if h.dim() == 2:
+        return rf.linear_cross_entropy(h, w, _target(h), b, reduction="none")
+    return rf.multi_layer_mlm_loss(h, w, _target(h), b, reduction="none").T
+
+
+def _first_losses_and_values(m: int, h: Tensor, mixture: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h, options = h[:, :m], {"seed": 3, "reduction": "none"}
+    losses, _, values = rf.mlm_losses_and_sample(h, mixture[:m], w, _target(h), b, **options)
+    return torch.cat([losses.T, values], dim=1)
+
+
+_MANY = 150
+ROWS = {
+    "admin_norm": Rows(
+        lambda: [torch.randn(_MANY, 40), torch.randn(_MANY, 40)],
+        lambda m, x, f: rf.admin_norm(x[:m], f[:m], dropout=0.2, seed=3),
+    ),
+    "gradient_reversal": Rows(lambda: [torch.randn(_MANY, 40)], lambda m, x: rf.gradient_reversal(x[:m])),
+    "contrastive_loss": Rows(
+        lambda: [torch.randn(_MANY, 40), torch.randn(_MANY, 40)],
+        lambda m, q, d: rf.contrastive_loss(q[:m], d, positive=torch.arange(m), all_queries=q, reduction="none"),
+    ),
+    "pairwise_max_cosine": Rows(
+        lambda: [torch.randn(_MANY, 40), torch.randn(90, 40)],
+        lambda m, x, y: rf.pairwise_max_cosine(x[:m], y).values,
+    ),
+    "gumbel_mix": Rows(
+        lambda: [torch.randn(2, _MANY, 40), torch.randn(_MANY, 2), torch.randn(90, 40)],
+        lambda m, h, mixture, w: rf.gumbel_mix(h[:, :m], mixture[:m], w, seed=3)[1],
+    ),
+    "linear_cross_entropy": Rows(lambda: [torch.randn(_MANY, 40), *_wide_head()], _first_losses),
+    "multi_layer_mlm_loss": Rows(lambda: [torch.randn(2, _MANY, 40), *_wide_head()], _first_losses),
+    "mlm_losses_and_sample": Rows(
+        lambda: [torch.randn(2, _MANY, 40), torch.randn(_MANY, 2), *_wide_head()], _first_losses_and_values
+    ),
+}
+
+
+def _wide_head() -> list[Tensor]:
+    return [torch.randn(90, 40), torch.randn(90)]
+
+
 NOTES = {
     "anew": "*anew*: the value is a constant of the graph, another one is compiled anew. PyTorch does so for every "
     "Python number that an operator takes; a factor outside of it is none.",
@@ -231,6 +304,11 @@ def tables() -> str:
     return "\n\n".join([*parts, *NOTES.values(), f"Coefficients: {coefficients}."])
 
 
+def determinism() -> str:
+    lines = ["| operation | two runs | threads | batch |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| `{row}` | " + " | ".join(cells) + " |" for row, cells in DETERMINISM.items()])
+
+
 def _table(title: str, rows: dict, columns: dict) -> str:
     lines = [f"| {title} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| `{row}` | " + " | ".join(promise(row, column) for column in columns) + " |" for row in rows]
@@ -242,8 +320,11 @@ BEGIN, END = "<!-- made by `python tests/support.py` -->\n\n", "\n\n<!-- end -->
 
 def page(text: str) -> str:
     """The page with the tables as they should be."""
-    head, rest = text.split(BEGIN)
-    return head + BEGIN + tables() + END + rest.split(END)[1]
+    before, *made = text.split(BEGIN)
+    after = [part.split(END)[1] for part in made]
+    return before + "".join(
+        BEGIN + new + END + rest for new, rest in zip((tables(), determinism()), after, strict=True)
+    )
 
 
 if __name__ == "__main__":

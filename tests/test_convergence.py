@@ -85,8 +85,11 @@ def causal(model, tokens, _):
 
 
 def contrastive(model, tokens, _):
-    """The halves of a span shall find each other."""
-    queries, documents = (model(half).mean(1) for half in tokens.chunk(2, dim=1))
+    """The halves of a span shall find each other. Less what all have in common: an untrained model's vectors are nearly
+    parallel, and the digits of bfloat16 would be spent on that."""
+    queries, documents = (model(half).mean(1).float() for half in tokens.chunk(2, dim=1))
+    common = torch.cat([queries, documents]).mean(0)
+    queries, documents = queries - common, documents - common
     if model.fused:
         return repdeg_fast.contrastive_loss(queries, documents, scale=10.0)
     scores = 10.0 * F.normalize(queries, dim=1) @ F.normalize(documents, dim=1).T

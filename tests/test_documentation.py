@@ -21,9 +21,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_runs(block, monkeypatch, capsys):
-    for package in ("transformers", "sentence_transformers"):
+    for package in ("transformers", "sentence_transformers", "accelerate", "lightning"):
         if re.search(rf"\b{package}\b|models\.amos" if package == "transformers" else rf"\b{package}\b", block):
             pytest.importorskip(package)
+    if accelerate := sys.modules.get("accelerate"):  # one process has one state, which another block may have made
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     exec(block, {"__name__": "__main__"})
 
 
