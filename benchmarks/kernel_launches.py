@@ -289,6 +289,25 @@ def _gumbel_mix() -> Iterator[Launch]:
             logits = _empty(3, m, 2880, dtype=dtype)[:, :, :v]
             block = gumbel_mix.HeadLogits(logits, mixed.mixture_logits, projection.bias, 0)
             yield Launch(f"{label} logits", partial(kernels.sample_logits, drawn, block, noise))
+        if bias:
+            yield from _gumbel_candidates(kernels, dtype, v)
+
+
+def _gumbel_candidates(kernels: gumbel_mix.Kernels, dtype: torch.dtype, v: int) -> Iterator[Launch]:
+    """A temperature at which few tokens matter."""
+    m, d = 4915, 768
+    noise = gumbel_mix.Noise(_empty(1, dtype=torch.int64), 0.1)
+    drawn = gumbel_mix.Drawn(_empty(m, dtype=torch.int64), _empty(m))
+    heads = gumbel_mix.Heads(_empty(3, m, d, dtype=dtype), _empty(m, 3, dtype=dtype))
+    weight, bias = _empty(v, d, dtype=dtype), _empty(v)
+    kept = _empty(m, kernels.room(dtype, noise.temperature), dtype=torch.int32)
+    logits = _empty(3, m, -(-v // 16) * 16, dtype=dtype)[:, :, :v]
+    block = gumbel_mix.HeadLogits(logits, heads.mixture_logits, bias, 0)
+    label = f"{_name(dtype)} V={v} bias"
+    yield Launch(f"{label} logits", partial(kernels.sample_logits, drawn, block, noise, kept))
+    arguments = (_empty(m, d, dtype=dtype), heads, gumbel_mix.Projection(weight, bias), weight, drawn, noise)
+    estimator, wanted = gumbel_mix.Estimator(True, -1.0), gumbel_mix.Wanted(True, False)
+    yield Launch(f"{label} candidates", partial(kernels.backward, *arguments, estimator, wanted, kept))
 
 
 def _pairwise() -> Iterator[Launch]:

@@ -30,7 +30,9 @@ def test_opcheck(hard):
     seed = torch.tensor([SEED])
     torch.library.opcheck(operator.overload, (*problem.tensors(), seed, 0.3, 0, hard, -1.0, 3, "auto"))
     _, token_ids, peak = operator(*problem.tensors(), seed, 0.3, 0, hard, -1.0, 3, "auto")
-    torch.library.opcheck(gumbel_value.overload, (*problem.tensors(), token_ids, peak, seed, 0.3, 0, -1.0, 3, "auto"))
+    torch.library.opcheck(
+        gumbel_value.overload, (*problem.tensors(), token_ids, peak, None, seed, 0.3, 0, -1.0, 3, "auto")
+    )
 
 
 def test_autocast_changes_nothing(place):

@@ -57,6 +57,37 @@ def _share(logits, k, rows, m, stride, head_stride, most, inverse):
     return tl.exp(logit.to(tl.float32) - most) * inverse
 
 
+# α of rows, a head each; one None where nothing is mixed.
+@triton.jit
+def shares_of(
+    logits, rows, m, stride, head_stride, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr
+):  # fmt: skip
+    if logits is None:
+        return (None,)
+    else:
+        most, inverse = _softmax(logits, rows, m, stride, head_stride, HEADS, PADDED_HEADS)
+        shares = ()
+        for h in tl.static_range(HEADS):
+            one = (_share(logits, h, rows, m, stride, head_stride, most, inverse),)
+            shares = shares + one  # type: ignore[assignment]
+        return shares
+
+
+# `s` with the bias and the heads' mixed logits more; `head` and `bias` point at what belongs to each of its values, of
+# which there are those `inside`, and of the bias those that are `real`.
+@triton.jit
+def add_logits(s, head, bias, real, inside, shares, head_stride):
+    if bias is not None:
+        s += tl.load(bias, mask=real, other=0.0).to(tl.float32)
+    for h in tl.static_range(len(shares)):
+        z = tl.load(head, mask=inside, other=0.0).to(tl.float32)
+        if shares[h] is not None:
+            z *= shares[h][:, None]
+        s += z
+        head += head_stride  # step by step: h·stride may need 64 bits
+    return s
+
+
 # h̄ = Σ α_k h^(k), summed in fp32.
 @triton.jit
 def _mix_kernel(
@@ -90,26 +121,18 @@ def _look_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < m
     key = tl.load(seed)
-    if mixture_logits is not None:
-        largest, inverse = _softmax(mixture_logits, rows, m, mixture_stride, mixture_head_stride, HEADS, PADDED_HEADS)
+    shares = shares_of(mixture_logits, rows, m, mixture_stride, mixture_head_stride, HEADS, PADDED_HEADS)
     most = tl.load(most_out + rows, mask=inside, other=0.0)
     token = tl.load(token_ids + rows, mask=inside, other=0)
     total = tl.load(total_out + rows, mask=inside, other=0.0)
     for begin in tl.range(0, width, COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
         s = gumbel(key, first_row + rows, first_column + begin, COLUMNS)
-        if bias is not None:
-            s += tl.load(bias + first_column + columns[None, :], mask=(columns < width)[None, :], other=0.0).to(
-                tl.float32
-            )
         head = logits + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-        for h in tl.static_range(HEADS):
-            z = tl.load(head, mask=inside[:, None] & (columns < padded_width)[None, :], other=0.0).to(tl.float32)
-            if mixture_logits is not None:
-                share = _share(mixture_logits, h, rows, m, mixture_stride, mixture_head_stride, largest, inverse)
-                z *= share[:, None]
-            s += z
-            head += head_stride
+        real, there = (columns < width)[None, :], inside[:, None] & (columns < padded_width)[None, :]
+        s = add_logits(
+            s, head, None if bias is None else bias + first_column + columns[None, :], real, there, shares, head_stride
+        )
         s = tl.where((columns < width)[None, :], s, float("-inf"))
         # a NaN is nobody's maximum, but stays in the sum
         here, index = tl.max(tl.where(s == s, s, float("-inf")), axis=1, return_indices=True)

@@ -40,18 +40,23 @@ def _in_unit_interval(word):
 @triton.jit
 def gumbel(seed, rows, first_column, COLUMNS: tl.constexpr, stream: tl.constexpr = GUMBEL_STREAM):
     """fp32 [len(rows), COLUMNS] standard Gumbel noise; arguments as :func:`words`."""
-    return -tl.log(-tl.log(uniform(seed, rows, first_column, stream, COLUMNS)))
+    return gumbel_of(words(seed, rows, first_column, stream, COLUMNS))
+
+
+@triton.jit
+def gumbel_of(word):
+    """fp32 standard Gumbel noise from words."""
+    return -tl.log(-tl.log(_in_unit_interval(word)))
 
 
 @triton.jit
 def gumbel_at(seed, rows, columns, stream: tl.constexpr = GUMBEL_STREAM):
-    """fp32 [n] standard Gumbel noise of one column [n] of each of the ``rows`` [n]."""
+    """fp32 standard Gumbel noise of one of the ``columns`` of each of the ``rows``, of one shape."""
     row = rows.to(tl.uint32)
     zero = tl.zeros_like(row)
     a, b, c, d = tl.philox(seed, (columns // 4).to(tl.uint32), row, zero + stream, zero)
     lane = columns % 4
-    word = tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d))
-    return -tl.log(-tl.log(_in_unit_interval(word)))
+    return gumbel_of(tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d)))
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from repdeg_fast.contracts.linear_cross_entropy import Columns
@@ -81,17 +82,22 @@ class Kernels(Protocol):
         """The values (M, d_f) in the dtype of ``embedding``, NaN where y_x̂ is not finite; and the fields of
         :class:`Drawn`."""
 
-    def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise) -> None:
-        """Write the sample of these positions."""
+    def room(self, dtype: torch.dtype, temperature: float) -> int:
+        """How many values ``sample_logits`` keeps of a row of logits for ``backward``; 0: none."""
+
+    def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise, candidates: Tensor | None = None) -> None:
+        """Write the sample of these positions and, where there is room, the ``candidates`` (m, room), int32: which
+        tokens matter for the gradient."""
 
     def embed(self, embedding: Tensor, drawn: Drawn) -> Tensor:
         """The hard values of a sample."""
 
     def backward(
         self, grad_values: Tensor, heads: Heads, projection: Projection, embedding: Tensor, drawn: Drawn, noise: Noise,
-        estimator: Estimator, wanted: Wanted,
+        estimator: Estimator, wanted: Wanted, candidates: Tensor | None = None,
     ) -> Gradients:  # fmt: skip
-        """``grad_values`` (M, d_f): contiguous. ``peak`` need only be near: see the reference."""
+        """``grad_values`` (M, d_f): contiguous. ``peak`` need only be near: see the reference. With ``candidates`` of a
+        hard sample, no other token needs to be looked at."""
 
 
 class RowState(NamedTuple):

@@ -96,6 +96,6 @@ def mlm_losses_and_sample(
         values, token_ids, _ = gumbel_mix(*flat)
         return loss, token_ids, values
     flat = (*head, class_weight, detached(mixture_logits), *sampling, *options, backend)
-    loss, _, _, _, _, token_ids, peak = _ops.mlm_losses_and_sample(*flat)
-    flat = (*heads, token_ids, peak, *sampling, *estimator, backend)
-    return loss, token_ids, gumbel_value(*flat)
+    loss, _, _, _, _, *sample = _ops.mlm_losses_and_sample(*flat)
+    flat = (*heads, *sample, *sampling, *estimator, backend)
+    return loss, sample[0], gumbel_value(*flat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from repdeg_fast.contracts.gumbel_mix import (
@@ -33,7 +34,10 @@ class Kernels:
         values, token_ids, peak = self._forward(*heads, *projection, embedding, *noise, hard)
         return values, token_ids, peak
 
-    def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise) -> None:
+    def room(self, dtype: torch.dtype, temperature: float) -> int:
+        return 0
+
+    def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise, candidates: Tensor | None = None) -> None:
         logits, mixture_logits, bias, first_row = block
         seed, temperature, first = noise
         self._sample_logits(*drawn, logits, mixture_logits, bias, seed, temperature, first + first_row)
@@ -50,7 +54,7 @@ class Kernels:
 
     def backward(
         self, grad_values: Tensor, heads: Heads, projection: Projection, embedding: Tensor, drawn: Drawn, noise: Noise,
-        estimator: Estimator, wanted: Wanted,
+        estimator: Estimator, wanted: Wanted, candidates: Tensor | None = None,
     ) -> Gradients:  # fmt: skip
         products.settle(self._operators)
         made = self._backward(grad_values, *heads, *projection, embedding, *drawn, *noise, *estimator, *wanted)

@@ -61,7 +61,7 @@ class ChunkedVocabulary:
     def forward(
         self, heads: Heads, projection: Projection, embedding: Tensor, noise: Noise, *, hard: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mixed, projection = self._mix(heads), _with_plain_bias(projection)
+        mixed, projection = self._mix(heads), with_plain_bias(projection)
         peak = mixed.new_empty(len(mixed), dtype=torch.float32)
         drawn = Drawn(torch.empty_like(peak, dtype=torch.int64), peak)
         state = _nothing_known(drawn)
@@ -75,9 +75,12 @@ class ChunkedVocabulary:
             return self.kernels.embed(embedding, drawn), *drawn
         return self._soft_values(_Sample(mixed, projection, embedding, drawn, noise)), *drawn
 
-    def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise) -> None:
+    def room(self, dtype: torch.dtype, temperature: float) -> int:
+        return 0
+
+    def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise, candidates: Tensor | None = None) -> None:
         logits, mixture_logits, bias, first_row = block
-        chunk = LogitChunk(logits, _plain(bias), Columns(0, logits.shape[2]), first_row)
+        chunk = LogitChunk(logits, plain(bias), Columns(0, logits.shape[2]), first_row)
         self.kernels.look(_nothing_known(drawn), chunk, mixture_logits, noise)
         drawn.peak.reciprocal_()
 
@@ -86,13 +89,13 @@ class ChunkedVocabulary:
 
     def backward(
         self, grad_values: Tensor, heads: Heads, projection: Projection, embedding: Tensor, drawn: Drawn, noise: Noise,
-        estimator: Estimator, wanted: Wanted,
+        estimator: Estimator, wanted: Wanted, candidates: Tensor | None = None,
     ) -> Gradients:  # fmt: skip
         hard, scale = estimator
         grad_embedding = embed_backward(grad_values, embedding, drawn) if wanted.embedding and hard else None
         if not wanted.mixture_logits and (hard or not wanted.embedding):
             return Gradients(None, grad_embedding)
-        sample = _Sample(self._mix(heads), _with_plain_bias(projection), embedding, drawn, noise)
+        sample = _Sample(self._mix(heads), with_plain_bias(projection), embedding, drawn, noise)
         grad_soft = torch.empty_like(embedding) if wanted.embedding and not hard else None
         origin = self._origin(sample, grad_values if wanted.mixture_logits else None)
         sums = _sums(origin)
@@ -189,9 +192,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def _with_plain_bias(projection: Projection) -> Projection:
-    return projection._replace(bias=_plain(projection.bias))
+def with_plain_bias(projection: Projection) -> Projection:
+    return projection._replace(bias=plain(projection.bias))
 
 
-def _plain(bias: Tensor | None) -> Tensor | None:
+def plain(bias: Tensor | None) -> Tensor | None:
     return bias if bias is None else bias.contiguous()

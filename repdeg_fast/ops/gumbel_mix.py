@@ -84,6 +84,12 @@ def empty_sample(hidden_states: Tensor, rows: int) -> Drawn:
     )
 
 
+def empty_candidates(hidden_states: Tensor, weight: Tensor, rows: int, temperature: float, backend: str) -> Tensor:
+    """Room for what of the logits of ``rows`` positions is kept for the backward pass (rows, room)."""
+    room = operation.kernels(backend, hidden_states, weight).room(hidden_states.dtype, temperature)
+    return hidden_states.new_empty(rows, room, dtype=torch.int32)
+
+
 @operator()
 def gumbel_value(
     hidden_states: Tensor,
@@ -93,6 +99,7 @@ def gumbel_value(
     embedding: Tensor,
     token_ids: Tensor,
     peak: Tensor,
+    candidates: Tensor | None,
     seed: Tensor,
     temperature: float,
     first_position: int,
@@ -122,6 +129,7 @@ def gumbel_mix_backward(
     embedding: Tensor,
     token_ids: Tensor,
     peak: Tensor,
+    candidates: Tensor | None,
     seed: Tensor,
     temperature: float,
     first_position: int,
@@ -139,8 +147,8 @@ def gumbel_mix_backward(
     with without_autocast(hidden_states.device.type):
         grad_mixture, grad_embedding = kernels.backward(
             grad_values if grad_values.is_contiguous() else grad_values.contiguous(), heads, projection, embedding,
-            Drawn(token_ids, peak), Noise(seed, temperature, first_position),
-            Estimator(hard, gradient_scale), wanted,
+            Drawn(token_ids, peak), Noise(seed, temperature, first_position), Estimator(hard, gradient_scale), wanted,
+            candidates if candidates is not None and candidates.shape[1] > 0 else None,
         )  # fmt: skip
     if padding_idx is not None and grad_embedding is not None:
         grad_embedding[padding_idx] = 0
@@ -203,7 +211,7 @@ class _Formula(Formula):
         found = run(*head, seed, temperature, first_position, hard, gradient_scale, padding_idx, backend)
         _, token_ids, peak = found
         _, _, needs_mixture, _, _, needs_embedding, *_ = ctx.needs_input_grad  # of run, hidden states, mixture logits …
-        ctx.save_for_backward(*head, token_ids, peak, seed)
+        ctx.save_for_backward(*head, token_ids, peak, None, seed)  # no candidates
         estimator = (hard, gradient_scale, padding_idx, needs_mixture, needs_embedding)
         ctx.context = _Context(temperature, first_position, *estimator, backend)
         ctx.mark_non_differentiable(token_ids, peak)
@@ -220,10 +228,11 @@ class _ValueFormula(Formula):
     @staticmethod
     def forward(
         ctx: Any, run: Callable[..., Tensor], hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor,
-        bias: Tensor | None, embedding: Tensor, token_ids: Tensor, peak: Tensor, seed: Tensor, temperature: float,
-        first_position: int, gradient_scale: float, padding_idx: int | None, backend: str,
+        bias: Tensor | None, embedding: Tensor, token_ids: Tensor, peak: Tensor, candidates: Tensor | None,
+        seed: Tensor, temperature: float, first_position: int, gradient_scale: float, padding_idx: int | None,
+        backend: str,
     ) -> Tensor:  # fmt: skip
-        tensors = (hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, seed)
+        tensors = (hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, candidates, seed)
         _, _, needs_mixture, _, _, needs_embedding, *_ = ctx.needs_input_grad
         ctx.save_for_backward(*tensors)
         estimator = (True, gradient_scale, padding_idx, needs_mixture, needs_embedding)
@@ -232,4 +241,4 @@ class _ValueFormula(Formula):
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients_of(ctx, grad_values), *(None,) * 8  # of token ids, peak, seed and five options
+        return *_gradients_of(ctx, grad_values), *(None,) * 9  # of token ids, peak, candidates, seed and five options

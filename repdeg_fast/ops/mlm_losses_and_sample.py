@@ -27,6 +27,7 @@ class Joint(NamedTuple):
     grad_bias: Tensor
     token_ids: Tensor
     peak: Tensor
+    candidates: Tensor
 
 
 @operator()
@@ -51,22 +52,24 @@ def mlm_losses_and_sample(
     accumulate_dtype: torch.dtype,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of Joint: the sample is drawn from the losses' logits."""
     head = Head(hidden_states, weight, target, bias)
     rule = rule_of(hidden_states, class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
     wanted, noise = Wanted.of(needs, accumulate_dtype), Noise(seed, temperature, first_position)
     kernels = gumbel_mix.operation.kernels(backend, hidden_states, weight)
     drawn = gumbel_mix.empty_sample(hidden_states, len(target))
+    candidates = gumbel_mix.empty_candidates(hidden_states, weight, len(target), temperature, backend)
 
     def look(logits: Tensor, first: int) -> None:
         part = slice(first, first + logits.shape[1])
         shares = None if mixture_logits is None else mixture_logits[part]
         some = Drawn(drawn.token_ids[part], drawn.peak[part])
-        kernels.sample_logits(some, HeadLogits(logits, shares, bias, first), noise)
+        kept = candidates[part] if candidates.shape[1] > 0 else None
+        kernels.sample_logits(some, HeadLogits(logits, shares, bias, first), noise, kept)
 
     found = losses(head, rule, Reduction(heads, lse_square_scale, reduction, padding_idx), wanted, backend, look)
-    return Joint(*found, *drawn)
+    return Joint(*found, *drawn, candidates)
 
 
 @mlm_losses_and_sample.register_fake
@@ -82,9 +85,11 @@ def _(
     first_position: int,
     *options: Any,
 ) -> Joint:
-    *_, heads, _lse_square_scale, reduction, _padding_idx, _accumulate_dtype, needs, _backend = options
+    *_, heads, _lse_square_scale, reduction, _padding_idx, _accumulate_dtype, needs, backend = options
     found = fake_losses(Head(hidden_states, weight, target, bias), heads, reduction, needs)
-    return Joint(*found, *gumbel_mix.empty_sample(hidden_states, target.shape[0]))
+    rows = target.shape[0]
+    candidates = gumbel_mix.empty_candidates(hidden_states, weight, rows, temperature, backend)
+    return Joint(*found, *gumbel_mix.empty_sample(hidden_states, rows), candidates)
 
 
 @mlm_losses_and_sample.register_formula("mlm_losses_and_sample")

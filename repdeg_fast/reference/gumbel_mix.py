@@ -87,7 +87,12 @@ def forward(
     return embed(embedding, drawn) if hard else _or_nan(soft.to(embedding.dtype), drawn), *drawn
 
 
-def sample_logits(drawn: Drawn, block: HeadLogits, noise: Noise) -> None:
+def room(dtype: torch.dtype, temperature: float) -> int:
+    """Candidates are for kernels: here every token is looked at."""
+    return 0
+
+
+def sample_logits(drawn: Drawn, block: HeadLogits, noise: Noise, candidates: Tensor | None = None) -> None:
     """x̂ and y_x̂ from the K heads' logits."""
     logits, mixture_logits, bias, first_row = block
     wide = drawn.peak.dtype
@@ -110,7 +115,7 @@ def embed(embedding: Tensor, drawn: Drawn) -> Tensor:
 
 def backward(
     grad_values: Tensor, heads: Heads, projection: Projection, embedding: Tensor, drawn: Drawn, noise: Noise,
-    estimator: Estimator, wanted: Wanted,
+    estimator: Estimator, wanted: Wanted, candidates: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """Products F[v]·r are taken from that of the drawn token, so that what rows of F have in common cancels before it
     is rounded. For dh̄ kernels divide y by what it adds up to: ``peak`` need only be near, as it is where the sample was
