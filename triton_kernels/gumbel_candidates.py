@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 KEPT = 512  # values a row: how many tokens, and these
 _MOST_WITHIN_REACH = 32  # tokens on average, for which KEPT is too few once in e¹⁶ rows
 _SCRATCH = 1024  # tokens of a row that are looked at again
-_COLUMNS, _NUM_WARPS, _PROGRAMS = 1024, 4, 7  # a step: 8 logits of each head a thread
-_AGAIN, _WORDS = 128, 512  # tokens, and words of 32 marks, a step of the second look
+_COLUMNS, _NUM_WARPS, _PROGRAMS = 1024, 4, 9  # a step: 8 logits of each head a thread
+_AGAIN, _WORDS = 128, 256  # tokens, and words of 32 marks, a step of the second look
 _TOKENS, _DEPTH = 8, 256  # a step of the gradient: rows of E and F, and columns of these
 _INTERPRETED_TOKENS = 256  # in the interpreter, where an operation costs about the same for many
 # −log t of a float's bits b and t = float · 2⁻²³: −log 2 (b · 2⁻²³ − 127 − 23)
