@@ -1,8 +1,8 @@
 """Pretrain a small Condenser, or with --contrastive a coCondenser, on real text, on a CPU or a GPU; before and after,
 find one span of a document by another.
 
-    python examples/pretrain_condenser.py                     # the standard library's own text, minutes on two cores
-    python examples/pretrain_condenser.py --contrastive --output cocondenser
+    python examples/pretrain_condenser.py --probe             # the standard library's own text, minutes on two cores
+    python examples/pretrain_condenser.py --probe --contrastive --output cocondenser
 
 The same command again goes on from the last checkpoint in the output folder, with the very numbers that an unbroken
 run would have had. At its end the folder holds checkpoint.pt, condenser/ (the encoder, which AutoModel loads, its
@@ -12,14 +12,19 @@ Retrieval: held-out documents give two spans each, never seen in training; the C
 with those of all others. recall@k: how often its partner is among the k nearest. --probe also trains a plain masked
 language model of equal cost, and compares retrieval, and linear classifiers of frozen features.
 
-The second command, 1.4 processor minutes on one of two cores of a busy AMD EPYC, gave, as means of the first and the
-last 80 steps:
+The second command, 1.4 processor minutes for coCondenser on one of two cores of a busy AMD EPYC, gave, as means of
+the first and the last 80 steps:
 
     masked loss after the head     7.17 → 5.52     token frequencies alone: 6.36
     masked loss of the encoder     7.17 → 5.55
     contrastive loss               3.37 → 1.83     31 others in a batch: ln 31 = 3.43
     recall@1 of 200 documents     0.090 → 0.200
     recall@10                     0.260 → 0.585
+
+    of the same cost                   recall@1   recall@10   probe, of 3,850 passages (sampling error 0.008)
+    coCondenser                           0.200       0.585   0.639
+    masked language model, 2,291 steps    0.060       0.310   0.470
+    random weights                        0.090       0.260   0.408
 """
 
 from __future__ import annotations
