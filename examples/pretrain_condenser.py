@@ -25,6 +25,9 @@ the first and the last 80 steps:
     coCondenser                           0.200       0.585   0.639
     masked language model, 2,291 steps    0.060       0.310   0.470
     random weights                        0.090       0.260   0.408
+
+The first command, as long: masked losses 7.13 → 5.52 both; Condenser recall 0.055, 0.250, probe 0.459; masked language
+model (2,498 steps) 0.065, 0.285, 0.468. Condenser alone is not told from it at this size, without fine-tuning.
 """
 
 from __future__ import annotations
