@@ -373,7 +373,7 @@ FAULTS = [
         CPU + "pairwise.cpp",
         "sum[k] += kept == A(0) ? c : value;",
         "sum[k] += value;",
-        "tests/test_pairwise.py -k 'zero_rows and cpu'",
+        "tests/test_pairwise.py -k '(values_and_gradients or zero_rows) and cpu'",
     ),
     Fault(
         "what is left out of a row keeps its cosine as a slope",

@@ -196,6 +196,16 @@ def test_predictions_where_nothing_is_larger(place, strategy):
     assert linear_cross_entropy(hidden, weight, target, bias, return_accuracy=True).accuracy == 0
 
 
+def test_predictions_behind_the_first_classes(place):
+    """Kernels look for the place of the largest logit some hundred classes at a time."""
+    hidden, weight = torch.randn(6, 8), torch.randn(700, 8)
+    target = torch.zeros(6, dtype=torch.int64)
+    found = linear_cross_entropy(*(t.to(place.device) for t in (hidden, weight, target)), return_predictions=True)
+    expected = (hidden.double() @ weight.double().T).argmax(1)
+    assert expected.max() >= 512
+    assert torch.equal(found.predictions.cpu(), expected)
+
+
 @pytest.mark.parametrize("shift", [True, 2, 9, 0], ids=str)
 def test_shift(place, shift):
     """Positions predict later ones; what is a value a position is as long as the others."""
