@@ -3,8 +3,25 @@ language model (LM) and as a masked one (MLM), and draw how representations evol
 Bottom-up Evolution of Representations in the Transformer, arXiv 1909.01380).
 
     pip install "repdeg_fast[examples]"
-    python examples/bottom_up_evolution.py                       # minutes on two CPU cores
+    python examples/bottom_up_evolution.py                       # six minutes on one CPU core
     python examples/bottom_up_evolution.py --yardstick           # with a second start of each task, twice the time
+
+Measured with 33,585 training pairs from a Debian machine with programs for developers, 3,731 held out (torch 2.13, one
+thread, 325 s of processor time by the first command; seed 0). Held-out losses are 2.82 (MT), 3.48 (LM) and 4.40 (MLM),
+where how often each token occurs alone gives 5.98 for MT and 5.81 for the others. Of the paper's findings
+
+- show: LM learns the next token meanwhile (1.13 nats of mutual information in the embeddings, 1.49 in the last layer);
+  MT and MLM are closer to each other than to LM (last layer: 0.449; MT to LM 0.525, MLM to LM 0.496); frequent tokens
+  change more than rare ones (MT 0.066 and 0.059, LM 0.081 and 0.069); MLM keeps token identity best (0.546 of the
+  neighbours in the last layer; LM 0.490, MT 0.432); MT keeps position best (4.5 positions away; MLM 5.2, LM 5.3, by
+  chance 6.0);
+- show in part: LM forgets the input token (5.04 → 4.97 → 4.81 → 4.56 nats from layer 1 on, but 4.70 in the embeddings,
+  presumably since positions, as long as words there, part what 500 clusters would hold together);
+- do not show: MLM forgets the input token, then recovers it (4.67 → 4.88 → 4.87 → 4.84 from layer 1 on); MT forgets
+  less of it than LM (3.84 against 4.56 in the last layer); MT changes less and less (0.056 → 0.061 → 0.058 → 0.064);
+  rare tokens influence others more than frequent ones in each task (clearly in MT alone: 0.006 and 0.004).
+
+These are models of 4 layers × 64 after minutes; the paper's have 6 × 512 and see millions of sentences.
 
 The same command again goes on from the last checkpoints in the output folder. At its end the folder holds a folder a
 model with checkpoint.pt and history.csv, curves.json (every number) and curves.png.
@@ -264,7 +281,7 @@ def findings(curves: dict[str, Any]) -> list[Finding]:
 
     def rare_and_frequent(what: str, tasks: tuple[str, ...] = TASKS) -> str:
         means = {task: mean(task, what) for task in tasks}
-        return ", ".join(f"{task} {found['rare']:.3f} and {found['frequent']:.3f}" for task, found in means.items())
+        return ", ".join(f"{task} {found['rare']:.3g} and {found['frequent']:.3g}" for task, found in means.items())
 
     def last(what: str) -> str:
         return ", ".join(f"{task} {curves[task][what][-1]:.3g}" for task in TASKS)
@@ -364,6 +381,7 @@ def draw(curves: dict[str, Any], path: Path) -> bool:
             axis.plot(range(1, 1 + len(values)), values, marker="o", label=part)
         axis.set(title=f"{what} by frequency, {task}", xlabel="layer", ylabel="PWCCA distance")
     for axis in axes.flat:
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     return True

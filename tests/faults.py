@@ -452,6 +452,34 @@ FAULTS = [
         "slice(0, None)",
         "tests/test_pairwise.py -k 'values_and_gradients and cut and cpu'",
     ),
+    Fault(
+        "analysis: PWCCA weighs the wrong side where y is narrower",
+        "repdeg_fast/analysis/cca.py",
+        "narrower, cross = (y, cross.T) if y.rank < x.rank else (x, cross)",
+        "narrower, cross = (x, cross)",
+        "tests/test_similarity.py -k variates_themselves",
+    ),
+    Fault(
+        "analysis: merging forgets that origins differ",
+        "repdeg_fast/analysis/covariances.py",
+        "moments += _moved(theirs.T, self._shift(other, j)).T",
+        "moments += theirs",
+        "tests/test_similarity.py -k streams_and_merges",
+    ),
+    Fault(
+        "analysis: influence compares the token that is left out, too",
+        "repdeg_fast/analysis/layers.py",
+        "others = without & (part_of == part)[:, None]",
+        "others = mask[rows] & (part_of == part)[:, None]",
+        "tests/test_hidden_states.py -k influence_by_hand",
+    ),
+    Fault(
+        "analysis: mutual information is not corrected for chance",
+        "repdeg_fast/analysis/mutual_information.py",
+        "entropies[1] * (plug_in - by_chance) / room",
+        "entropies[1] * plug_in / entropies[1]",
+        "tests/test_degeneration.py -k mutual_information_in_its_limits",
+    ),
 ]
 
 
