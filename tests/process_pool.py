@@ -32,8 +32,6 @@ class Pool:
         repdeg_fast.cosine_regularization(torch.ones(2, 2))  # kernels are compiled before anyone waits for another
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
-        # the server that has imported all that does not look into this process's sys.path
-        os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
         self.folder = tempfile.TemporaryDirectory()
         self.ranks, pipes = ranks, [context.Pipe() for _ in range(ranks)]
         self.pipes = [mine for mine, _ in pipes]
@@ -41,8 +39,9 @@ class Pool:
             context.Process(target=_serve, args=(rank, ranks, self.folder.name, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
-        for process in self.processes:
-            process.start()
+        with _python_path([os.path.dirname(__file__), *sys.path]):
+            for process in self.processes:
+                process.start()
         for _, theirs in pipes:
             theirs.close()
 
@@ -67,6 +66,21 @@ class Pool:
             if process.is_alive():
                 process.kill()
         self.folder.cleanup()
+
+
+@contextlib.contextmanager
+def _python_path(folders):
+    """The server that has imported all that does not look into this process's sys.path; tests after it must not see
+    what it was told."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(folders)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _serve(rank, ranks, folder, pipe):
