@@ -22,7 +22,7 @@ REGION = re.compile(r"<!-- results of ([\w, ]+): made by `make tables` -->\n.*?<
 NO_GPU = "No GPU measured yet: run `make gpu` on one, then `make tables`."
 _COLUMNS = ("operation", "case", "pass", "faster", "ours", "ms", "% of roof", "peak MB", "best rival", "ms", "peak MB")
 _HEAD = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-_COMMAND = {"cuda": "make gpu", "cpu": "repdeg-fast bench --full --seconds 2 --json"}
+_COMMAND = {"cuda": "make gpu", "cpu": "repdeg-fast bench --full --seconds 1 --json"}
 
 
 def documents(root: Path) -> list[Path]:
