@@ -36,8 +36,14 @@ def shares(counts: Sequence[int], device: torch.device, group: Any = None) -> li
     """Of each of ``counts``, this rank's share. With other ranks a gather, whose result the host waits for."""
     if number(group) == 1:
         return [Share(0, count, count, 1) for count in counts]
+    by_count, rank = zip(*gathered(counts, device, group), strict=True), distributed.get_rank(group)
+    return [Share(sum(of[:rank]), of[rank], sum(of), len(of)) for of in by_count]
+
+
+def gathered(counts: Sequence[int], device: torch.device, group: Any = None) -> list[list[int]]:
+    """The ``counts`` of each rank, which has as many as the others. The host waits for them."""
     mine = torch.tensor(counts, device=device)
     parts = [torch.empty_like(mine) for _ in range(number(group))]
     distributed.all_gather(parts, mine, group=group)
-    by_count, rank = torch.stack(parts, dim=1).tolist(), distributed.get_rank(group)
-    return [Share(sum(of[:rank]), of[rank], sum(of), len(of)) for of in by_count]
+    found: list[list[int]] = torch.stack(parts).tolist()
+    return found

@@ -15,18 +15,17 @@ if not torch.distributed.is_available():
     pytest.skip("torch without distributed", allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def two():
-    pool = Pool(2)
-    yield pool
-    pool.close()
+def pool_of(ranks):
+    @pytest.fixture(scope="module")
+    def pool():
+        pool = Pool(ranks)
+        yield pool
+        pool.close()
+
+    return pool
 
 
-@pytest.fixture(scope="module")
-def four():
-    pool = Pool(4)
-    yield pool
-    pool.close()
+one, two, four = map(pool_of, (1, 2, 4))
 
 
 @pytest.fixture(params=[2, 4])
@@ -161,13 +160,6 @@ def test_bad_contrastive_input(two):
         for name, error in found.items():
             assert error, name
             assert error[1].startswith(f"{name}: "), error
-
-
-@pytest.fixture(scope="module")
-def one():
-    pool = Pool(1)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from repdeg_fast import backends
+from repdeg_fast import _ranks, backends
 from repdeg_fast._arithmetic import arithmetic_dtype, autocast_dtype, without_autocast
 from repdeg_fast._checks import check_choice, check_floating
 from repdeg_fast.contracts.linear_cross_entropy import Head, LossRule, Upstream, Wanted
@@ -73,10 +73,7 @@ def _sizes(queries: Tensor, documents: Tensor, group: Any) -> Sizes:
     check_group(group)
     for name, matrix in (("queries", queries), ("documents", documents)):
         check_floating(name, matrix)
-    mine = torch.tensor([*(_shape(queries)), *(_shape(documents))], device=queries.device)
-    parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
-    distributed.all_gather(parts, mine, group=group)
-    shapes = torch.stack(parts).tolist()
+    shapes = _ranks.gathered([*_shape(queries), *_shape(documents)], queries.device, group)
     blocks = {rows // n if n and rows % n == 0 else -1 for n, _, rows, _ in shapes}
     if len(blocks) > 1 or min(blocks) < 1 or len({width for _, *widths in shapes for width in widths[::2]}) > 1:
         shown = ", ".join(f"({n}, {d}) and ({rows}, {e})" for n, d, rows, e in shapes)

@@ -14,7 +14,14 @@ from repdeg_fast._arithmetic import arithmetic_dtype
 from repdeg_fast._checks import check_floating, check_positive, is_dtensor
 from repdeg_fast.contracts.cosreg import Rows, Saved, Sums
 from repdeg_fast.distributed.debug import check_same
-from repdeg_fast.distributed.shards import VocabularyShard, local_rows, on_device, shard_of, sharded_dimensions, waited
+from repdeg_fast.distributed.shards import (
+    VocabularyShard,
+    local_rows,
+    on_device,
+    part_here,
+    shard_of,
+    sharded_dimensions,
+)
 from repdeg_fast.ops.cosreg import operation
 
 
@@ -118,27 +125,27 @@ def _rows_here(
     if is_dtensor(weight) and shard is None:
         mesh = weight.device_mesh  # type: ignore[attr-defined]
         groups = tuple(mesh.get_group(i) for i in sharded_dimensions(weight, "weight"))  # type: ignore[arg-type]
-        cut, local = Cut(weight.shape[0], groups), waited(weight.to_local())  # type: ignore[attr-defined]
+        cut, here = Cut(weight.shape[0], groups), part_here(weight)
     else:
         shard = shard_of(shard, weight)
-        cut, local = Cut(shard.whole, (shard.group,)), weight
-    check_floating("weight", local)
-    if local.dim() != 2 or cut.whole == 0 or local.shape[1] == 0:
+        cut, here = Cut(shard.whole, (shard.group,)), weight
+    check_floating("weight", here)
+    if here.dim() != 2 or cut.whole == 0 or here.shape[1] == 0:
         raise ValueError(f"weight: expected (N, d), at least one row and one column, got shape {tuple(weight.shape)}")
     check_positive("eps", eps)
     row_weight = local_rows("row_weight", row_weight, weight)
     if row_weight is not None:
         check_floating("row_weight", row_weight)
-        if row_weight.shape != local.shape[:1] or row_weight.device != local.device:
+        if row_weight.shape != here.shape[:1] or row_weight.device != here.device:
             raise ValueError(
-                f"row_weight: expected shape ({local.shape[0]},), one value a row of weight here, on {local.device}, "
+                f"row_weight: expected shape ({here.shape[0]},), one value a row of weight here, on {here.device}, "
                 f"got {tuple(row_weight.shape)} on {row_weight.device}"
             )
         if row_weight.requires_grad:
             raise ValueError("row_weight: gets no gradient; pass row_weight.detach()")
     for group in cut.groups:
         check_same(
-            group, "cosine_regularization", rows=cut.whole, width=local.shape[1], dtype=local.dtype, eps=eps,
+            group, "cosine_regularization", rows=cut.whole, width=here.shape[1], dtype=here.dtype, eps=eps,
             weighted=row_weight is not None, **others,
         )  # fmt: skip
-    return cut, Rows(local, row_weight, eps)
+    return cut, Rows(here, row_weight, eps)

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from repdeg_fast._arithmetic import arithmetic_dtype, without_autocast
-from repdeg_fast._checks import is_dtensor, row_of_padding
+from repdeg_fast._checks import row_of_padding
 from repdeg_fast._seeds import seed_tensor
 from repdeg_fast.contracts.gumbel_mix import Drawn, Heads, LogitChunk, Noise, Origin, RowState, Sums
 from repdeg_fast.contracts.linear_cross_entropy import Columns
@@ -28,8 +28,8 @@ from repdeg_fast.distributed.shards import (
     like,
     local_rows,
     on_device,
+    part_here,
     shard_of,
-    waited,
     whole_here,
 )
 from repdeg_fast.functional.gumbel_mix import check_head
@@ -75,8 +75,8 @@ def gumbel_mix(
     mixture_logits = whole_here("mixture_logits", mixture_logits)
     shard = shard_of(shard, weight)
     bias, tied = local_rows("bias", bias, weight), embedding is weight
-    embedding = _local(local_rows("embedding", embedding, weight))
-    weight = embedding if tied else _local(weight)
+    embedding = part_here(local_rows("embedding", embedding, weight))
+    weight = embedding if tied else part_here(weight)
     if shard.rows:
         check_head(hidden_states, mixture_logits, weight, bias, embedding)
     padding = row_of_padding(padding_idx, shard.whole)
@@ -87,7 +87,7 @@ def gumbel_mix(
     )  # fmt: skip
     call = Call(
         shard, Noise(seed, sampling.temperature, sampling.first_position), sampling.hard, sampling.gradient_scale,
-        None if padding is None or not shard.first <= padding < shard.last else padding - shard.first, backend,
+        shard.row_of(padding), backend,
     )  # fmt: skip
     values, token_ids = _GumbelMix.apply(
         hidden_states.detach(),
@@ -308,7 +308,3 @@ def _same_seed(seed: int | Tensor | None, hidden_states: Tensor, shard: Vocabula
     if seed is None:
         distributed.broadcast(found, group=shard.group, group_src=0)
     return found
-
-
-def _local(tensor: Any) -> Tensor:
-    return waited(tensor.to_local()) if is_dtensor(tensor) else tensor

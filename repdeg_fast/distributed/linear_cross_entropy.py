@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from repdeg_fast._arithmetic import arithmetic_dtype, without_autocast
-from repdeg_fast._checks import is_dtensor, row_of_padding, wrong_target
+from repdeg_fast._checks import row_of_padding, wrong_target
 from repdeg_fast.contracts.linear_cross_entropy import Gradients, Head, LossRule, Upstream, Wanted
 from repdeg_fast.distributed.debug import check_same
 from repdeg_fast.distributed.shards import (
@@ -24,8 +24,8 @@ from repdeg_fast.distributed.shards import (
     like,
     local_rows,
     on_device,
+    part_here,
     shard_of,
-    waited,
     whole_here,
 )
 from repdeg_fast.functional._head_arguments import Options, check_heads, check_options, check_tensors, stacked
@@ -66,7 +66,7 @@ def checked(
     """Arguments as the functions of one device check theirs."""
     options, shard = check_options(options), shard_of(shard, weight)
     bias = local_rows("bias", bias, weight)
-    weight = waited(weight.to_local()) if is_dtensor(weight) else weight  # type: ignore[attr-defined]
+    weight = part_here(weight)
     target = whole_here("target", target)
     if options.strategy == "chunked":
         raise ValueError(
@@ -85,10 +85,9 @@ def checked(
     hidden_states, options = check_tensors(
         hidden_states, like_weight, target, like_bias, options._replace(padding_idx=None)
     )
-    padding_row = None if padding is None or not shard.first <= padding < shard.last else padding - shard.first
     rule = Rule(
         shard, options.ignore_index, options.label_smoothing, float(options.softcap or 0), options.accumulate_dtype,
-        padding_row, backend,
+        shard.row_of(padding), backend,
     )  # fmt: skip
     check_same(
         shard.group, operation_name, hidden_states=hidden_states, target=target, vocabulary=shard.whole,

@@ -79,6 +79,10 @@ class VocabularyShard:
         mine = (ids >= self.first) & (ids < self.last)
         return mine, torch.where(mine, ids - self.first, 0)
 
+    def row_of(self, token: int | None) -> int | None:
+        """Which row here is a token's; ``None``: none."""
+        return None if token is None or not self.first <= token < self.last else token - self.first
+
 
 def check_group(group: Any) -> None:
     """There is a process group, and this rank is in it."""
@@ -151,8 +155,13 @@ def local_rows(name: str, tensor: Tensor | None, weight: Tensor) -> Tensor | Non
     if isinstance(tensor, DTensor) and isinstance(weight, DTensor):
         if tensor.placements != weight.placements or tensor.device_mesh != weight.device_mesh:
             raise ValueError(f"{name}: expected {_shown(weight)} like weight, got {_shown(tensor)}")
-        return waited(tensor.to_local())
+        return part_here(tensor)
     return tensor
+
+
+def part_here(tensor: Any) -> Tensor:
+    """What this rank has of a DTensor, with a gradient; a plain tensor as it is."""
+    return waited(tensor.to_local()) if is_dtensor(tensor) else tensor
 
 
 def whole_here(name: str, tensor: Any) -> Any:
@@ -166,7 +175,7 @@ def whole_here(name: str, tensor: Any) -> Any:
             f"{name}: expected the same on all ranks, Replicate(), got {_shown(tensor)}; "
             f"{name}.redistribute(placements=[Replicate()]) gathers it"
         )
-    return waited(tensor.to_local())
+    return part_here(tensor)
 
 
 def like(result: Tensor, given: Any) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import functional as F
 
-from repdeg_fast.distributed.shards import VocabularyShard, local_rows, shard_of, waited
+from repdeg_fast.distributed.shards import VocabularyShard, local_rows, part_here, shard_of
 from repdeg_fast.nn import MultiLayerMLMHead
 
 
@@ -59,12 +59,11 @@ class VocabularyEmbedding(nn.Embedding):
         weight: Any = self.weight
         shard = shard_of(None, weight)
         mine, rows = shard.local(input)
-        local, padding = waited(weight.to_local()), self.padding_idx
+        here = part_here(weight)
         if not shard.rows:
-            values = local.sum() + local.new_zeros(*input.shape, self.embedding_dim)
+            values = here.sum() + here.new_zeros(*input.shape, self.embedding_dim)
         else:
-            here = padding is not None and shard.first <= padding < shard.last
-            values = F.embedding(rows, local, padding - shard.first if here and padding is not None else None)
+            values = F.embedding(rows, here, shard.row_of(self.padding_idx))
         return _Sum.apply(torch.where(mine[..., None], values, 0), shard.group)
 
 
@@ -81,8 +80,7 @@ _CUT: dict[type, type] = {nn.Embedding: VocabularyEmbedding, nn.Linear: Vocabula
 def vocabulary_logits(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., V) on every rank, of a weight that is cut over ranks."""
     shard, local_bias = shard_of(None, weight), local_rows("bias", bias, weight)
-    local = waited(weight.to_local())  # type: ignore[attr-defined]
-    logits = F.linear(_Copy.apply(hidden_states, shard.group), local, local_bias)
+    logits = F.linear(_Copy.apply(hidden_states, shard.group), part_here(weight), local_bias)
     gathered: Tensor = _Columns.apply(logits, shard)
     return gathered
 

@@ -79,7 +79,7 @@ class FusedCausalLM(FusedModel):
             reduction="mean" if items is None else "sum",
         )
         assert isinstance(loss, Tensor)  # nothing else is asked for
-        return loss if items is None else divided(loss, items)
+        return divided(loss, items)
 
 
 def _forward_of(original: type) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ class FusedModel(PreTrainedModel):
         return not (self.config.return_dict if return_dict is None else return_dict)
 
 
-def divided(loss: Tensor, items: Tensor | int) -> Tensor:
-    """A sum over the items of several batches, as a Trainer that accumulates gradients counts them."""
-    return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+def divided(loss: Tensor, items: Tensor | int | None) -> Tensor:
+    """A sum over the items of several batches, as a Trainer that accumulates gradients counts them; a mean, where it
+    does not."""
+    return loss if items is None else loss / (items.to(loss.device) if isinstance(items, Tensor) else items)

@@ -138,12 +138,10 @@ class FusedModernBertForMaskedLM(FusedMaskedLM, ModernBertForMaskedLM):
         return self._fused(labels, inputs, kwargs)
 
     def _loss(self, head: HuggingFaceHead, hidden_states: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        options = {"ignore_index": kwargs.get("ignore_index", -100)}
-        items = kwargs.get("num_items_in_batch")
-        if items is None:
-            return mlm_losses(head, [hidden_states], labels, **options)[0]
-        loss = mlm_losses(head, [hidden_states], labels, reduction="sum", **options)[0]
-        return divided(loss, items)
+        items, ignore_index = kwargs.get("num_items_in_batch"), kwargs.get("ignore_index", -100)
+        reduction = "mean" if items is None else "sum"
+        losses = mlm_losses(head, [hidden_states], labels, ignore_index=ignore_index, reduction=reduction)
+        return divided(losses[0], items)
 
     def _logits(self, head: HuggingFaceHead, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
         if self.sparse_prediction and labels is not None:  # as there: of the masked positions
