@@ -16,7 +16,7 @@ from repdeg_fast._checks import check_dense, check_finite, check_floating, check
 from repdeg_fast.contracts.linear_cross_entropy import Head
 from repdeg_fast.ops import linear_cross_entropy as _ops
 from repdeg_fast.ops._operator import wants_gradient
-from repdeg_fast.ops.buffers import LIMIT
+from repdeg_fast.ops.buffers import limit
 
 REDUCTIONS = ("none", "sum", "mean")
 FP32 = torch.finfo(torch.float32)
@@ -58,7 +58,7 @@ def arguments(
         (rows, width), device = hidden_states.shape, weight.device
         strategy = _ops.choose_strategy(
             rows, weight.shape[0], width, hidden_states.dtype, upstream_known=upstream_known,
-            buffer_bytes=LIMIT["cpu" if device.type == "cpu" else "cuda"], memory=_memory(device),
+            buffer_bytes=limit(weight), memory=_memory(device),
         )  # fmt: skip
         chunked = strategy == "chunked"
     rule = (class_weight, ignore_index, label_smoothing, softcap, gradient_filter or 0.0)

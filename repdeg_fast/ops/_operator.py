@@ -103,8 +103,9 @@ class Operator(Generic[P, R]):
                 _raise_missing(public_name, "second derivative")
 
     def _run(self, *arguments: Any) -> R:
-        if _first_tensor(arguments).is_cuda:
-            with torch.cuda.device(_first_tensor(arguments).device):  # kernels are launched on the current device
+        first = _first_tensor(arguments)
+        if first.is_cuda:
+            with torch.cuda.device(first.device):  # kernels are launched on the current device
                 return self._body(*arguments)  # type: ignore[call-arg]
         return self._body(*arguments)  # type: ignore[call-arg]
 

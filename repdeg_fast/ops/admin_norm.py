@@ -140,13 +140,10 @@ class _Formula(Formula):
             return (None,) * 13
         y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed = _unpack(ctx)
         dropout, center, _, wanted, backend = ctx.options
-        gradients: list[Tensor | None] = []
-        grad_x, *gradients[:] = admin_norm_backward(
+        grad_x, *others = admin_norm_backward(
             grad_y, y, x, branch, omega, weight, bias, branch_bias, mean, rstd, seed, dropout, center, wanted, backend
         )
-        for i, make in enumerate(wanted):
-            if not make:
-                gradients[i] = None
+        gradients = [others[i] if make else None for i, make in enumerate(wanted)]
         return None, grad_x, *gradients, None, None, None, None, None, None  # of run; from the seed on
 
 
