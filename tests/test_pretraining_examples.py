@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import pydoc_data.topics
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,6 +72,17 @@ def resumed(run, options, tmp_path):
 def test_amos_goes_on_where_it_stopped(arguments, tmp_path):
     options = [*arguments, "--mlm-layers", "1", "2", "--whole-words"]
     resumed(example("pretrain_amos").Amos, options, tmp_path)
+
+
+def test_torchrun_as_the_readme_has_it(arguments, tmp_path):
+    """But for sizes; its numbers on several ranks are those of one process: test_distributed.py."""
+    (command,) = re.findall(r"`torchrun (.*?)`", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"))
+    options = ["--mlm-layers", "1", "2", "--steps", "2", "--output", str(tmp_path / "out")]
+    run = [sys.executable, "-m", "torch.distributed.run", *command.split(), *arguments, *options]
+    done = subprocess.run(run, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 steps, ") == 1  # the first rank tells
+    assert {"checkpoint.pt", "amos", "encoder", "history.csv"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_amos_whole(arguments, tmp_path, capsys, monkeypatch):
