@@ -89,13 +89,16 @@ def _pytest(tree: Path, tests: str, interpreted: bool) -> subprocess.CompletedPr
 
 
 def pytest_configure() -> None:
-    """As a plugin of the runs above: what was compiled of files without the fault is used again."""
-    from repdeg_fast.native import build
+    """As a plugin of the runs above: what was compiled of files without the fault is used again. The library is kept for
+    processes that a test starts, which would compile all of it while others wait."""
+    from repdeg_fast.native import build, cache
 
     def compile_what_changed(library: str, path: Path) -> object:
         folder = path.parent.parent / "objects"
         folder.mkdir(exist_ok=True)
-        return build._run_compiler(library, path.stem, folder)
+        module = build._run_compiler(library, path.stem, folder)
+        cache.keep(Path(shutil.copy(folder / path.name, path.with_suffix(".new"))), path)
+        return module
 
     build._compile = compile_what_changed
 
