@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fault_list import FAULTS, Fault
+from fault_lists import FAULTS, Fault
 
 ROOT = Path(__file__).parent.parent
 NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results")
@@ -89,8 +89,8 @@ def _pytest(tree: Path, tests: str, interpreted: bool) -> subprocess.CompletedPr
 
 
 def pytest_configure() -> None:
-    """As a plugin of the runs above: what was compiled of files without the fault is used again. The library is kept for
-    processes that a test starts, which would compile all of it while others wait."""
+    """As a plugin of the runs above: what was compiled of files without the fault is used again. The library is kept
+    for processes that a test starts, which would compile all of it while others wait."""
     from repdeg_fast.native import build, cache
 
     def compile_what_changed(library: str, path: Path) -> object:
