@@ -18,7 +18,7 @@ _PANEL = 128  # columns of a product that is symmetric: narrower ones would save
 class Covariances:
     """Moments of one or several representations ("sides") of the same points; the points need not fit in memory.
 
-    ::
+    Example::
 
         covariances = Covariances()
         for x, y in batches:

@@ -16,9 +16,9 @@ except ImportError as missing:
 
 
 class RepresentationCallback(TrainerCallback):
-    """Logs, every so many steps, how degenerate the input embedding is: average cosine, effective rank, IsoScore, ….
+    """Logs, every so many steps, how degenerate the input embedding is: average cosine, effective rank, IsoScore.
 
-    ::
+    Example::
 
         trainer = Trainer(model, …)
         trainer.add_callback(RepresentationCallback(trainer, every=100))

@@ -49,13 +49,14 @@ Condenser = TypeVar("Condenser", bound="CondenserForPreTraining")
 class CondenserOutput(ModelOutput):
     """What the models here return; losses are there where labels were given.
 
-    loss: scalar, the sum of the others; of several ranks in training weighted by what each has masked of all.
-    head_loss: scalar, masked-language-model loss after the head.
-    late_loss: scalar, the encoder's own, where ``late_mlm``.
-    contrastive_loss: scalar, of coCondenser: times the number of ranks, which averaging gradients undoes.
-    cls: (B, d), the CLS of the encoder's last layer.
-    last_hidden_state: (B, T, d), of the encoder.
-    hidden_states: of the encoder, the embeddings first, where ``output_hidden_states`` was given.
+    Attributes:
+        loss: scalar, the sum of the others; of several ranks in training weighted by what each has masked of all.
+        head_loss: scalar, masked-language-model loss after the head.
+        late_loss: scalar, the encoder's own, where ``late_mlm``.
+        contrastive_loss: scalar, of coCondenser: times the number of ranks, which averaging gradients undoes.
+        cls: (B, d), the CLS of the encoder's last layer.
+        last_hidden_state: (B, T, d), of the encoder.
+        hidden_states: of the encoder, the embeddings first, where ``output_hidden_states`` was given.
     """
 
     loss: Tensor | None = None

@@ -26,14 +26,15 @@ from repdeg_fast.nn import GumbelMixture, MultiLayerMLMHead
 class AmosOutput(ModelOutput):
     """What :class:`AmosForPreTraining` returns; without labels, ``rtd_logits`` only.
 
-    loss: scalar, Σ mlm_losses + rtd_weight·rtd_loss.
-    mlm_losses: (K,), the mean loss of each head over the masked positions.
-    rtd_loss: scalar, the mean of the discriminator's loss over all positions that are not padding.
-    rtd_accuracy: scalar, the share of them that it gets right (no gradient).
-    replaced: scalar, the share of them that were replaced: one that always says "original" is right on the others.
-    rtd_logits: (B, T), of "replaced".
-    mixture_weights: (K,), α, the mean over the masked positions (no gradient).
-    sampled_ids: (B, T), what the discriminator read: samples at masked positions.
+    Attributes:
+        loss: scalar, Σ mlm_losses + rtd_weight·rtd_loss.
+        mlm_losses: (K,), the mean loss of each head over the masked positions.
+        rtd_loss: scalar, the mean of the discriminator's loss over all positions that are not padding.
+        rtd_accuracy: scalar, the share of them that it gets right (no gradient).
+        replaced: scalar, the share of them that were replaced: one that always says "original" is right on the others.
+        rtd_logits: (B, T), of "replaced".
+        mixture_weights: (K,), α, the mean over the masked positions (no gradient).
+        sampled_ids: (B, T), what the discriminator read: samples at masked positions.
     """
 
     loss: Tensor | None = None
