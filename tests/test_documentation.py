@@ -1,10 +1,12 @@
 """README and the pages of docs/: their Python runs as it stands, their links lead somewhere, they build."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import repdeg_fast
 
@@ -54,7 +56,45 @@ def test_links_resolve(page):
 
 
 def test_the_readme_is_two_screens():
-    assert len(TEXTS["README.md"].splitlines()) <= 100
+    assert len(TEXTS["README.md"].splitlines()) <= 80
+
+
+COMMANDS = {
+    command: name
+    for name, text in TEXTS.items()
+    for block in re.findall(r"```sh\n(.*?)^```|`(repdeg-fast .*?)`", text, re.MULTILINE | re.DOTALL)
+    for command in re.findall(r"^repdeg-fast [^#\n]*[^#\s]", "\n".join(block), re.MULTILINE)
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command):
+    """Options, operations and cases, that is; tests of the command line run them."""
+    pytest.importorskip("typer")
+    from typer.main import get_command
+
+    from repdeg_fast.bench.suite import select
+    from repdeg_fast.cli.app import app
+
+    _, name, *arguments = shlex.split(command)
+    context = get_command(app).commands[name].make_context(name, arguments)
+    if name in ("bench", "profile"):
+        ops, cases = (context.params.get(key, "") for key in ("ops", "cases"))
+        select(list(filter(None, ops.split(","))), list(filter(None, cases.split(","))), [], torch.device("cpu"))
+
+
+def test_the_makefile_has_the_targets_that_are_named():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    shown = "\n".join(re.findall(r"```sh\n.*?^```|`make \w+", "\n".join(TEXTS.values()), re.MULTILINE | re.DOTALL))
+    named = set(re.findall(r"^`?make (\w+)", shown, re.MULTILINE))
+    assert {"bench", "test"} <= named <= set(targets)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_lists_have_an_empty_line_before_them(name):
+    """GitHub needs none, the built pages do."""
+    prose = re.sub(r"```.*?```", "", TEXTS[name], flags=re.DOTALL)
+    assert not re.findall(r"^(?![-*\d ]).+\n[-*] .*", prose, re.MULTILINE)
 
 
 def test_every_public_name_has_its_place():

@@ -35,6 +35,23 @@ def row(provider, ms, **changes):
     return {**names, **figures, "versions": versions, **changes}
 
 
+def test_gains_are_a_line_an_operation(tables):
+    (tables.ROOT / "README.md").write_text(
+        "<!-- gains of contrastive, training_step: made by `make tables` -->\n<!-- end of gains -->"
+    )
+    ours = row("ours-cpu", 4.0, op="contrastive", peak_bytes=1234e6)
+    rows = [row("eager", 9.0, op="contrastive"), row("info-nce-pytorch", 6.0, op="contrastive"), ours]
+    (tables.RESULTS / "NVIDIA_H200.json").write_text(json.dumps(rows))
+    assert tables.main() == tables.main() == 0
+    text = readme(tables)
+    assert "| contrastive loss, `amos-base` | 9 ms | – | **4 ms** | 1.50× | 12 → 1,234 MB |" in text
+    assert "by `make gpu`. *Here*: the fastest of ours (cpu)." in text
+    rows = [{**each, "device": "cpu", "versions": {**each["versions"], "threads": 2}} for each in rows]
+    (tables.RESULTS / "NVIDIA_H200.json").write_text(json.dumps(rows))
+    assert tables.main() == 0
+    assert "`repdeg-fast bench --ops contrastive,training_step --cases amos-base`" in readme(tables)
+
+
 def test_without_results_the_readme_says_so(tables):
     (tables.RESULTS / "NVIDIA_H200.tuning.json").write_text("[]")
     assert tables.main() == tables.main() == 0
@@ -67,7 +84,7 @@ def test_our_fastest_beside_the_fastest_of_the_others(tables):
     assert text.endswith("\n\nafter\n")
     assert "old" not in text
     assert "NVIDIA H200, 2026-11-20, torch 2.11.0; made by `make gpu`:" in text
-    expected = "| amos-base | forward+backward | 1.50× | chunked-triton | 4 | 72 | 12 | liger | 6 | 12 |"
+    expected = "| amos-base | forward + backward | 1.50× | chunked-triton | 4 | 72 | 12 | liger | 6 | 12 |"
     assert [line for line in text.splitlines() if line.startswith("| linear")] == [f"| linear_cross_entropy {expected}"]
     assert tables.NO_GPU not in text
 
@@ -117,7 +134,7 @@ def test_the_places_name_operations():
     places = [
         (page.name, names.split(", "))
         for page in readme_tables.documents(readme_tables.ROOT)
-        for names in readme_tables.REGION.findall(page.read_text(encoding="utf-8"))
+        for _, names in readme_tables.REGION.findall(page.read_text(encoding="utf-8"))
     ]
     assert ("measured.md", ["all"]) in places
     assert "README.md" in dict(places)
