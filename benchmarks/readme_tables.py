@@ -90,8 +90,8 @@ def gains(rows: list[dict], names: list[str]) -> str:
             shown.append(best)
     command = f"repdeg-fast bench --ops {','.join(names)} --cases {','.join(row['case'] for row in shown)}"
     command = command if rows[0]["device"] == "cpu" else _COMMAND["cuda"]
-    ours = ", ".join(row["provider"].removeprefix("ours-") for row in shown)
-    notes = f"*Here*: the fastest of ours ({ours}). *Faster*: than the best of all peers."
+    providers = ", ".join(row["provider"].removeprefix("ours-") for row in shown)
+    notes = f"*Here*: the fastest of ours ({providers}). *Faster*: than the best of all peers."
     return "\n".join([*lines, "", f"{_facts(rows)}; by `{command}`. {notes}"])
 
 
