@@ -274,7 +274,7 @@ def test_error_of_the_gradient_filter(backend):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_gradient_filter_spares_products(dtype, strategy, monkeypatch):
     """On a CPU: confident rows leave few columns, in some tiles none. The gradients are those of the reference."""
     hidden, weight, target, bias = inputs(200, M, D, dtype)

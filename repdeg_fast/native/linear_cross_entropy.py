@@ -26,7 +26,10 @@ class Products:
         self._multiply(out, a, b, accumulate)
 
     def add(self, total: Tensor, product: Tensor) -> None:
-        self._add(total, product)
+        if total.dtype == arithmetic_dtype(product):
+            self._add(total, product)
+        else:  # a sum in 16 bits, of one product that is not the first, or because it was asked for
+            total.add_(product)
 
     def advise(self, fresh: Tensor) -> None:
         self._advise(fresh)
