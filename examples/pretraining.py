@@ -312,8 +312,10 @@ def plot(history: list[dict[str, float]], panels: dict[str, list[str]], path: Pa
     from matplotlib import pyplot as plt
 
     window = max(1, len(history) // 50)
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
-    for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
+    columns = min(2, len(panels))  # more would be too small to read on a page
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False, layout="constrained")
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for name in names:
             means = torch.tensor([line[name] for line in history]).unfold(0, window, 1).mean(1)
             axis.plot(range(window, len(history) + 1), means, label=name)
