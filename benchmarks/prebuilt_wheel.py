@@ -65,7 +65,8 @@ def compile_library(folder: Path, objects: Path, instruction_set: str) -> Path:
     objects.mkdir(parents=True)
     compiler = cpp_extension.get_cxx_compiler()
     flags = [re.sub("=native$", f"={instruction_set}", flag) for flag in build.compile_flags()]
-    options = [*flags, "-std=c++17", "-w", "-Wno-psabi", "-fPIC", *(f"-I{path}" for path in cpp_extension.include_paths())]
+    headers = [f"-I{path}" for path in cpp_extension.include_paths()]
+    options = [*flags, "-std=c++17", "-w", "-Wno-psabi", "-fPIC", *headers]
     sources = [path for path in build.sources("cpu") if path.name != "bindings.cpp"]  # it is for one Python alone
     compiled = [objects / f"{path.stem}.o" for path in sources]
 
