@@ -16,7 +16,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
@@ -245,17 +245,22 @@ def check_requested() -> None:
     _checked_name("REPDEG_FAST_BACKEND", requested())
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Serve every operation from one backend (``"auto"``: the usual choice) inside a ``with`` block.
 
     The setting is that of a context variable: of this thread or task alone. A backward pass uses the backend of its
     forward pass, wherever it runs.
 
     Raises:
-        ValueError: for an unknown name. A backend that cannot serve raises ``RuntimeError`` at the call.
+        ValueError: for an unknown name, also without ``with``. A backend that cannot serve raises ``RuntimeError`` at
+            the call.
     """
-    token, before = _requested.set(_checked_name("name", name)), _traced.name
+    return _using(_checked_name("name", name))
+
+
+@contextmanager
+def _using(name: str) -> Iterator[None]:
+    token, before = _requested.set(name), _traced.name
     _traced.name = name
     try:
         yield

@@ -159,22 +159,6 @@ def test_autocast_and_compilation(model):
     torch.testing.assert_close(compiled(**inputs).loss, expected)
 
 
-def test_a_trainer_accumulates_as_without_us(model, tmp_path):
-    """Batches of unequal numbers of labels, two a step."""
-    rows = [{"input_ids": words, "labels": words} for words in torch.randint(5, 99, (8, 6))]
-    for i, row in enumerate(rows):
-        row["labels"] = row["labels"].masked_fill(torch.arange(6) > i, -100)
-    weights = []
-    for trained in (copy.deepcopy(model), huggingface.apply(model)):
-        arguments = transformers.TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, report_to=[],
-            save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no", seed=1,
-        )  # fmt: skip
-        transformers.Trainer(trained, arguments, train_dataset=rows).train()
-        weights.append(torch.cat([p.detach().flatten() for p in trained.parameters()]))
-    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
-
-
 def test_report_and_switches(capsys):
     bert = tiny(transformers.BertForMaskedLM, transformers.BertConfig, hidden_dropout_prob=0.0)
     plain = copy.deepcopy(bert)

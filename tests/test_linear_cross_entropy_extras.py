@@ -170,8 +170,12 @@ LONG = 4200  # a vocabulary of several steps of the row kernels
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_long_vocabulary(place, strategy):
+    """Whose last classes have the largest logits and weigh more than those before."""
     hidden, weight, target, bias = inputs(LONG, 3, 5, device=place.device, heads=1)
     given = with_weights(TWO[0], place.device, vocabulary=LONG)
+    with torch.no_grad():
+        bias[-50:] += 2
+    given["class_weight"][:-50] /= 4
     found = multi_layer_mlm_loss(hidden, weight, target, bias, strategy=strategy, return_z_loss=True, **given)
     found.loss.sum().backward()
     true = in_float64((hidden, weight, bias), target, given, "mean", torch.ones(1))

@@ -140,6 +140,34 @@ def test_every_way_multiplies(way, native, dtype, accumulate, m, k, n):
         assert torch.equal(out, again)
 
 
+@pytest.fixture
+def three_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.cpp
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize(("m", "k", "n"), [(33, 40, 2100), (2100, 40, 33), (33, 2100, 40)])
+def test_three_threads_share_a_product(m, k, n, way, native):
+    """Pieces of one operand, the last of them shorter, or sums of each thread's own; in order, so that bits stay."""
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    outs = [torch.randn(m, n) for _ in range(2)]
+    for out in outs:
+        native.linear_cross_entropy_multiply.default(out, a, b, False)
+    assert relative_error(outs[0], a.double() @ b.double()) < 1e-6
+    assert torch.equal(*outs)
+
+
+@pytest.mark.cpp
+def test_a_bias_of_any_stride(way, native):
+    x, weight, bias = torch.randn(1500, 8), torch.randn(12, 8), torch.randn(24)[::2]
+    made = native.product.default(x, weight.t(), bias)
+    assert relative_error(made, x.double() @ weight.double().t() + bias.double()) < 1e-6
+
+
 @pytest.mark.cpp
 @pytest.mark.parametrize(("shape", "k", "n"), [((7,), 5, 3), ((2, 9), 1300, 40), ((1500,), 8, 12), ((), 4, 3)])
 @pytest.mark.parametrize("with_bias", [False, True])

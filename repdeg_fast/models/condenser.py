@@ -87,7 +87,8 @@ class CondenserForPreTraining(nn.Module):
         model: ``BertForMaskedLM`` or ``RobertaForMaskedLM``, with ``huggingface.apply`` or without.
         n_head_layers: layers of the head, initialized as the model initializes its own.
         skip_from: where the head's other positions come from: an index of the hidden states, 0 the embeddings. The
-            published recipe for BERT-base has 6.
+            published recipe for BERT-base has 6. The last layer is taken, too, as by the published code, though nothing
+            is skipped then: the head's CLS need not hold what other positions know as well.
         late_mlm: add the encoder's own masked-language-model loss. The published recipe does.
 
     Attributes:

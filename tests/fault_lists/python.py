@@ -45,4 +45,25 @@ FAULTS = [
         "slice(0, None)",
         "tests/test_pairwise.py -k 'values_and_gradients and cut and cpu'",
     ),
+    Fault(
+        "a buffer that is too small serves again",
+        "repdeg_fast/ops/buffers.py",
+        "kept.numel() >= size:",
+        "kept.numel() > 0:",
+        "tests/test_linear_cross_entropy_memory.py tests/test_contrastive.py -k 'kept or chunks_do_not'",
+    ),
+    Fault(
+        "16-bit sums are added up by a kernel for wide ones",
+        "repdeg_fast/native/linear_cross_entropy.py",
+        "if total.dtype == arithmetic_dtype(product):",
+        "if True:",
+        "tests/test_linear_cross_entropy_numerics.py -k sums_over_chunks",
+    ),
+    Fault(
+        "the last position of a sequence predicts the next one's first",
+        "repdeg_fast/functional/linear_cross_entropy.py",
+        "return F.pad(target[..., steps:], (0, steps), value=ignore_index)",
+        "return target.flatten().roll(-steps).view(target.shape)",
+        "tests/test_linear_cross_entropy_extras.py -k 'shift and reference'",
+    ),
 ]
