@@ -65,6 +65,22 @@ def test_cross_entropy(ranks, form):
         ranks.run(cases.cross_entropy, form, heads, options, dtype, whole, backend)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_cross_entropy_with_options(ranks, form):
+    for heads, options, dtype, whole, backend in [
+        (2, {"weighted": True}, torch.float32, 21, "auto"),
+        (2, {"weighted": True, "label_smoothing": 0.2, "reduction": "none"}, torch.float32, 5, "auto"),
+        (1, {"weighted": True, "label_smoothing": 0.2, "softcap": 3.0, "shift": 2}, torch.float64, 21, "auto"),
+        (1, {"label_smoothing": 0.3, "softcap": 3.0, "reduction": "sum"}, torch.float32, 21, "reference"),
+        (2, {"lse_square_scale": 0.1, "weighted": True}, torch.float32, 21, "reference"),
+        (1, {"lse_square_scale": 0.1, "reduction": "none", "shift": True}, torch.float32, 40, "auto"),
+        (2, {"gradient_filter": 0.02, "label_smoothing": 0.1, "plain": True}, torch.float32, 21, "reference"),
+        (2, {"gradient_filter": 0.02, "softcap": 5.0, "plain": True}, torch.float32, 40, "auto"),
+        (3, {"weighted": True, "label_smoothing": 0.1, "lse_square_scale": 0.01}, torch.bfloat16, 40, "auto"),
+    ]:
+        ranks.run(cases.cross_entropy_options, form, heads, options, dtype, whole, backend)
+
+
 @pytest.mark.parametrize(
     ("ranges", "whole", "expected"),
     [
@@ -94,7 +110,9 @@ def test_bad_input_is_an_error_on_every_rank(two):
         "hidden states cut": r"hidden_states: expected the same on all ranks, Replicate\(\)",
         "target": "target: expected values from 0 to 7, .* got 8",
         "chunked": "strategy: expected auto or streaming over shards",
-        "softcap": "softcap: expected None over shards together with label_smoothing",
+        "class weights of the rows here": r"class_weight: expected shape \(8,\), one value a class, got \(4,\)",
+        "class weights cut": r"class_weight: expected the same on all ranks, Replicate\(\)",
+        "shift": "shift: expected a number of positions",
         "padding": "padding_idx: expected a row of weight, from 0 to 7, got 8",
         "row weights": "row_weight: expected no negative value on any rank",
     }

@@ -105,7 +105,9 @@ class Kernels(Protocol):
     def total(self, losses: Tensor, heads: int, share: Tensor) -> Tensor:
         """(K,): the sum of each head's rows, times their share."""
 
-    def forward(self, head: Head, rule: LossRule, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, head: Head, rule: LossRule, predicted: Tensor | None = None, look: Look | None = None
+    ) -> tuple[Tensor, Tensor]:
         """ℓ and the log-sum-exp of every row, (N,) each. A target outside the vocabulary makes its rows' ℓ NaN.
         ``predicted`` (N,), int64, is written: the first of the classes with the largest logit."""
 
@@ -116,9 +118,13 @@ class Kernels(Protocol):
         """As ``forward``, and the gradients of Σ grad_loss·ℓ + Σ grad_lse·lse + Σ grad_lse_square·lse² in one sweep,
         where these are known beforehand."""
 
-    def backward(self, upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted) -> Gradients:
+    def backward(
+        self, upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted,
+        columns: Columns | None = None,
+    ) -> Gradients:  # fmt: skip
         """The gradients of Σ grad_loss·ℓ + Σ grad_lse·lse from the saved log-sum-exp, without a square: what that
-        means is known by then (:meth:`Upstream.at`)."""
+        means is known by then (:meth:`Upstream.at`). ``columns``: weight and bias are those of a part of the
+        vocabulary, whose targets, log-sum-exp and class weights are of the whole."""
 
     def rescale_(
         self, gradients: Gradients, grad_heads: Tensor, rows: GradRows, head: Head, rule: LossRule, wanted: Wanted

@@ -110,7 +110,7 @@ def mlm_losses_and_sample(
     call = cross_entropy.checked("mlm_losses_and_sample", hidden_states, weight, target, bias, options, shard, backend)
     check_heads(call.hidden_states.shape, call.target)
     heads = call.hidden_states
-    losses, _ = cross_entropy.losses(call._replace(hidden_states=heads.flatten(0, 1)), len(heads))
+    losses, *_ = cross_entropy.losses(call._replace(hidden_states=heads.flatten(0, 1)), len(heads))
     token_ids, values = gumbel_mix(
         heads, mixture_logits, weight, bias, embedding, sampling, options.padding_idx, shard, backend
     )

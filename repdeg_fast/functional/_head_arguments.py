@@ -108,13 +108,15 @@ def _filter(gradient_filter: float | None) -> float | None:
     return float(gradient_filter)
 
 
-def _check_class_weight(class_weight: Tensor, vocabulary: int) -> None:
+def check_class_weight(class_weight: Tensor, vocabulary: int, device: torch.device) -> None:
     check_floating("class_weight", class_weight)
     if class_weight.shape != (vocabulary,):
         given = tuple(class_weight.shape)
-        raise ValueError(f"class_weight: expected shape ({vocabulary},), one value a row of weight, got {given}")
+        raise ValueError(f"class_weight: expected shape ({vocabulary},), one value a class, got {given}")
     if class_weight.requires_grad:
         raise ValueError("class_weight: expected a tensor that needs no gradient, got one that does; detach() it")
+    if class_weight.device != device:
+        _raise_device(device, class_weight=class_weight)
 
 
 def check_target(target: Tensor, ignore_index: int) -> None:
@@ -167,11 +169,8 @@ def check_tensors(
             raise ValueError(
                 f"bias: expected shape ({vocabulary},), one value a row of weight, got {tuple(bias.shape)}"
             )
-    class_weight = options.class_weight
-    if class_weight is not None:
-        _check_class_weight(class_weight, vocabulary)
-        if class_weight.device != device:
-            _raise_device(device, class_weight=class_weight)
+    if options.class_weight is not None:
+        check_class_weight(options.class_weight, vocabulary, device)
     if not (weight.device == device == target.device and (bias is None or bias.device == device)):
         _raise_device(device, weight=weight, target=target, bias=bias)
     hidden_states = _operand(hidden_states, weight, bias)

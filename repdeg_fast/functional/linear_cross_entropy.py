@@ -37,6 +37,20 @@ class CrossEntropyOutput(NamedTuple):
     accuracy: Tensor | None = None  # () or (K,), float32: of the targets that count; 0 where none does
 
 
+class Asked(NamedTuple):
+    """What a call is to return beside the loss."""
+
+    lse: bool
+    z_loss: bool
+    predictions: bool
+    accuracy: bool
+    shift: bool | int = False
+
+    @property
+    def predict(self) -> bool:
+        return self.predictions or self.accuracy
+
+
 def linear_cross_entropy(
     hidden_states: Tensor,  # (..., d)
     weight: Tensor,  # (V, d)
@@ -96,7 +110,7 @@ def linear_cross_entropy(
         return_z_loss, return_predictions, return_accuracy: return these, too.
         shard: ``weight`` and ``bias`` are the rows that this rank has of a vocabulary cut over ranks, which have
             ``hidden_states`` and ``target`` whole; V, ``target`` and ``padding_idx`` are those of the whole. Not needed
-            where ``weight`` is a DTensor with ``Shard(0)``. What follows ``padding_idx`` above is refused over shards.
+            where ``weight`` is a DTensor with ``Shard(0)``. ``class_weight`` is whole, too.
 
     Returns:
         The loss in float32 (float64 for float64 inputs): a scalar, or (...) for ``reduction="none"``. With any of
@@ -113,13 +127,9 @@ def linear_cross_entropy(
     if is_cut(weight, shard):
         from repdeg_fast.distributed import linear_cross_entropy as over_shards
 
-        _refuse_over_shards(
-            shift=shift if reduction == "none" or return_lse else 0, return_z_loss=return_z_loss,
-            return_predictions=return_predictions, return_accuracy=return_accuracy,
-        )  # fmt: skip
-        target = _shifted(target, shift, ignore_index) if shift else target
+        asked = Asked(return_lse, return_z_loss, return_predictions, return_accuracy, shift)
         backend = backends.requested()
-        return over_shards.linear_cross_entropy(hidden_states, weight, target, bias, given, shard, backend, return_lse)
+        return over_shards.linear_cross_entropy(hidden_states, weight, target, bias, given, shard, backend, asked)
     hidden_states, options = check_tensors(hidden_states, weight, target, bias, check_options(given))
     positions = hidden_states.shape[:-1]
     if target.shape != positions:
@@ -128,28 +138,53 @@ def linear_cross_entropy(
             f"got {tuple(target.shape)}"
         )
     if shift:
-        target = _shifted(target, shift, ignore_index)
+        target = shifted(target, shift, ignore_index)
     if len(positions) != 1:
         hidden_states, target = hidden_states.reshape(-1, hidden_states.shape[-1]), target.reshape(-1)
     head = Head(hidden_states, weight, target.contiguous(), bias)
     predict = return_predictions or return_accuracy
     flat = arguments(head, 1, options, upstream_known=not return_lse, predict=predict)
     loss, lse, _, _, _, predicted = _ops.linear_cross_entropy(*head, *flat)
-    loss = loss.view(positions if reduction == "none" else ())
     if not (return_lse or return_z_loss or predict or shift):
-        return loss
-    found = CrossEntropyOutput(
+        return loss.view(positions if reduction == "none" else ())
+    asked = Asked(return_lse, return_z_loss, return_predictions, return_accuracy, shift)
+    return told((loss, lse, predicted), target, positions, options, asked)
+
+
+def told(
+    found: tuple[Tensor, Tensor, Tensor], target: Tensor, positions: torch.Size, options: Options, asked: Asked
+) -> Tensor | tuple[Tensor, Tensor] | CrossEntropyOutput:
+    """What a call returns, from loss, log-sum-exp and predicted class of rows, one after the other."""
+    loss, lse, predicted = found
+    loss = loss.view(positions if options.reduction == "none" else ())
+    output = CrossEntropyOutput(
         loss,
-        lse.view(positions) if return_lse else None,
-        _z_loss(lse, target, 1, options).view(loss.shape) if return_z_loss else None,
-        predicted.view(positions) if return_predictions else None,
-        _accuracy(predicted, target, 1, ignore_index).view(()) if return_accuracy else None,
+        lse.view(positions) if asked.lse else None,
+        _z_loss(lse, target, 1, options).view(loss.shape) if asked.z_loss else None,
+        predicted.view(positions) if asked.predictions else None,
+        _accuracy(predicted, target, 1, options.ignore_index).view(()) if asked.accuracy else None,
     )
-    if shift:
-        found = _cut(found, positions, int(shift))
-    if return_z_loss or predict:
-        return found
-    return (found.loss, found.lse) if found.lse is not None else found.loss
+    if asked.shift:
+        output = _cut(output, positions, int(asked.shift))
+    if asked.z_loss or asked.predict:
+        return output
+    return output.loss if output.lse is None else (output.loss, output.lse)
+
+
+def told_of_heads(
+    found: tuple[Tensor, Tensor, Tensor], target: Tensor, heads: int, options: Options, asked: Asked
+) -> Tensor | CrossEntropyOutput:
+    """:func:`told`, of several heads."""
+    loss, lse, predicted = found
+    if not (asked.z_loss or asked.predict):
+        return loss
+    return CrossEntropyOutput(
+        loss,
+        None,
+        _z_loss(lse, target, heads, options) if asked.z_loss else None,
+        predicted.view(heads, target.shape[0]) if asked.predictions else None,
+        _accuracy(predicted, target, heads, options.ignore_index) if asked.accuracy else None,
+    )
 
 
 @overload
@@ -238,6 +273,7 @@ def multi_layer_mlm_loss(
     Raises:
         TypeError, ValueError: naming the argument, as :func:`linear_cross_entropy`.
     """
+    asked = Asked(False, return_z_loss, return_predictions, return_accuracy)
     given = Options(
         ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx, class_weight,
         lse_square_scale, gradient_filter,
@@ -245,37 +281,19 @@ def multi_layer_mlm_loss(
     if is_cut(weight, shard):
         from repdeg_fast.distributed import linear_cross_entropy as over_shards
 
-        _refuse_over_shards(
-            return_z_loss=return_z_loss, return_predictions=return_predictions, return_accuracy=return_accuracy
+        return over_shards.multi_layer_mlm_loss(
+            hidden_states, weight, target, bias, given, shard, backends.requested(), asked
         )
-        backend = backends.requested()
-        return over_shards.multi_layer_mlm_loss(hidden_states, weight, target, bias, given, shard, backend)
     hidden_states, options = check_tensors(stacked(hidden_states), weight, target, bias, check_options(given))
     check_heads(hidden_states.shape, target)
-    heads, positions, _ = hidden_states.shape
+    heads = hidden_states.shape[0]
     head = Head(hidden_states.flatten(0, 1), weight, target.contiguous(), bias)
-    predict = return_predictions or return_accuracy
-    loss, lse, _, _, _, predicted = _ops.linear_cross_entropy(*head, *arguments(head, heads, options, predict=predict))
-    if not (return_z_loss or predict):
-        return loss
-    return CrossEntropyOutput(
-        loss,
-        None,
-        _z_loss(lse, target, heads, options) if return_z_loss else None,
-        predicted.view(heads, positions) if return_predictions else None,
-        _accuracy(predicted, target, heads, ignore_index) if return_accuracy else None,
-    )
+    flat = arguments(head, heads, options, predict=asked.predict)
+    loss, lse, _, _, _, predicted = _ops.linear_cross_entropy(*head, *flat)
+    return told_of_heads((loss, lse, predicted), target, heads, options, asked)
 
 
-def _refuse_over_shards(**options: bool | int) -> None:
-    for name, value in options.items():
-        if value:
-            raise ValueError(
-                f"{name}: expected none over shards, where it is not served, got {value}; gather the weight"
-            )
-
-
-def _shifted(target: Tensor, shift: bool | int, ignore_index: int) -> Tensor:
+def shifted(target: Tensor, shift: bool | int, ignore_index: int) -> Tensor:
     """What each position predicts: nothing, at the end of a sequence."""
     check_integer("shift", int(shift) if isinstance(shift, bool) else shift)
     if shift < 0 or target.dim() == 0:

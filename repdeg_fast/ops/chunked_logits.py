@@ -63,8 +63,10 @@ class ChunkedLogits:
     def total(self, losses: Tensor, heads: int, share: Tensor) -> Tensor:
         return self.kernels.total(losses, heads, share)
 
-    def forward(self, head: Head, rule: LossRule, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        loss, lse, _ = self.forward_backward(None, head, rule, NOTHING, None, predicted)
+    def forward(
+        self, head: Head, rule: LossRule, predicted: Tensor | None = None, look: Look | None = None
+    ) -> tuple[Tensor, Tensor]:
+        loss, lse, _ = self.forward_backward(None, head, rule, NOTHING, look, predicted)
         return loss, lse
 
     def forward_backward(
@@ -133,10 +135,14 @@ class ChunkedLogits:
             total.add(_columns(dz, tile), operand(_part(weight, tile), dz.dtype), i == 0)
         total.finish()
 
-    def backward(self, upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted) -> Gradients:
+    def backward(
+        self, upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted,
+        columns: Columns | None = None,
+    ) -> Gradients:  # fmt: skip
         hidden_states, weight, target, bias = head
         dtype, wide = operand_dtype(hidden_states), lse.dtype
         (n, _), vocabulary = hidden_states.shape, weight.shape[0]
+        whole = columns or Columns(0, vocabulary)
         gradients = _gradients(head, wide, wanted)
         grad_hidden, grad_weight, grad_bias = gradients
         made_in = wide if self.kernels.wide_logits else dtype
@@ -148,7 +154,7 @@ class ChunkedLogits:
         gradient = None if made_in == dtype else buffers.matrix(hidden_states, *at_once, dtype)
         for tile in tiles:
             begin = 0 if tile is None else tile.start
-            part, columns = operand(_part(weight, tile), dtype), Columns(begin, vocabulary)
+            part, here = operand(_part(weight, tile), dtype), Columns(whole.first + begin, whole.vocabulary)
             grad_part, grad_bias_part, bias_part = (
                 None if t is None else _part(t, tile) for t in (grad_weight, grad_bias, values)
             )
@@ -163,7 +169,7 @@ class ChunkedLogits:
                     z, _part(lse, chunk), None, grad_bias_part, target, first, bias_part,
                     _part(upstream.grad_loss, chunk), grad_lse, dz,
                 )  # fmt: skip
-                self.kernels.rows(block, columns, rule, accumulate_bias=first > 0)
+                self.kernels.rows(block, here, rule, accumulate_bias=first > 0)
                 dz = z if dz is None else dz
                 kept = _columns_left(dz, rule) if rule.gradient_filter else None
                 if grad_hidden is not None:

@@ -5,10 +5,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from repdeg_fast.contracts.linear_cross_entropy import Columns, Gradients, GradRows, Head, LogitBlock, LossRule, Wanted
-from repdeg_fast.ops.chunked_logits import ChunkedLogits
+from repdeg_fast.contracts.linear_cross_entropy import (
+    Columns,
+    Gradients,
+    GradRows,
+    Head,
+    LogitBlock,
+    Look,
+    LossRule,
+    Upstream,
+    Wanted,
+)
+from repdeg_fast.ops.chunked_logits import NOTHING, ChunkedLogits
 from repdeg_fast.ops.products import LibraryProducts
 
 if TYPE_CHECKING:
@@ -38,8 +49,15 @@ class Kernels(ChunkedLogits):
     def __init__(self) -> None:
         super().__init__(RowKernels())
 
-    def forward(self, head: Head, rule: LossRule, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return streaming.forward(head, rule, predicted)
+    def forward(
+        self, head: Head, rule: LossRule, predicted: Tensor | None = None, look: Look | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if look is None:
+            return streaming.forward(head, rule, predicted)
+        n = head.hidden_states.shape[0]  # logits to look at are in memory: what passes over them makes gradients, too
+        nothing = Upstream(head.hidden_states.new_zeros((), dtype=torch.float32).expand(n))
+        loss, lse, _ = self.forward_backward(nothing, head, rule, NOTHING, look, predicted)
+        return loss, lse
 
     def rescale_(
         self, gradients: Gradients, grad_heads: Tensor, rows: GradRows, head: Head, rule: LossRule, wanted: Wanted

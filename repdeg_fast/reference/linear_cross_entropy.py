@@ -23,7 +23,16 @@ from torch import Tensor
 
 from repdeg_fast._arithmetic import arithmetic_dtype, scale_or_repeat_, weight_of_targets
 from repdeg_fast._checks import wrong_target
-from repdeg_fast.contracts.linear_cross_entropy import Gradients, GradRows, Head, Look, LossRule, Upstream, Wanted
+from repdeg_fast.contracts.linear_cross_entropy import (
+    Columns,
+    Gradients,
+    GradRows,
+    Head,
+    Look,
+    LossRule,
+    Upstream,
+    Wanted,
+)
 
 
 def at_once(head: Head, rule: LossRule, heads: int, mean: bool, wanted: Wanted) -> None:
@@ -51,36 +60,43 @@ def total(losses: Tensor, heads: int, share: Tensor) -> Tensor:
     return losses.view(heads, len(losses) // heads).sum(1, dtype=torch.float64).mul_(share).to(losses.dtype)
 
 
-def forward(head: Head, rule: LossRule, predicted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    head: Head, rule: LossRule, predicted: Tensor | None = None, look: Look | None = None
+) -> tuple[Tensor, Tensor]:
     """ℓ and lse of every row, (N,) each, and the class with the largest logit."""
-    z = _logits(head, rule.softcap)
-    target, ignored, invalid = _rows_of_target(head, rule.ignore_index)
+    if look is not None and len(head.target):
+        look(_logits(head._replace(bias=None), 0.0).unflatten(0, (-1, len(head.target))), 0)
+    z, whole = _logits(head, rule.softcap), Columns(0, len(head.weight))
+    target, ignored, invalid = _rows_of_target(head, rule.ignore_index, whole)
     if predicted is not None:
         predicted.copy_(z.argmax(dim=1))
     log_p = z.log_softmax(dim=1)  # z − lse, as exact where z is far from zero as elsewhere
-    of_target, of_each = _label_distribution(target, z, rule)
+    of_target, of_each = _label_distribution(target, z, rule, whole)
     loss = -of_target * log_p.gather(1, target[:, None])[:, 0]
     if rule.label_smoothing:
         loss = loss - (of_each * log_p).sum(dim=1)
     return loss.masked_fill(invalid, float("nan")).masked_fill(ignored, 0), z.logsumexp(dim=1)
 
 
-def backward(upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted) -> Gradients:
+def backward(
+    upstream: Upstream, head: Head, lse: Tensor, rule: LossRule, wanted: Wanted, columns: Columns | None = None
+) -> Gradients:
     """The gradients of Σ g·ℓ + Σ u·lse."""
     hidden_states, weight, _, bias = head
-    z = _logits(head, rule.softcap)
-    target, ignored, invalid = _rows_of_target(head, rule.ignore_index)
+    z, whole = _logits(head, rule.softcap), columns or Columns(0, len(weight))
+    target, ignored, invalid = _rows_of_target(head, rule.ignore_index, whole)
     g = upstream.grad_loss.masked_fill(invalid, float("nan")).masked_fill(ignored, 0)[:, None]
     u = torch.zeros_like(g) if upstream.grad_lse is None else upstream.grad_lse[:, None]
-    of_target, of_each = _label_distribution(target, z, rule)
+    of_target, of_each = _label_distribution(target, z, rule, whole)
     p = _softmax(z, lse[:, None])
-    dz = (g * (of_target[:, None] + of_each.sum()) + u) * p - g * of_each
-    dz.scatter_add_(1, target[:, None], -g * of_target[:, None])
+    here = slice(whole.first, whole.first + len(weight))
+    is_target = torch.arange(here.start, here.stop, device=z.device) == target[:, None]
+    dz = (g * (of_target[:, None] + of_each.sum()) + u) * p - g * of_each[here]
+    dz -= torch.where(is_target, g * of_target[:, None], 0)
     if rule.softcap:
         dz = dz * (1 - (z / rule.softcap) ** 2)
     if rule.gradient_filter:
-        rare, at = p < rule.gradient_filter, target[:, None]
-        dz.masked_fill_(rare.scatter(1, at, rare.gather(1, at) & ignored[:, None]), 0)
+        dz.masked_fill_((p < rule.gradient_filter) & ~(is_target & ~ignored[:, None]), 0)
     dz.masked_fill_((g == 0) & (u == 0), 0)  # a row that does not count gives nothing, even where z is not a number
     return Gradients(
         (dz @ weight.to(z.dtype)).to(hidden_states.dtype) if wanted.hidden_states else None,
@@ -94,9 +110,7 @@ def forward_backward(
     predicted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:  # fmt: skip
     """Both, where g, u and q are known beforehand."""
-    if look is not None and len(head.target):
-        look(_logits(head._replace(bias=None), 0.0).unflatten(0, (-1, len(head.target))), 0)
-    loss, lse = forward(head, rule, predicted)
+    loss, lse = forward(head, rule, predicted, look)
     return loss, lse, backward(upstream.at(lse, head.target, rule.ignore_index), head, lse, rule, wanted)
 
 
@@ -125,15 +139,15 @@ def _logits(head: Head, softcap: float) -> Tensor:
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
-def _rows_of_target(head: Head, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One index a row that is safe to gather with, and which rows are ignored and which invalid."""
+def _rows_of_target(head: Head, ignore_index: int, whole: Columns) -> tuple[Tensor, Tensor, Tensor]:
+    """One class of the whole vocabulary a row, and which rows are ignored and which invalid."""
     target = head.target.long().repeat(len(head.hidden_states) // max(len(head.target), 1))
     ignored = target == ignore_index
-    invalid = ((target < 0) | (target >= len(head.weight))) & ~ignored
+    invalid = ((target < 0) | (target >= whole.vocabulary)) & ~ignored
     return target.masked_fill(ignored | invalid, 0), ignored, invalid
 
 
-def _label_distribution(target: Tensor, z: Tensor, rule: LossRule) -> tuple[Tensor, Tensor]:
+def _label_distribution(target: Tensor, z: Tensor, rule: LossRule, whole: Columns) -> tuple[Tensor, Tensor]:
     """y: what falls to each row's target (N,), and what to every class (V,), to all rows alike."""
-    weight = z.new_ones(z.shape[1]) if rule.class_weight is None else rule.class_weight.each
-    return (1 - rule.label_smoothing) * weight[target], rule.label_smoothing / z.shape[1] * weight
+    weight = z.new_ones(whole.vocabulary) if rule.class_weight is None else rule.class_weight.each
+    return (1 - rule.label_smoothing) * weight[target], rule.label_smoothing / whole.vocabulary * weight
