@@ -218,6 +218,12 @@ def test_twenty_steps_in_another_way(alone, two, kind, wrap):
     check_trained(two.run(training_cases.train, kind, wrap), alone(kind))
 
 
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp-layers"])
+def test_gradient_caching_over_ranks(alone, two, wrap):
+    """Masked words are not equally many: the numbers of one process without chunks."""
+    check_trained(two.run(training_cases.train, "CachedCondenser", wrap), alone("Condenser"))
+
+
 def test_training_goes_on_with_another_number_of_processes(alone, two, four, tmp_path):
     kind, wrap = "LanguageModel", "fsdp-layers"
     two.run(training_cases.train, kind, wrap, range(10), str(tmp_path))

@@ -163,6 +163,26 @@ def test_an_embedding_sharded_by_itself(mesh):
         torch.testing.assert_close(whole(parameter.grad), expected.grad, msg=name)
 
 
+def test_a_parameter_of_fsdp_is_no_shard_of_a_vocabulary(mesh):
+    """Its ranks have other batches. CosReg takes it, and losses take it where it is whole."""
+    model, hidden = fully_shard(Model(), mesh=mesh), torch.randn(4, D)
+    target = torch.arange(4)
+    remedy = r"got a parameter that fully_shard has cut .* inside the forward pass of the module"
+    with pytest.raises(ValueError, match=f"weight: expected rows .*{remedy}"):
+        repdeg_fast.linear_cross_entropy(hidden, model.embedding.weight, target)
+    with pytest.raises(ValueError, match=remedy):
+        repdeg_fast.gumbel_mix(hidden[None], None, model.embedding.weight)
+    assert repdeg_fast.cosine_regularization(model.embedding.weight).isfinite()
+    model(words())  # and after a pass
+    model.reshard()
+    with pytest.raises(ValueError, match=remedy):
+        repdeg_fast.linear_cross_entropy(hidden, model.embedding.weight, target)
+    plain = torch.randn(V, D)
+    other = nn.Parameter(distribute_tensor(plain, mesh, [Shard(0)]))
+    found = repdeg_fast.linear_cross_entropy(hidden, other, target)
+    torch.testing.assert_close(found, repdeg_fast.linear_cross_entropy(hidden, plain, target))
+
+
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
 def test_dtensors_that_are_given(mesh, placement):
     """A table may be cut by rows, or copied; what else is given is whole."""

@@ -21,6 +21,7 @@ from repdeg_fast.integrations import huggingface
 from repdeg_fast.models.amos import AmosConfig, AmosForPreTraining
 from repdeg_fast.models.condenser import CoCondenserForPreTraining
 from repdeg_fast.nn import AdminEncoder, AdminEncoderLayer
+from repdeg_fast.training import cached_backward
 
 STEPS, ROWS, LENGTH, V, D = 20, 8, 9, 67, 16
 SIZES = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": D}
@@ -47,6 +48,11 @@ class Training:
 
     def loss(self, model, batch, step):
         return model(**batch).loss
+
+    def backward(self, model, batch, step):
+        loss = self.loss(model, batch, step)
+        loss.backward()
+        return loss
 
     def shown(self, loss):
         return loss
@@ -88,6 +94,16 @@ class Condenser(Training):
     def shown(self, loss):
         """The contrastive loss counts once a rank."""
         return loss - self.contrastive * (1 - 1 / distributed.get_world_size())
+
+
+class CachedCondenser(Condenser):
+    """The same, in chunks."""
+
+    def backward(self, model, batch, step):
+        encode = lambda chunk: self.model.encoded(chunk, model)  # noqa: E731
+        losses = cached_backward(encode, self.model.contrastive_loss, batch, chunk_size=3, module=model)
+        self.contrastive = losses.embedding_loss
+        return losses.loss
 
 
 class HuggingFace(Training):
@@ -213,9 +229,8 @@ def train(rank, kind, wrap, steps=range(STEPS), folder=None):
         checkpoint.load(state, checkpoint_id=folder)
         set_model_state_dict(model, state)
     for step, batch in zip(steps, batches, strict=True):
-        loss = training.loss(model, batch, step)
         optimizer.zero_grad()
-        loss.backward()
+        loss = training.backward(model, batch, step)
         if isinstance(model, FSDPModule):
             model.reshard()
         training.after_backward()

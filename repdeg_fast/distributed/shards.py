@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -118,6 +119,12 @@ def shard_of(shard: VocabularyShard | None, weight: Tensor, name: str = "weight"
     if shard is not None:
         raise ValueError(f"shard: expected None beside a {name} that is a DTensor, which says what it is itself")
     assert isinstance(weight, DTensor)
+    if _is_of_fsdp(weight):
+        raise ValueError(
+            f"{name}: expected rows over ranks that have the same batch, got a parameter that fully_shard has cut "
+            "(FSDP2), whose ranks have batches of their own; call this inside the forward pass of the module that was "
+            f"given to fully_shard, where {name} is whole"
+        )
     dimensions = sharded_dimensions(weight, name)
     if len(dimensions) != 1:
         raise ValueError(
@@ -132,6 +139,19 @@ def shard_of(shard: VocabularyShard | None, weight: Tensor, name: str = "weight"
             f"{weight._local_tensor.shape[0]}; pass the local tensor with shard=VocabularyShard(first, last, whole)"
         )
     return _known(first, last, whole, mesh.get_group(dimension))
+
+
+def _is_of_fsdp(weight: DTensor) -> bool:
+    """Nothing in a parameter says that ``fully_shard`` has cut it: torch's states of modules do, which are not public.
+    Where a version has none of these names, nothing is found."""
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    for state in [reference() for reference in states.values()]:
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # before torch 2.13
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        if any(weight is one.sharded_param for group in groups if group is not None for one in group.fsdp_params):
+            return True
+    return False
 
 
 def sharded_dimensions(weight: DTensor, name: str) -> list[int]:

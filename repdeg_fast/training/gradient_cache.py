@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from repdeg_fast import _ranks
 from repdeg_fast._checks import check_finite, check_size
 
 
@@ -33,7 +34,7 @@ class CachedLosses(NamedTuple):
 
     loss: Tensor  # of the embeddings + chunk_loss_weight · chunk_loss
     embedding_loss: Tensor
-    chunk_loss: Tensor | None  # the mean over all that the chunks count, not over chunks
+    chunk_loss: Tensor | None  # the mean over all that the chunks count, of all ranks in training; not over chunks
 
 
 Encode = Callable[[Any], "Tensor | Encoded"]
@@ -49,12 +50,18 @@ def cached_backward(
     scaler: torch.amp.GradScaler | None = None,
     chunk_loss_weight: float = 1.0,
     synchronize: bool = True,
+    group: Any = None,
 ) -> CachedLosses:
     """Gradients of ``loss_fn(*embeddings)`` plus the chunks' own losses, added to ``.grad`` as ``backward()`` does.
 
     Equal to encoding the chunks one after the other with a graph, for any chunk size. Everything happens inside the
     call, so that autocast around it holds for both passes. Without gradients (``torch.no_grad()``) only losses are
     computed. What an encoder counts itself, such as statistics of BatchNorm, it counts twice.
+
+    Under ``torch.distributed`` the chunks' losses are weighted by what all ranks count, for gradients that are averaged
+    over ranks: these are then those of one process with all chunks. Only gradients with a graph are: a rank that
+    evaluates alone waits for nobody. ``loss_fn`` is a rank's own; :func:`repdeg_fast.contrastive_loss` has ``group=``
+    for a batch that ranks share.
 
     Args:
         encode: takes a chunk and returns its embeddings (n, d), or :class:`Encoded`. Called twice a chunk; it must do
@@ -71,6 +78,7 @@ def cached_backward(
         chunk_loss_weight: of the chunks' losses beside that of the embeddings.
         synchronize: ``False`` leaves gradients unsynchronized, as for all but the last of several batches whose
             gradients accumulate.
+        group: of ``torch.distributed``: the ranks that gradients are averaged over, all unless given.
 
     Raises:
         TypeError, ValueError: naming the argument; also where ``encode`` returns what does not fit its chunk.
@@ -97,7 +105,7 @@ def cached_backward(
     loss = loss_fn(*embeddings)
     if not isinstance(loss, Tensor) or loss.dim():
         raise ValueError(f"loss_fn: expected to return a scalar tensor, got {_shown(loss)}")
-    chunk_loss, total_count = _mean([chunk.first for chunk in chunks])
+    chunk_loss, total_count = _mean([chunk.first for chunk in chunks], group, together=train)
     if train:
         if not loss.requires_grad:
             raise ValueError("loss_fn: expected a loss of the embeddings that it is given, got one without a gradient")
@@ -141,8 +149,9 @@ def _put_in(
         )
 
 
-def _mean(encoded: Sequence[Encoded]) -> tuple[Tensor | None, Tensor | None]:
-    """Of the chunks' losses, weighted by what they count, and how much that is; 0 where it is nothing."""
+def _mean(encoded: Sequence[Encoded], group: Any, together: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Of the chunks' losses, weighted by what they count, and how much that is; 0 where it is nothing. ``together``: of
+    all ranks, and how much that is a rank."""
     given = [one.loss is not None for one in encoded]
     if not any(given):
         return None, None
@@ -151,8 +160,12 @@ def _mean(encoded: Sequence[Encoded]) -> tuple[Tensor | None, Tensor | None]:
     losses = torch.stack([one.loss.detach() for one in encoded if one.loss is not None])
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))  # 16 bits do not count to 257, or to 65520
     counts = torch.stack([torch.as_tensor(one.count, dtype=losses.dtype, device=losses.device) for one in encoded])
-    total = counts.sum().clamp_min(torch.finfo(losses.dtype).tiny)
-    return torch.where(counts > 0, losses * counts, 0).sum() / total, total
+    sums, ranks = torch.stack([torch.where(counts > 0, losses * counts, 0).sum(), counts.sum()]), 1
+    if together and (ranks := _ranks.number(group)) > 1:
+        distributed.all_reduce(sums, group=group)
+    loss, total = sums / ranks
+    total = total.clamp_min(torch.finfo(losses.dtype).tiny)
+    return loss / total, total
 
 
 def split_batch(batch: Any, size: int) -> list[Any]:
