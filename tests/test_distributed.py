@@ -156,6 +156,8 @@ def test_ranks_agree_on_a_seed(two):
 def test_in_triton(two):
     two.run(cases.cosreg, "shard", True, torch.float32, 17, "triton")
     two.run(cases.cross_entropy, "shard", 2, {"softcap": 5.0}, torch.float32, 21, "triton")
+    options = {"weighted": True, "label_smoothing": 0.2, "softcap": 3.0, "gradient_filter": 0.02}
+    two.run(cases.cross_entropy_options, "dtensor", 2, options, torch.float32, 21, "triton")
     two.run(cases.sample, "dtensor", {}, torch.float32, 37, "triton")
     two.run(cases.sample, "shard", {"hard": False}, torch.float16, 21, "triton")
 
