@@ -25,6 +25,7 @@ from repdeg_fast import (
 )
 from repdeg_fast.analysis import Covariances, HiddenStates, LayerChange, pwcca
 from repdeg_fast.distributed import VocabularyParallel, VocabularyShard, compare_arguments
+from repdeg_fast.distributed import gumbel_mix as gumbel_over_shards
 from repdeg_fast.distributed import linear_cross_entropy as over_shards
 
 WIDTH = 12
@@ -321,13 +322,14 @@ def sample(rank, form, options, dtype, whole, backend):
     close(cut.gradient(its_embedding), embedding.grad, tolerance)
 
 
-def joint(rank, form):
-    """The losses and the sample of one call, in both forms: ids, losses, gradients."""
-    whole, positions = 23, 8
-    hidden, mixture = torch.randn(3, positions, WIDTH).requires_grad_(), torch.randn(positions, 3).requires_grad_()
+def joint(rank, form, strategy, whole, heads=3):
+    """The losses and the sample of one call: ids, losses, gradients."""
+    positions = 8
+    hidden = torch.randn(heads, positions, WIDTH).requires_grad_()
+    mixture = torch.randn(positions, heads).requires_grad_()
     weight, bias = (0.3 * torch.randn(whole, WIDTH)).requires_grad_(), torch.randn(whole).requires_grad_()
     target, upstream = torch.randint(whole, (positions,)), torch.randn(positions, WIDTH)
-    options = {"seed": 5, "padding_idx": 1, "first_position": 6}
+    options = {"seed": 5, "padding_idx": 1, "first_position": 6, "strategy": strategy}
     expected = mlm_losses_and_sample(hidden, mixture, weight, target, bias, **options)
     (expected[0].sum() + (expected[2] * upstream).sum()).backward()
     cut = Cut(form, whole)
@@ -335,7 +337,11 @@ def joint(rank, form):
         [cut.take(weight), cut.take(bias)],
         [hidden.detach().requires_grad_(), mixture.detach().requires_grad_()],
     )
+    sweeps, again = [], gumbel_over_shards._Sweeps.look
+    gumbel_over_shards._Sweeps.look = lambda self: sweeps.append(1) or again(self)
     got = mlm_losses_and_sample(*leaves, parts[0], target, parts[1], shard=cut.shard, **options)
+    gumbel_over_shards._Sweeps.look = again
+    assert len(sweeps) == (strategy == "streaming")  # else the losses' logits serve
     (got[0].sum() + (got[2] * upstream).sum()).backward()
     assert torch.equal(got[1], expected[1])
     for mine, whole_one in ((got[0], expected[0]), (got[2], expected[2]), (leaves[0].grad, hidden.grad)):

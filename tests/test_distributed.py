@@ -145,7 +145,12 @@ def test_samples_are_those_of_one_process(ranks, form):
         ({}, torch.bfloat16, 37, "auto"),
     ]:
         ranks.run(cases.sample, form, options, dtype, whole, backend)
-    ranks.run(cases.joint, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_and_sample_in_one_sweep(ranks, form):
+    for strategy, whole, heads in [("auto", 23, 3), ("streaming", 23, 3), ("auto", 6, 1), ("auto", 9000, 2)]:
+        ranks.run(cases.joint, form, strategy, whole, heads)
 
 
 def test_ranks_agree_on_a_seed(two):
@@ -160,6 +165,7 @@ def test_in_triton(two):
     two.run(cases.cross_entropy_options, "dtensor", 2, options, torch.float32, 21, "triton")
     two.run(cases.sample, "dtensor", {}, torch.float32, 37, "triton")
     two.run(cases.sample, "shard", {"hard": False}, torch.float16, 21, "triton")
+    two.run(cases.joint, "shard", "auto", 23)
 
 
 def test_contrastive_loss_of_a_shared_batch(ranks):

@@ -32,9 +32,10 @@ from repdeg_fast.distributed.shards import (
     shard_of,
     whole_here,
 )
-from repdeg_fast.functional.gumbel_mix import check_head
+from repdeg_fast.functional.gumbel_mix import check_head, detached
 from repdeg_fast.functional.linear_cross_entropy import Options, check_heads, stacked
 from repdeg_fast.native import gumbel_mix as native
+from repdeg_fast.ops.chunked_logits import TILE
 from repdeg_fast.ops.chunked_vocabulary import ChunkedVocabulary, chunk_buffers, multiply, operand_rows
 from repdeg_fast.ops.gumbel_mix import operation
 from repdeg_fast.ops.products import operand
@@ -65,13 +66,42 @@ class Call(NamedTuple):
     backend: str
 
 
+class Arguments(NamedTuple):
+    """Of a call, checked; tensors are plain, those of the vocabulary the rows here."""
+
+    hidden_states: Tensor
+    mixture_logits: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    embedding: Tensor
+    call: Call
+
+
 @torch.compiler.disable
 def gumbel_mix(
     hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor,
     sampling: Sampling, padding_idx: int | None, shard: VocabularyShard | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`repdeg_fast.gumbel_mix` over shards."""
-    given, hidden_states = hidden_states, whole_here("hidden_states", hidden_states)
+    heads = (hidden_states, mixture_logits, weight, bias, embedding)
+    token_ids, values = _sample(_checked(*heads, sampling, padding_idx, shard, backend))
+    return like(token_ids, hidden_states), like(values, hidden_states)
+
+
+def _sample(arguments: Arguments, state: RowState | None = None) -> tuple[Tensor, Tensor]:
+    """Token ids and values. ``state``: what is known after all of the columns here, should they have been seen."""
+    hidden_states, mixture_logits, weight, bias, embedding, call = arguments
+    values, token_ids = _GumbelMix.apply(
+        hidden_states.detach(), mixture_logits, weight.detach(), detached(bias), embedding, call, state
+    )
+    return token_ids, values
+
+
+def _checked(
+    hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor,
+    sampling: Sampling, padding_idx: int | None, shard: VocabularyShard | None, backend: str,
+) -> Arguments:  # fmt: skip
+    hidden_states = whole_here("hidden_states", hidden_states)
     mixture_logits = whole_here("mixture_logits", mixture_logits)
     shard = shard_of(shard, weight)
     bias, tied = local_rows("bias", bias, weight), embedding is weight
@@ -89,15 +119,7 @@ def gumbel_mix(
         shard, Noise(seed, sampling.temperature, sampling.first_position), sampling.hard, sampling.gradient_scale,
         shard.row_of(padding), backend,
     )  # fmt: skip
-    values, token_ids = _GumbelMix.apply(
-        hidden_states.detach(),
-        mixture_logits,
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        embedding,
-        call,
-    )
-    return like(token_ids, given), like(values, given)
+    return Arguments(hidden_states, mixture_logits, weight, bias, embedding, call)
 
 
 @torch.compiler.disable
@@ -105,15 +127,17 @@ def mlm_losses_and_sample(
     hidden_states: Any, mixture_logits: Tensor | None, weight: Tensor, target: Tensor, bias: Tensor | None,
     embedding: Tensor, options: Options, sampling: Sampling, shard: VocabularyShard | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """:func:`repdeg_fast.mlm_losses_and_sample` over shards: the losses, then the sample, two sweeps."""
+    """:func:`repdeg_fast.mlm_losses_and_sample` over shards. On a CPU the losses' logits are in memory, and the sample
+    is drawn from a look at them. On a GPU they are not: to bring them there would cost more than the product with the
+    mixture that it saves (docs/distributed.md), and there are two sweeps."""
     given, hidden_states = hidden_states, stacked(whole_here("hidden_states", hidden_states))
     call = cross_entropy.checked("mlm_losses_and_sample", hidden_states, weight, target, bias, options, shard, backend)
     check_heads(call.hidden_states.shape, call.target)
     heads = call.hidden_states
-    losses, *_ = cross_entropy.losses(call._replace(hidden_states=heads.flatten(0, 1)), len(heads))
-    token_ids, values = gumbel_mix(
-        heads, mixture_logits, weight, bias, embedding, sampling, options.padding_idx, shard, backend
-    )
+    arguments = _checked(heads, mixture_logits, weight, bias, embedding, sampling, options.padding_idx, shard, backend)
+    look = None if heads.is_cuda or options.strategy == "streaming" else _LookAtHeads(arguments)
+    losses, *_ = cross_entropy.losses(call._replace(hidden_states=heads.flatten(0, 1)), len(heads), look=look)
+    token_ids, values = _sample(arguments, None if look is None else look.state)
     return like(losses, given), like(token_ids, given), like(values, given)
 
 
@@ -121,11 +145,11 @@ class _GumbelMix(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None,
-        embedding: Tensor, call: Call,
+        embedding: Tensor, call: Call, state: RowState | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         sweeps = _Sweeps(Heads(hidden_states, mixture_logits), weight, bias, embedding, call)
         with without_autocast(hidden_states.device.type), on_device(hidden_states):
-            drawn, most = sweeps.draw()
+            drawn, most = sweeps.compare(sweeps.look() if state is None else state)
             values = sweeps.embed(drawn) if call.hard else sweeps.soft_values(drawn, most)
         ctx.save_for_backward(hidden_states, mixture_logits, weight, bias, embedding, *drawn, most)
         ctx.call = call
@@ -137,14 +161,41 @@ class _GumbelMix(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         hidden_states, mixture_logits, weight, bias, embedding, token_ids, peak, most = ctx.saved_tensors
         sweeps = _Sweeps(Heads(hidden_states, mixture_logits), weight, bias, embedding, ctx.call)
-        _, wants_mixture, _, _, wants_embedding, _ = ctx.needs_input_grad
+        _, wants_mixture, _, _, wants_embedding, *_ = ctx.needs_input_grad
         with without_autocast(hidden_states.device.type), on_device(hidden_states):
             grad_mixture, grad_embedding = sweeps.gradients(
                 grad_values.contiguous(), Drawn(token_ids, peak), most, wants_mixture, wants_embedding
             )
         if grad_embedding is not None and ctx.call.padding_row is not None:
             grad_embedding[ctx.call.padding_row] = 0
-        return None, grad_mixture, None, None, grad_embedding, None
+        return None, grad_mixture, None, None, grad_embedding, None, None
+
+
+class _LookAtHeads:
+    """The sample from the logits of K heads: a look at them, some columns at a time."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        hidden_states, mixture_logits, _, bias, _, self.call = arguments
+        self.kernels = _chunk_kernels(self.call.backend, hidden_states, arguments.weight)
+        self.wide = arithmetic_dtype(hidden_states)
+        self.state = _nothing_known(hidden_states[0])
+        self.alpha = hidden_states.new_ones(hidden_states.shape[1], 1, dtype=self.wide)
+        if mixture_logits is not None:
+            self.alpha = mixture_logits.detach().to(self.wide).softmax(dim=1)
+        self.bias = None if bias is None else bias.detach().to(self.wide)
+
+    def __call__(self, logits: Tensor, first: int) -> None:
+        rows, columns = slice(first, first + logits.shape[1]), self.call.shard.first
+        some, alpha = RowState(*(tensor[rows] for tensor in self.state)), self.alpha[rows]
+        for part, before in _quads(self.call.shard, TILE):
+            mixed = logits.new_full((logits.shape[1], before + part.stop - part.start), -torch.inf, dtype=self.wide)
+            torch.mul(alpha[:, :1], logits[0, :, part], out=mixed[:, before:])
+            for k in range(1, logits.shape[0]):
+                mixed[:, before:].addcmul_(alpha[:, k : k + 1], logits[k, :, part].to(self.wide))
+            if self.bias is not None:
+                mixed[:, before:] += self.bias[part]
+            place = Columns(columns + part.start - before, self.call.shard.whole)
+            self.kernels.look(some, LogitChunk(mixed[None], None, place, first), None, self.call.noise)
 
 
 class _Sweeps:
@@ -158,12 +209,15 @@ class _Sweeps:
         self.wide = arithmetic_dtype(self.mixed)
         self.bias = None if bias is None else bias.to(self.wide)
 
-    def draw(self) -> tuple[Drawn, Tensor]:
-        """The sample, and z + g of its tokens."""
-        most = self.mixed.new_full((len(self.mixed),), -torch.inf, dtype=self.wide)
-        state = RowState(most, torch.zeros_like(most, dtype=torch.int64), torch.zeros_like(most))
+    def look(self) -> RowState:
+        """What the columns here say of the sample."""
+        state = _nothing_known(self.mixed)
         for _, (z,), chunk in self._chunks(1):
             self.kernels.look(state, chunk._replace(logits=z[None]), None, self.noise)
+        return state
+
+    def compare(self, state: RowState) -> tuple[Drawn, Tensor]:
+        """The sample, from what all ranks' columns say of it, and z + g of its tokens."""
         here, token_ids, total = state
         most = here.clone()
         distributed.all_reduce(most, distributed.ReduceOp.MAX, group=self.group)
@@ -276,22 +330,34 @@ class _Sweeps:
         shard = self.call.shard
         if not self.rows:
             return
-        lead = shard.first % QUAD
-        buffers = chunk_buffers(count, self.mixed, lead + self.rows)
-        step = buffers.shape[2]
-        for begin in range(0, lead + self.rows, step):
-            end = min(begin + step, lead + self.rows)
-            part, wide = slice(max(begin - lead, 0), end - lead), buffers[:, :, : end - begin]
-            before = end - begin - (part.stop - part.start)
+        buffers = chunk_buffers(count, self.mixed, shard.first % QUAD + self.rows)
+        for part, before in _quads(shard, buffers.shape[2]):
+            wide = buffers[:, :, : before + part.stop - part.start]
             z = wide[0]
             z[:, :before] = -torch.inf
             multiply(z[:, before:], self.mixed, operand_rows(self.weight, part, self.mixed).t(), False)
             if self.bias is not None:
                 z[:, before:] += self.bias[part]
-            yield part, wide, LogitChunk(z[None], None, Columns(shard.first - lead + begin, shard.whole), 0)
+            place = Columns(shard.first + part.start - before, shard.whole)
+            yield part, wide, LogitChunk(z[None], None, place, 0)
 
     def _or_nan(self, values: Tensor, drawn: Drawn) -> Tensor:
         return values.masked_fill_(~drawn.peak.isfinite()[:, None], torch.nan)
+
+
+def _quads(shard: VocabularyShard, step: int) -> Iterator[tuple[slice, int]]:
+    """The rows of a shard in parts that begin at a quad of the noise, and how many columns of the rank before are in
+    front of them."""
+    lead = shard.first % QUAD
+    for begin in range(0, lead + shard.rows if shard.rows else 0, step):
+        before = lead if begin == 0 else 0
+        yield slice(begin - lead + before, min(begin + step - lead, shard.rows)), before
+
+
+def _nothing_known(hidden_states: Tensor) -> RowState:
+    """Of rows (M, d), before any of the vocabulary."""
+    most = hidden_states.new_full(hidden_states.shape[:1], -torch.inf, dtype=arithmetic_dtype(hidden_states))
+    return RowState(most, torch.zeros_like(most, dtype=torch.int64), torch.zeros_like(most))
 
 
 def _chunk_kernels(backend: str, hidden_states: Tensor, weight: Tensor) -> Any:
