@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(repdeg_fast_native, m) {
       " int ignore_index, float label_smoothing, float softcap, bool mean, bool needs_hidden_states, bool needs_weight,"
       " bool needs_bias) -> (Tensor loss, Tensor lse, Tensor grad_hidden_states, Tensor grad_weight, Tensor grad_bias)");
   m.def("linear_cross_entropy_multiply(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
-  m.def("use_products(bool in_pieces, bool by_onednn) -> bool");  // whether it can; see cpu/gemm.h
+  m.def("use_products(bool in_pieces, bool by_onednn, bool batch_invariant) -> bool");  // whether it can; see cpu/gemm.h
   m.def("product(Tensor a, Tensor b, Tensor? bias) -> Tensor");   // a @ b + bias
   m.def("linear_cross_entropy_advise(Tensor(a!) fresh) -> ()");  // contents unchanged: a hint about its pages
   m.def("linear_cross_entropy_add(Tensor(a!) total, Tensor product) -> ()");

@@ -59,7 +59,7 @@ class Fake:
         self.now += self.seconds[next(way for way, arguments in products.WAYS.items() if arguments == self.used)]
 
 
-@pytest.mark.parametrize("best", WAYS)
+@pytest.mark.parametrize("best", products.MEASURED)
 def test_the_fastest_is_taken_and_kept(fresh, best):
     fake = Fake(fresh, {way: 0.001 if way == best else 0.002 for way in WAYS})
     assert products.settle(fake) == best
@@ -109,11 +109,17 @@ def test_without_onednn(fresh):
     fresh.setenv(products.VARIABLE, "onednn")
     fake = Fake(fresh, {}, has_onednn=False)
     assert products.settle(fake) == "pieces"
+    fresh.setenv(products.VARIABLE, products.BATCH_INVARIANT)
+    products.forget()
+    with pytest.raises(RuntimeError, match="REPDEG_FAST_PRODUCTS=batch-invariant needs oneDNN"):
+        products.settle(fake)
 
 
 def test_an_unknown_way(fresh):
     fresh.setenv(products.VARIABLE, "mkl")
-    with pytest.raises(ValueError, match="REPDEG_FAST_PRODUCTS: expected one of library, pieces, onednn, got 'mkl'"):
+    with pytest.raises(
+        ValueError, match="REPDEG_FAST_PRODUCTS: expected one of library, pieces, onednn, batch-invariant, got 'mkl'"
+    ):
         products.settle(Fake(fresh, {}))
 
 
@@ -123,6 +129,10 @@ def test_an_unknown_way(fresh):
 @pytest.mark.parametrize(("m", "k", "n"), [(3, 5, 7), (33, 40, 2100), (2100, 40, 33), (33, 2100, 40), (1, 1300, 1)])
 def test_every_way_multiplies(way, native, dtype, accumulate, m, k, n):
     """Operands as they lie, transposed and as slices; the same bits twice."""
+    if way == products.BATCH_INVARIANT and dtype != torch.float32:
+        with pytest.raises(RuntimeError, match=r"batch-invariant products \(REPDEG_FAST_PRODUCTS\) are of float32"):
+            native.linear_cross_entropy_multiply.default(*(torch.zeros(4, 4, dtype=dtype) for _ in range(3)), False)
+        return
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
     matrices = (

@@ -24,6 +24,7 @@ namespace repdeg_fast {
 struct Products {
   std::atomic<bool> in_pieces{true};  // each thread multiplies pieces by itself
   std::atomic<bool> by_onednn{false};  // fp32 only; else by the BLAS library that PyTorch was built with
+  std::atomic<bool> batch_invariant{false};  // no bit of a row depends on the other rows, or on their number
 };
 inline Products products;  // of this library
 
@@ -87,20 +88,34 @@ constexpr int64_t kOneDnnChain = 1024;  // it adds up in one chain: the error gr
 inline bool takes_onednn(const Tensor& a, const Tensor& b) {
   const bool fp32 = a.scalar_type() == ScalarType::Float && b.scalar_type() == ScalarType::Float;
   const bool rows = a.stride(1) == 1 || a.stride(0) == 1;
-  return products.by_onednn && fp32 && rows && a.numel() * b.size(1) >= kOneDnnFewest;
+  return products.by_onednn && fp32 && rows &&
+         (products.batch_invariant || a.numel() * b.size(1) >= kOneDnnFewest);
 }
 
 inline bool takes_onednn(const Tensor& out, const Tensor& a, const Tensor& b) {
   return out.scalar_type() == ScalarType::Float && out.stride(1) == 1 && takes_onednn(a, b);
 }
 
-// a @ b + bias by oneDNN.
+// The matrix, or its one row twice. oneDNN adds up each element of a product in one chain, whatever there is beside it,
+// but has another kernel for vectors.
+inline Tensor two_rows(const Tensor& t) {
+  if (!products.batch_invariant || t.size(0) != 1) return t;
+  const int64_t d = t.size(1);
+  const Tensor twice = empty({2, d}, ScalarType::Float);
+  const Rows<float> from(t), to(twice);
+  for (int64_t j = 0; j < d; ++j) to.row(0)[j] = to.row(1)[j] = from.row(0)[j * from.column_stride];
+  return twice;
+}
+
+// a @ b + bias by oneDNN; the bias contiguous, of more than one value.
 inline Tensor onednn_product(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias = std::nullopt) {
-  const Tensor weight = transposed(is_dense(b) ? b : torch::stable::contiguous(b));
+  const Tensor x = two_rows(a), weight = two_rows(transposed(is_dense(b) ? b : torch::stable::contiguous(b)));
   AtenTensorHandle product = nullptr, addend = bias ? bias->get() : nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a.get(), weight.get(), bias ? &addend : nullptr, "none",
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), weight.get(), bias ? &addend : nullptr, "none",
                                                           nullptr, 0, nullptr, &product));
-  return Tensor(product);
+  const Tensor made(product);
+  const bool whole = made.size(0) == a.size(0) && made.size(1) == b.size(1);
+  return whole ? made : columns_of(rows_of(made, 0, a.size(0)), 0, b.size(1));
 }
 
 // out = a @ b, or out += a @ b, by oneDNN, which makes a product of its own.
@@ -136,6 +151,8 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool a
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1), threads = torch::stable::get_num_threads();
   const int64_t longest = std::max({m, k, n});
   const bool onednn = takes_onednn(out, a, b);  // whose products need pieces: they are made apart, and copied
+  STD_TORCH_CHECK(onednn || !products.batch_invariant,
+                  "batch-invariant products (REPDEG_FAST_PRODUCTS) are of float32 operands; convert them, or unset it");
   if (!onednn && (!products.in_pieces || threads == 1)) return vendor_multiply(out, a, b, accumulate);
   if (longest < threads * kPiece / 2) return multiply_piece(out, a, b, accumulate);
   const int64_t piece = std::min(kPiece, (longest / threads + 63) / 64 * 64);
@@ -147,7 +164,7 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool a
     parallel_pieces(m, piece, [&](int64_t first, int64_t count) {
       multiply_piece(rows_of(out, first, count), rows_of(a, first, count), b, accumulate);
     });
-  } else if (out.element_size() >= 4 && (threads - 1) * m * n * out.element_size() <= kSums) {  // 16 bits are no sum
+  } else if (!products.batch_invariant && out.element_size() >= 4 && (threads - 1) * m * n * out.element_size() <= kSums) {  // 16 bits are no sum
     const Tensor sums = torch::stable::new_empty(out, {(threads - 1) * m, n});
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {

@@ -24,8 +24,11 @@ constexpr int64_t kGroup = 4;   // tokens that share one pass over a row's sums
 
 inline int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
+constexpr int64_t kInvariantColumns = 4096;  // of a chunk, where that must not depend on the number of rows
+
 // How the vocabulary is cut: chunks of about equal size whose buffers take kBufferBytes.
 inline int64_t chunk_columns(int64_t vocabulary, int64_t values_per_column, int64_t value_bytes) {
+  if (products.batch_invariant) return std::min(kInvariantColumns, aligned(vocabulary));
   const int64_t most = std::max<int64_t>(kSlab, kBufferBytes / value_bytes / std::max<int64_t>(values_per_column, 1));
   const int64_t chunks = (vocabulary + most - 1) / most;
   return aligned((vocabulary + chunks - 1) / chunks);

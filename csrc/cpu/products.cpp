@@ -6,8 +6,9 @@
 namespace repdeg_fast {
 namespace {
 
-bool use_products(bool in_pieces, bool by_onednn) {
+bool use_products(bool in_pieces, bool by_onednn, bool batch_invariant) {
   products.in_pieces = in_pieces;
+  products.batch_invariant = batch_invariant;
   products.by_onednn = by_onednn && has_onednn();
   return products.by_onednn == by_onednn;
 }
@@ -24,7 +25,8 @@ void add_to_rows(const Tensor& out, const Tensor& bias) {
 }
 
 Tensor product(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
-  if (a.size(1) <= kOneDnnChain && takes_onednn(a, b)) return onednn_product(a, b, bias);
+  const bool plain_bias = !bias || (bias->stride(0) == 1 && bias->size(0) > 1);
+  if (plain_bias && a.size(1) <= kOneDnnChain && takes_onednn(a, b)) return onednn_product(a, b, bias);
   Tensor out = empty({a.size(0), b.size(1)}, a.scalar_type());
   multiply(out, a, b);
   if (bias) add_to_rows(out, *bias);

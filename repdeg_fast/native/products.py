@@ -4,6 +4,9 @@ PyTorch's own call shares a product between the threads of its BLAS library (MKL
 each thread multiply pieces by itself instead, and can hand fp32 pieces to oneDNN, which is inside PyTorch, too, and
 compiles its kernels for the processor it finds. Which is fastest depends on the processor's maker, its instruction sets
 and the number of threads, by a factor of two and not always the same way. ``REPDEG_FAST_PRODUCTS`` names one instead.
+
+``batch-invariant`` is never measured: oneDNN for every product, with sums that are cut in the same places whatever the
+number of rows, so that a row has the same bits alone and among others.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import torch
 from repdeg_fast.native import Namespace, build, cache
 
 VARIABLE = "REPDEG_FAST_PRODUCTS"
-WAYS = {"library": (False, False), "pieces": (True, False), "onednn": (True, True)}  # arguments of use_products
+BATCH_INVARIANT = "batch-invariant"
+MEASURED = {"library": (False, False, False), "pieces": (True, False, False), "onednn": (True, True, False)}
+WAYS = {**MEASURED, BATCH_INVARIANT: (True, True, True)}  # arguments of use_products
 _BUDGET = 0.15  # seconds of measuring
 _MARGIN = 1.03  # how much faster another way must be than PyTorch's own, which has the smallest error
 
@@ -39,10 +44,17 @@ def settle(operators: Namespace) -> str:
     if threads not in _chosen:
         _chosen[threads] = _asked_for() or _kept(threads) or _measured(operators, threads)
     way = _chosen[threads]
-    if not operators.use_products.default(*WAYS[way]):
-        way = _chosen[threads] = "pieces"  # PyTorch has no oneDNN
+    if not operators.use_products.default(*WAYS[way]):  # PyTorch has no oneDNN
+        if way == BATCH_INVARIANT:
+            raise RuntimeError(f"{VARIABLE}={way} needs oneDNN, without which this PyTorch was built; unset it")
+        way = _chosen[threads] = "pieces"
     _in_use = threads, way
     return way
+
+
+def batch_invariant() -> bool:
+    """Whether no bit of a row may depend on other rows."""
+    return _asked_for() == BATCH_INVARIANT
 
 
 def forget() -> None:
@@ -54,13 +66,13 @@ def forget() -> None:
 
 def fastest(time_of: Round, budget: float = _BUDGET) -> str:
     """The way whose rounds take least time, all in turn until the budget is spent; ``library`` where none is better."""
-    seconds: dict[str, list[float]] = {way: [time_of(way)] for way in WAYS}  # the first also warms up
+    seconds: dict[str, list[float]] = {way: [time_of(way)] for way in MEASURED}  # the first also warms up
     end = time.perf_counter() + budget
     while time.perf_counter() < end:
-        for way in WAYS:
+        for way in MEASURED:
             seconds[way].append(time_of(way))
     shortest = {way: min(times) for way, times in seconds.items()}
-    best = min(WAYS, key=lambda way: shortest[way])
+    best = min(MEASURED, key=lambda way: shortest[way])
     return best if shortest[best] * _MARGIN < shortest["library"] else "library"
 
 
@@ -77,7 +89,7 @@ def _asked_for() -> str | None:
 
 def _kept(threads: int) -> str | None:
     way = _read().get(_key(threads))
-    return way if way in WAYS else None
+    return way if way in MEASURED else None
 
 
 def _keep(threads: int, way: str) -> None:

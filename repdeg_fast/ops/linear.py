@@ -40,7 +40,7 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         backends.forbid_if_strict(f"repdeg_fast: a linear layer on cpu is PyTorch's own: {reason}")
         return False
     build.load("cpu")
-    return products.settle(torch.ops.repdeg_fast_native) == "onednn"
+    return products.settle(torch.ops.repdeg_fast_native) in ("onednn", products.BATCH_INVARIANT)
 
 
 _CPU = torch.device("cpu")

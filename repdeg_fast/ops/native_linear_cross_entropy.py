@@ -4,7 +4,7 @@ multiplies, and all in one call for small problems."""
 from __future__ import annotations
 
 from repdeg_fast.contracts.linear_cross_entropy import Head, Losses, LossRule, Wanted
-from repdeg_fast.native import Namespace
+from repdeg_fast.native import Namespace, products
 from repdeg_fast.native.linear_cross_entropy import RowKernels
 from repdeg_fast.ops.chunked_logits import WIDE, ChunkedLogits
 
@@ -20,6 +20,8 @@ class Kernels(ChunkedLogits):
         hidden_states, weight, _, bias = head
         dtype = hidden_states.dtype
         if hidden_states.numel() * weight.shape[0] > SMALL or dtype not in WIDE or weight.dtype != dtype:
+            return None
+        if products.batch_invariant():
             return None
         if 1 not in hidden_states.stride() or 1 not in weight.stride():
             return None

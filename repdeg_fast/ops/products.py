@@ -53,16 +53,15 @@ class Sum:
     def add(self, a: Tensor, b: Tensor, first: bool, part: Piece = None) -> None:
         """total[part] += a @ b, or = where `first` (not of single rows)."""
         assert self.total is not None
+        if not isinstance(part, Tensor):
+            total = self.total if part is None else self.total[part]
+            if total.dtype == a.dtype or (total.dtype == torch.float32 and adds_to_fp32(total.device, a.dtype)):
+                return self.kernels.multiply(total, a, b, not first)
+        product = a.new_empty((a.shape[0], b.shape[1]))
+        self.kernels.multiply(product, a, b, False)
         if isinstance(part, Tensor):
-            product = a.new_empty((a.shape[0], b.shape[1]))
-            self.kernels.multiply(product, a, b, False)
             self.total.index_add_(0, part, product.to(self.total.dtype))
-            return
-        total = self.total if part is None else self.total[part]
-        if total.dtype == a.dtype or (total.dtype == torch.float32 and adds_to_fp32(total.device, a.dtype)):
-            self.kernels.multiply(total, a, b, not first)
         else:
-            product = torch.mm(a, b)
             total.copy_(product) if first else self.kernels.add(total, product)
 
     def clear(self, part: slice | None = None) -> None:

@@ -48,7 +48,7 @@ def admin_norm(draw):
         y = admin_definition.admin_norm(*flat, **rest, keep=keep, norm=options["norm"], eps=eps)
         return (y.view(shape),)
 
-    steep = 8.0
+    steep = 8.0 * max(1.0, *means)  # far from zero a row is rounded at its distance
     if "weight" in names:
         steep *= max(1.0, leaves[2 + names.index("weight")].abs().max().item())
     if "omega" in names and leaves[2].numel() == 1:  # the sum of terms of either sign over all values of x
