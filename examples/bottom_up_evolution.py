@@ -34,6 +34,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ranks
 import torch
 from pretraining import HelpFormatter, Training, add_training_options, write_history
 from rich.console import Console
@@ -130,17 +131,19 @@ class Model(nn.Module):
             self.decoder = nn.TransformerDecoder(layer, options.decoder_layers)
 
     def forward(self, source: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-        """The task's loss of pairs (B, S) and (B, T)."""
-        seen = source
+        """The task's loss of pairs (B, S) and (B, T): under torchrun of this rank's, weighted by what it predicts."""
+        seen = labels = source
         if self.task == "MLM":
             seen, labels = masked(source, self.mask, generator)
+        source, target, seen, labels = map(ranks.part, (source, target, seen, labels))
         hidden = self.encoder(seen, source != PAD)
         if self.task == "MT":
             hidden, labels = self.decode(target[:, :-1], hidden, source == PAD), target[:, 1:]
         elif self.task == "LM":
             hidden, labels = hidden[:, :-1], source[:, 1:]
         wanted = (labels != PAD) & (labels != IGNORED)
-        return linear_cross_entropy(hidden[wanted], self.encoder.words.weight, labels[wanted], self.bias)
+        loss = linear_cross_entropy(hidden[wanted], self.encoder.words.weight, labels[wanted], self.bias)
+        return loss * ranks.weight(wanted.sum())
 
     def decode(self, target: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
         return self.decoder(
@@ -389,6 +392,7 @@ def draw(curves: dict[str, Any], path: Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> list[Finding]:
     options, console = parse(arguments), Console()
+    ranks.start(options)
     text = read_text(options)
     console.print(f"{len(text.training):,} pairs to train on, {len(text.held_out):,} held out")
     runs: dict[str, Run] = {}
@@ -399,8 +403,10 @@ def main(arguments: list[str] | None = None) -> list[Finding]:
         own = {"output": options.output / name.lower().replace(" ", "-"), "seed": seed}
         runs[name] = Run(task, text, argparse.Namespace(**vars(options) | own))
         runs[name].run(console)
-        write_history(runs[name].history, own["output"])
-        console.print(f"{name}: loss {runs[name].held_out_loss():.3f} on the held-out pairs")
+    ranks.leave_to_the_first()
+    for name, run in runs.items():
+        write_history(run.history, run.options.output)
+        console.print(f"{name}: loss {run.held_out_loss():.3f} on the held-out pairs")
     curves = evolution(runs, text, options, console)
     (options.output / "curves.json").write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
     found = findings(curves)

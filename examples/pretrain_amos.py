@@ -48,7 +48,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
 
-from repdeg_fast.data import MaskingCollator
+from repdeg_fast.data import IGNORE_INDEX, MaskingCollator
 from repdeg_fast.integrations import huggingface
 from repdeg_fast.models.amos import MIXTURES, AmosConfig, AmosForPreTraining
 
@@ -110,10 +110,12 @@ class Amos(Pretraining):
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
         self.model.progress = len(self.history) / self.options.steps
-        output = self.model(**self.batch())
-        layers = self.model.config.mlm_layers
-        line = {f"mlm_loss_{layer}": loss for layer, loss in zip(layers, output.mlm_losses.tolist(), strict=True)}
-        line |= {f"weight_{layer}": share for layer, share in zip(layers, output.mixture_weights.tolist(), strict=True)}
+        batch = self.batch()
+        output, layers = self.model(**batch), self.model.config.mlm_layers
+        weight = ranks.weight((batch["labels"] != IGNORE_INDEX).sum())
+        means = torch.stack([output.mlm_losses.detach(), output.mixture_weights]) * weight  # over masked positions
+        names = [f"{name}_{layer}" for name in ("mlm_loss", "weight") for layer in layers]
+        line = dict(zip(names, means.flatten().tolist(), strict=True))
         line |= {name: output[name].item() for name in ("rtd_loss", "rtd_accuracy")}
         return output.loss, line | {"always_original": 1 - output.replaced.item()}
 

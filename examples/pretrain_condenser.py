@@ -57,7 +57,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
-from repdeg_fast.data import SpanPairCollator
+from repdeg_fast.data import IGNORE_INDEX, SpanPairCollator
 from repdeg_fast.integrations import huggingface
 from repdeg_fast.models.condenser import CoCondenserForPreTraining, CondenserForPreTraining, CondenserOutput
 from repdeg_fast.training import cached_backward
@@ -125,10 +125,12 @@ class Pretraining(Training):
         return self.on_device(self.collator([self.documents[i] for i in chosen]))
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
-        output: CondenserOutput = self.model(**self.batch())
-        names = ("head_loss", "late_loss", "contrastive_loss")
+        batch = self.batch()
+        output: CondenserOutput = self.model(**batch)
         assert output.loss is not None
-        return output.loss, {name: output[name].item() for name in names if name in output}
+        weights = dict.fromkeys(("head_loss", "late_loss"), ranks.weight((batch["labels"] != IGNORE_INDEX).sum()))
+        weights["contrastive_loss"] = 1 / ranks.number()  # counts once a rank
+        return output.loss, {name: weight * output[name].item() for name, weight in weights.items() if name in output}
 
     def backward(self) -> dict[str, float]:
         if not (self.options.contrastive and self.options.chunk_size):
@@ -139,7 +141,7 @@ class Pretraining(Training):
             self.model.encoded, self.model.contrastive_loss, self.batch(), chunk_size=self.options.chunk_size
         )
         mlm = 0.0 if losses.chunk_loss is None else losses.chunk_loss.item()
-        return {"masked_loss": mlm, "contrastive_loss": losses.embedding_loss.item()}
+        return {"masked_loss": mlm, "contrastive_loss": losses.embedding_loss.item() / ranks.number()}
 
     def base_model(self) -> Any:
         return self.model.model.base_model

@@ -265,6 +265,7 @@ class EqualCost(Training):
     batch: Callable[[], dict[str, Tensor]]  # of the example
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
+        """After :func:`ranks.leave_to_the_first`."""
         loss = self.model(**self.batch()).loss
         return loss, {"mlm_loss": loss.item()}
 

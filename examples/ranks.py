@@ -42,6 +42,11 @@ def rows(batch: Tensor) -> Tensor:
     return batch.chunk(number())[rank()]
 
 
+def part(batch: Tensor) -> Tensor:
+    """This rank's rows of a batch of any size, for a loss that is weighted by what they count."""
+    return batch.tensor_split(number())[rank()]
+
+
 def seed(step: int, first: int) -> None:
     """Dropout differs from rank to rank. What is drawn on the first rank goes on as in one process; on the others it
     depends on seed, rank and step alone, so that a checkpoint serves any number of ranks."""
@@ -49,13 +54,13 @@ def seed(step: int, first: int) -> None:
         torch.manual_seed(hash((first, rank(), step)))
 
 
-def weight(count: Tensor) -> Tensor | float:
+def weight(count: Tensor) -> float:
     """Of this rank's mean over ``count`` things, so that the mean over ranks is that over all."""
     if number() == 1:
         return 1.0
     whole = count.clone()
     distributed.all_reduce(whole)
-    return count * number() / whole
+    return count.item() * number() / max(whole.item(), 1)
 
 
 def average_gradients(model: nn.Module) -> None:

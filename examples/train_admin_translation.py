@@ -177,16 +177,21 @@ def stream(examples: list[Example], options: argparse.Namespace) -> Iterator[Bat
     """Endless batches on the device, the same for one seed."""
     indices = [(example.source, example.target) for example in examples]
     for source, target in batches(indices, options.batch, options.seed):
-        yield ranks.rows(source).to(options.device), ranks.rows(target).to(options.device)
+        if len(source) >= ranks.number():  # the rest of an epoch may be a few
+            yield ranks.part(source).to(options.device), ranks.part(target).to(options.device)
 
 
 def report_initialization(admin: nn.Module, batch: Batch, out: Path) -> None:
-    """Set ω from one batch; save what it is, and what each branch explains of the output before and after."""
-    plot_table(repdeg_fast.residual_dependency(admin, batch), out / "dependency-post-ln.png")
+    """Set ω from one batch; save what it is, and what each branch explains of the output before and after. All of it is
+    of all ranks' rows."""
+    before = repdeg_fast.residual_dependency(admin, batch)
     table = repdeg_fast.initialize_admin_(admin, batch)
+    after = repdeg_fast.residual_dependency(admin, batch)
+    if ranks.rank():
+        return
     save_table(table, out / "omega.csv")
-    plot_table(table, out / "omega.png")
-    plot_table(repdeg_fast.residual_dependency(admin, batch), out / "dependency-admin.png")
+    for name, shown in (("dependency-post-ln", before), ("omega", table), ("dependency-admin", after)):
+        plot_table(shown, out / f"{name}.png")
     omegas = [row.omega for row in table.records]
     print(f"ω of {len(omegas)} sub-layers from {min(omegas):.2f} to {max(omegas):.2f}; table and plots in {out}")
 
@@ -194,6 +199,7 @@ def report_initialization(admin: nn.Module, batch: Batch, out: Path) -> None:
 def train(name: str, model: Translator, examples: list[Example], options: argparse.Namespace) -> Run:
     """Adam with a linear warm-up and then the inverse square root of the step; stops where the loss is not finite."""
     torch.manual_seed(options.seed)
+    ranks.seed(0, options.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98))
     rate = lambda step: min((step + 1) / options.warmup, (options.warmup / (step + 1)) ** 0.5)  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)

@@ -19,6 +19,7 @@ import argparse
 import random
 from pathlib import Path
 
+import ranks
 import torch
 from datasets import Dataset
 from rich.console import Console
@@ -39,7 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, help="folder for the trained model; not saved unless given")
     add("--train-pairs", type=int, default=3000)
     add("--test-pairs", type=int, default=1000)
-    add("--batch-size", type=int, default=128, help="pairs of one loss")
+    add("--batch-size", type=int, default=128, help="pairs of one loss; ranks share them")
     add("--mini-batch-size", type=int, default=32, help="texts that are encoded at once")
     add("--max-tokens", type=int, default=32, help="longer texts are cut")
     add("--epochs", type=float, default=1.0)
@@ -74,6 +75,9 @@ def load_model(name: str | None) -> SentenceTransformer:
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     options, console = parse(arguments), Console()
+    ranks.start(argparse.Namespace(device="cuda" if torch.cuda.is_available() else "cpu"))
+    if options.batch_size % ranks.number():
+        raise SystemExit(f"--batch-size: expected a multiple of {ranks.number()} ranks, got {options.batch_size}")
     torch.manual_seed(options.seed)
     pairs = load_pairs(options.language, options.pairs)
     train, test = split(pairs, options.train_pairs, options.test_pairs, options.seed)
@@ -85,7 +89,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         args=SentenceTransformerTrainingArguments(
             output_dir=str(options.output or "unused"),
             num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch_size,
+            per_device_train_batch_size=options.batch_size // ranks.number(),
             learning_rate=options.learning_rate,
             warmup_steps=0.1,
             logging_steps=5,
@@ -94,10 +98,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
             seed=options.seed,
         ),
         train_dataset=Dataset.from_dict({"query": [t for _, t in train], "document": [e for e, _ in train]}),
-        loss=CachedMultipleNegativesRankingLoss(model, mini_batch_size=options.mini_batch_size),
+        loss=CachedMultipleNegativesRankingLoss(
+            model, mini_batch_size=options.mini_batch_size, gather_across_devices=ranks.number() > 1
+        ),
     )
     before = evaluator(model)
     trainer.train()
+    ranks.leave_to_the_first()
     after = evaluator(model)
     for name, key in (("found first", "accuracy@1"), ("among the first ten", "accuracy@10"), ("MRR@10", "mrr@10")):
         was, now = (metrics[f"test_cosine_{key}"] for metrics in (before, after))

@@ -4,6 +4,8 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import runpy
+import socket
 import sys
 import tempfile
 import traceback
@@ -66,6 +68,47 @@ class Pool:
             if process.is_alive():
                 process.kill()
         self.folder.cleanup()
+
+
+def run_script(path, arguments, ranks, without=(), patience=120):
+    """A script as ``torchrun --nproc-per-node`` starts it, in processes that have imported most of what it needs: what
+    each rank printed, and exit codes. ``without``: packages that are not there."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        printed = [os.path.join(folder, str(rank)) for rank in range(ranks)]
+        jobs = [(str(path), arguments, rank, ranks, port, printed[rank], without) for rank in range(ranks)]
+        processes = [context.Process(target=_as_script, args=job, daemon=True) for job in jobs]
+        with _python_path([os.path.dirname(__file__), *sys.path]):
+            for process in processes:
+                process.start()
+        for process in processes:
+            process.join(patience)
+            if process.is_alive():
+                process.kill()
+        texts = [open(name, encoding="utf-8").read() for name in printed]  # noqa: SIM115 - the folder goes at once
+    return [process.exitcode for process in processes], texts
+
+
+def _as_script(path, arguments, rank, ranks, port, printed, without):
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.stdout = open(printed, "w", encoding="utf-8")  # noqa: SIM115 - to the end of the process
+    sys.modules.update(dict.fromkeys(without))
+    sys.argv, sys.path[:0] = [path, *arguments], [os.path.dirname(path)]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        raise
+    finally:
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager
