@@ -188,6 +188,7 @@ def test_charts_of_odd_values():
         ({"--text": "cat\n" * 20}, ["embeddings: all its 20 points are the same"]),
         ({"--length": 700}, ["length: the model takes 512 tokens at most, got 700"]),
         ({"MODEL": "NAN"}, ["layer 2: NaN or Inf in its hidden states"]),
+        ({"MODEL": "MISSING"}, ["has no weights for encoder.layer.1.output.LayerNorm.bias; they would be random"]),
         ({"--out": "pyproject.toml"}, ["out: pyproject.toml is a file"]),
     ],
     ids=lambda value: "" if isinstance(value, list) else next(iter(value))[:7],
@@ -197,19 +198,23 @@ def test_bad_input_of_analyze(change, expected, model_folder, text, tmp_path):
     if str(given["--text"]) == change.get("--text") != "no/such":
         (tmp_path / "own.txt").write_text(given["--text"], encoding="utf-8")
         given["--text"] = tmp_path / "own.txt"
-    if given["MODEL"] == "NAN":
-        given["MODEL"] = with_nan(model_folder, tmp_path / "nan")
+    if change.get("MODEL") in ("NAN", "MISSING"):
+        given["MODEL"] = damaged(model_folder, tmp_path / "copy", change["MODEL"])
     small = ("--points", "150", "--clusters", "20", "--tokens", "500")
     output = invoke("analyze", given.pop("MODEL"), *(word for pair in given.items() for word in pair), *small, code=2)
     assert all(words in output for words in expected)
 
 
-def with_nan(folder, copy):
+def damaged(folder, copy, how):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, copy)
     weights = load_file(copy / "model.safetensors")
-    weights["encoder.layer.1.output.LayerNorm.bias"][3] = float("nan")
+    name = "encoder.layer.1.output.LayerNorm.bias"
+    if how == "NAN":
+        weights[name][3] = float("nan")
+    else:
+        del weights[name]
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     return copy
 

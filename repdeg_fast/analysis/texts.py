@@ -22,6 +22,7 @@ def load_model(folder: Path) -> tuple[torch.nn.Module, Any]:
     """A Hugging Face model and its tokenizer from a folder, nothing from the network."""
     try:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as missing:
         raise InputError("analyze needs transformers: pip install 'repdeg-fast[hf]'") from missing
     if not (folder / "config.json").exists():
@@ -29,12 +30,18 @@ def load_model(folder: Path) -> tuple[torch.nn.Module, Any]:
             f"model: {folder} has no config.json; expected the folder of a Hugging Face model, as save_pretrained or"
             f" `hf download NAME --local-dir DIR` makes it (nothing is downloaded here)"
         )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of a head that is left out, and of the pooler that a head replaces
     try:
-        return AutoModel.from_pretrained(folder, local_files_only=True), AutoTokenizer.from_pretrained(
-            folder, local_files_only=True
-        )
+        model, found = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model: {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := [name for name in found["missing_keys"] if "pooler" not in name]:
+        raise InputError(f"model: {folder} has no weights for {missing[0]}; they would be random")
+    return model, tokenizer
 
 
 def check_length(length: int, model: Any, tokenizer: Any) -> None:

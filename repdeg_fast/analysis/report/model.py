@@ -183,7 +183,7 @@ def _changes(table: dict[str, Any]) -> list[str]:
     most = max(range(len(change)), key=lambda i: change[i])
     out = [
         f"Representations change most from {table['layers'][most]} to {table['layers'][most + 1]} (PWCCA distance"
-        f" {change[most]:.3f}; the mean over layers is {sum(change) / len(change):.3f})."
+        f" {change[most]:.3g}; the mean over layers is {sum(change) / len(change):.3g})."
     ]
     for key, verb in (("layer_change_by_frequency", "change"), ("token_influence", "influence others")):
         bins = {part: sum(values) / len(values) for part, values in table[key].items() if values}

@@ -9,7 +9,7 @@ from html import escape
 from repdeg_fast.analysis.report.charts import PALETTE, Bars, Chart, Heatmap, Lines, Scatter, short, viridis
 
 WIDTH, HEIGHT = 420, 300  # small on purpose: on a phone the letters are still letters
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 10, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 12, 10, 44
 
 
 def svg(chart: Chart) -> str:
