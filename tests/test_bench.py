@@ -87,6 +87,17 @@ def test_memory_sees_what_a_pass_allocates_at_once():
     assert list(timeline.phases) == ["forward"]
 
 
+def test_the_scale_of_timelines_holds_all_peaks(tmp_path, monkeypatch):
+    plt = plots.pyplot()
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    of_peak = {name: memory.Timeline([(1.0, peak)], {"forward": (0.0, 2.0)}) for name, peak in (("a", 10), ("b", 90))}
+    plots.plot_timelines(of_peak, "title", tmp_path / "timeline.png")
+    assert [axis.get_ylim() for axis in drawn[0].axes] == [(0, pytest.approx(94.5e-6))] * 2
+    monkeypatch.undo()
+    plt.close(drawn[0])
+
+
 def test_saved_bytes_count_a_storage_once_and_inputs_never():
     x = torch.randn(1000, requires_grad=True)
 

@@ -144,8 +144,8 @@ def plot_timelines(timelines: dict[str, Timeline], title: str, path: Path) -> Pa
             axis.axvspan(*span, color=_PHASES[phase], alpha=0.25, linewidth=0, zorder=0)
         axis.set_title(f"{name}: peak {format_bytes(timeline.peak())}", loc="left")
         axis.set_ylabel("MB")
-        axis.set_ylim(bottom=0)
         axis.margins(x=0.01)
+    axes[0, 0].set_ylim(0, 1.05e-6 * max(1, *(timeline.peak() for timeline in timelines.values())))
     seen = _unique(phase for timeline in timelines.values() for phase in timeline.phases)
     patches = [plt.Rectangle((0, 0), 1, 1, color=_PHASES[phase], alpha=0.25) for phase in seen]
     figure.legend(patches, seen, loc="outside lower center", ncols=len(seen), frameon=False)
