@@ -4,9 +4,12 @@ memory, the width of loads and stores, matrix instructions; and how many of its 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
+import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -16,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import kernel_launches
+import torch
 
-from repdeg_fast.native import build
+from repdeg_fast.native import build, cache
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_MEMORY_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a block
@@ -160,17 +164,39 @@ def _amd_resources(assembly: str, shared: int, threads: int) -> Resources:
 
 
 def compile_cuda(source: Path, target: str, folder: Path) -> dict[str, Resources]:
-    """Compile one ``.cu`` file with nvcc for ``target``; returns what each of its kernels needs."""
+    """Compile one ``.cu`` file with nvcc for ``target``, or take what an earlier run made of it; returns what each
+    of its kernels needs."""
     from torch.utils import cpp_extension
 
     cubin = folder / f"{source.stem}.{target}.cubin"
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     flags = [*cpp_extension.COMMON_NVCC_FLAGS, *build.cuda_flags(), "-std=c++20", f"-arch={target}"]
-    command = ["nvcc", *flags, *includes, "-cubin", "-o", str(cubin)]
-    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{source.name} does not compile for {target}:\n{done.stderr}")
-    return _read_cubin(cubin)
+    command = ["nvcc", *flags, *includes, "-cubin"]
+    made = kept(source, " ".join(command))
+    if not made.exists():
+        done = subprocess.run([*command, "-o", str(cubin), str(source)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source.name} does not compile for {target}:\n{done.stderr}")
+        shutil.copy(cubin, draft := made.with_name(f"{made.name}.{os.getpid()}"))
+        os.replace(draft, made)
+    return _read_cubin(made)
+
+
+def kept(source: Path, command: str) -> Path:
+    """A place for what nvcc makes of a ``.cu`` file, named after everything that decides it: a few files take nvcc
+    longer than all tests of their kernels."""
+    digest = hashlib.sha256(b"\0".join([_cuda_facts(), command.encode(), source.read_bytes()])).hexdigest()
+    folder = cache.cache_root() / "nvcc"
+    cache.make_folder(folder)
+    return folder / digest[:16]
+
+
+@functools.cache
+def _cuda_facts() -> bytes:
+    """What decides what nvcc makes, beside a file and the command."""
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
+    headers = [path for path in sorted(build.source_root().rglob("*")) if path.suffix in (".h", ".cuh")]
+    return b"\0".join([version, torch.__version__.encode(), *(path.read_bytes() for path in headers)])
 
 
 def _read_cubin(cubin: Path) -> dict[str, Resources]:
