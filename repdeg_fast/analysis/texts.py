@@ -39,8 +39,8 @@ def load_model(folder: Path) -> tuple[torch.nn.Module, Any]:
         raise InputError(f"model: {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     finally:
         logging.set_verbosity(verbosity)
-    if missing := [name for name in found["missing_keys"] if "pooler" not in name]:
-        raise InputError(f"model: {folder} has no weights for {missing[0]}; they would be random")
+    if random := [name for name in found["missing_keys"] if "pooler" not in name]:
+        raise InputError(f"model: {folder} has no weights for {random[0]}; they would be random")
     return model, tokenizer
 
 
