@@ -69,9 +69,21 @@ def prebuilt(session: nox.Session) -> None:
     session.install("wheel", TORCH)
     session.install("-e", ".")
     session.run("python", "benchmarks/prebuilt_wheel.py", "dist")
+    session.run("python", "-m", "pip", "uninstall", "-q", "-y", "repdeg-fast", "ninja", "pybind11")
+    _check_without_compiler(session)
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+@nox.parametrize("torch", ["2.10.0", "2.13.0"])
+def prebuilt_on(session: nox.Session, torch: str) -> None:
+    """That wheel, from dist/, on another Python and the oldest torch."""
+    session.install(f"torch=={torch}")
+    _check_without_compiler(session)
+
+
+def _check_without_compiler(session: nox.Session) -> None:
     (built,) = Path("dist").resolve().glob("*manylinux*.whl")
     check = Path("tests/check_install.py").resolve()
-    session.run("python", "-m", "pip", "uninstall", "-q", "-y", "repdeg-fast", "ninja", "pybind11")
     session.install("--no-deps", str(built))
     session.chdir(session.create_tmp())
     without_compiler = {"PATH": session.bin, "REPDEG_FAST_BACKEND": "cpu", "REPDEG_FAST_CACHE_DIR": "cache"}
