@@ -53,6 +53,18 @@ def test_as_near_to_float64_as_pytorch(place, d, kind):
         assert all(error <= max(1.25 * own, least) for error, own in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_the_nearest(place, dtype):
+    """Not the next towards zero, nor the next above."""
+    if dtype not in place.dtypes():
+        pytest.skip("not a dtype of this backend")
+    x, branch, _ = values("usual", 20, 96)
+    x, branch = x.to(dtype), branch.to(dtype)
+    exact = F.layer_norm(x.double() + branch.double(), (96,)).to(dtype)
+    y = admin_norm(x.to(place.device), branch.to(place.device))
+    assert (y.cpu() == exact).float().mean() > 0.98
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_are_not_masked(place, bad, norm):

@@ -12,47 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from repdeg_fast.reference import philox
 
 transformers = pytest.importorskip("transformers")
-from transformers import BertConfig, BertForSequenceClassification, BertModel  # noqa: E402
+from amos_cases import B, T, V, amos, batch, gradients  # noqa: E402
+from transformers import BertForSequenceClassification, BertModel  # noqa: E402
 
-from repdeg_fast.models import AmosConfig, AmosForPreTraining  # noqa: E402
+from repdeg_fast.models import AmosForPreTraining  # noqa: E402
 
-V, B, T = 61, 3, 11
-MASK, FIRST = 4, 5  # the mask token, and the first that is not special
-SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
-SIZES |= {"intermediate_size": 64, "max_position_embeddings": 20, "mlm_layers": (1, 2, 4)}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def amos(**options):
-    """Tiny, and away from where its initialization puts it: with biases, and mixture weights that differ."""
-    torch.manual_seed(0)
-    model = AmosForPreTraining(AmosConfig(**SIZES | NO_DROPOUT | options))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def batch():
-    """Masked, with padding at the end of one row."""
-    generator = torch.Generator().manual_seed(2)
-    words = torch.randint(FIRST, V, (B, T), generator=generator)
-    attention_mask = torch.ones_like(words)
-    attention_mask[1, -3:] = 0
-    masked = (torch.rand(B, T, generator=generator) < 0.4) & (attention_mask == 1)
-    return {
-        "input_ids": words.masked_fill(masked, MASK).masked_fill(attention_mask == 0, 0),
-        "attention_mask": attention_mask,
-        "labels": words.masked_fill(~masked, -100),
-    }
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 class Reverse(torch.autograd.Function):
@@ -161,115 +126,6 @@ def test_gradient_stops_between_blocks(stop):
     assert [name in last and bool(last[name].any()) for name in below] == [not stop] * 2
     assert last["generator.encoder.layer.2.output.dense.weight"].any()
     assert last["generator.encoder.layer.3.output.dense.weight"].any()
-
-
-def reversed_gradient(**options):
-    """Of the discriminator's loss alone."""
-    model = amos(**options)
-    grads = gradients(model, model(**batch(), seed=0).rtd_loss)
-    return grads.get("mixture.score.weight"), grads.get("generator.encoder.layer.0.output.dense.weight")
-
-
-def test_the_mixture_gets_the_scaled_gradient_and_passes_it_on_unless_detached():
-    v, generator = reversed_gradient()
-    for scale in (1.0, 0.5):
-        other_v, other_generator = reversed_gradient(gradient_scale=scale)
-        torch.testing.assert_close(other_v, -scale * v)
-        torch.testing.assert_close(other_generator, -scale * generator)
-    assert v.any()
-    assert generator.any()
-    detached_v, detached_generator = reversed_gradient(detach_mixture=True)
-    assert torch.equal(detached_v, v)
-    assert detached_generator is None
-    assert reversed_gradient(gradient_scale=0.0) == (None, None)
-
-
-def topics(rows=32):
-    """Each row has words of one of four topics: what is from another topic is easy to tell, all else is not."""
-    words = FIRST + 5 * torch.randint(4, (rows, 1)) + torch.randint(5, (rows, 12))
-    masked = torch.rand(rows, 12) < 0.25
-    return {"input_ids": words.masked_fill(masked, MASK), "labels": words.masked_fill(~masked, -100)}
-
-
-def fit(model, steps, learning_rate):
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=learning_rate)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**topics()).loss.backward()
-        optimizer.step()
-
-
-def grown(model, **options):
-    """A model with the same weights under other options."""
-    other = AmosForPreTraining(AmosConfig(**{**model.config.to_dict(), **options}))
-    other.load_state_dict(model.state_dict(), strict=False)
-    return other.requires_grad_(False)
-
-
-def test_frozen_mixture_moves_against_the_discriminator_or_with_it():
-    """A generator whose second layer has learned what its first has not, and a discriminator that has seen both."""
-    sizes = {**SIZES, "vocab_size": 25, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
-    teacher = AmosForPreTraining(AmosConfig(**sizes | NO_DROPOUT | {"mlm_layers": (2,), "rtd_weight": 5.0}))
-    fit(teacher, 100, 3e-3)
-    both = grown(teacher, mlm_layers=(1, 2), mixture="equal")
-    both.discriminator.encoder.requires_grad_(True)
-    both.rtd_head.requires_grad_(True)
-    fit(both, 100, 3e-3)
-
-    held_out = topics(256)
-    for scale in (-1.0, 1.0):
-        model = grown(both, mixture="learned", gradient_scale=scale)
-        model.mixture.requires_grad_(True)
-
-        def measure(model=model):
-            with torch.no_grad():
-                outputs = [model(**held_out, seed=seed) for seed in range(4)]
-            return sum(output.rtd_loss for output in outputs) / 4, outputs[0].mixture_weights[1]
-
-        loss_before, good_before = measure()
-        fit(model, 40, 0.03)
-        loss, good = measure()
-        assert -scale * (good - good_before) > 0.1  # −1: to the layer whose samples are hard to tell
-        assert -scale * (loss - loss_before) > 0.003
-
-
-def test_equal_weights_and_a_single_layer():
-    assert amos(mixture="equal").mixture is None
-    torch.testing.assert_close(amos(mixture="equal")(**batch()).mixture_weights, torch.full((3,), 1 / 3))
-    single = amos(mlm_layers=(2,))
-    output = single(**batch())
-    assert output.mlm_losses.shape == (1,)
-    assert torch.equal(output.mixture_weights, torch.ones(1))
-    assert len(single.generator.encoder.layer) == 2
-    assert single.mixture is None
-
-
-def test_a_random_layer_for_each_position():
-    model = amos(mixture="random")
-    logits = model._mixture_logits(torch.zeros(3, 6000, 32))
-    assert torch.equal(logits.softmax(dim=1).sort(dim=1).values, torch.tensor([0.0, 0.0, 1.0]).expand(6000, 3))
-    frequency = logits.softmax(dim=1).mean(dim=0)
-    assert (frequency - 1 / 3).abs().max() < 5 * (2 / 9 / 6000) ** 0.5
-    output = model(**batch())
-    assert torch.isfinite(output.loss)
-    assert len(gradients(model, output.loss)) == len(list(model.parameters()))
-
-
-def test_layers_switch_as_training_goes_on():
-    """… and the sample is that of a model with that layer alone."""
-    model = amos(mixture="switch")
-    for progress, index in ((0.0, 0), (0.32, 0), (0.34, 1), (0.67, 2), (1.0, 2)):
-        model.progress = progress
-        output = model(**batch(), seed=5)
-        assert output.mixture_weights.argmax() == index
-        assert output.mixture_weights[index] == 1
-        layer = SIZES["mlm_layers"][index]
-        single = grown(model, mlm_layers=(layer,), mixture="learned")
-        assert torch.equal(single(**batch(), seed=5).sampled_ids, output.sampled_ids)
-    model.progress = 1.5
-    with pytest.raises(ValueError, match=r"progress: expected a number from 0 to 1, got 1\.5"):
-        model(**batch())
 
 
 def test_generator_dropout_is_off_unless_asked_for():
@@ -401,67 +257,6 @@ def test_one_wait_on_a_gpu():
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
     assert len(waits) == 1, waits
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mlm_layers": (4, 2)}, r"mlm_layers: .*increasing .*from 1 to num_hidden_layers = 4, got \(4, 2\)"),
-        ({"mlm_layers": (2, 2)}, r"mlm_layers: .*got \(2, 2\)"),
-        ({"mlm_layers": ()}, r"mlm_layers: .*got \(\)"),
-        ({"mlm_layers": (0, 2)}, r"mlm_layers: .*got \(0, 2\)"),
-        ({"mlm_layers": (4, 6, 8)}, r"mlm_layers: .*num_hidden_layers = 4, got \(4, 6, 8\)"),
-        ({"hidden_size": 30}, "hidden_size: expected a multiple of num_attention_heads = 4, got 30"),
-        ({"gumbel_temperature": 0.0}, "gumbel_temperature: expected a finite number above 0"),
-        ({"gradient_scale": float("nan")}, "gradient_scale: expected a finite number"),
-        ({"gradient_scale": "x"}, "gradient_scale: expected a number, got str"),
-        ({"rtd_weight": -1.0}, "rtd_weight: expected a number of at least 0"),
-        ({"rtd_weight": float("inf")}, "rtd_weight: expected a finite number"),
-        ({"mlm_layers": 3}, "mlm_layers: expected a tuple .*got 3"),
-        ({"mlm_layers": "12"}, "mlm_layers: expected a tuple .*got '12'"),
-        ({"mlm_layers": ("1", "2")}, r"mlm_layers\[0\]: expected an integer, got str"),
-        ({"mlm_layers": (1, 2.0)}, r"mlm_layers\[1\]: expected an integer, got float"),
-        ({"rtd_weight": True}, "rtd_weight: expected a number, got bool"),
-        ({"mixture": None}, "mixture"),
-        ({"detach_mixture": 1}, "detach_mixture: expected True or False, got 1"),
-        ({"stop_gradient": None}, "stop_gradient: expected True or False, got None"),
-        ({"generator_dropout": "yes"}, "generator_dropout: expected True or False, got 'yes'"),
-        ({"mixture": "best"}, "mixture: expected one of 'learned', 'equal', 'random', 'switch', got 'best'"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
-    ],
-)
-def test_bad_configurations(options, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        AmosConfig(**SIZES | options)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"labels": torch.zeros(B, T + 1, dtype=torch.int64)}, r"labels: expected shape \(3, 11\) like input_ids"),
-        ({"attention_mask": torch.ones(B, 1, T, T)}, r"attention_mask: expected shape \(3, 11\)"),
-        ({"labels": torch.zeros(B, T)}, "labels: expected int64 or int32, got torch.float32"),
-        ({"input_ids": torch.zeros(T, dtype=torch.int64)}, r"input_ids: expected .* \(B, T\), got \(11,\)"),
-        ({"labels": torch.full((B, T), V)}, f"target: expected values from 0 to {V - 1}"),
-        ({"seed": 1.5}, "seed: expected an int"),
-        ({"input_ids": None}, "input_ids: expected a tensor .* got NoneType"),
-        ({"input_ids": torch.zeros(B, T)}, r"input_ids: expected int64 or int32, got torch.float32"),
-        ({"labels": [[1]]}, "labels: expected a tensor or None, got list"),
-        ({"attention_mask": "x"}, "attention_mask: expected a tensor or None, got str"),
-        ({"token_type_ids": 3}, "token_type_ids: expected a tensor or None, got int"),
-        ({"token_type_ids": torch.zeros(B, T)}, "token_type_ids: expected int64 or int32, got torch.float32"),
-        ({"position_ids": torch.zeros(B, 2, dtype=torch.int64)}, r"position_ids: expected shape \(3, 11\)"),
-    ],
-)
-def test_bad_input(changes, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        amos()(**batch() | changes)
-
-
-def test_another_models_configuration():
-    for config in (None, BertConfig()):
-        with pytest.raises(TypeError, match=f"config: expected an AmosConfig, got {type(config).__name__}"):
-            AmosForPreTraining(config)
 
 
 def test_positions_of_one_row_serve_all():

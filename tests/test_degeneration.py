@@ -183,6 +183,23 @@ def test_of_equal_cosines_the_lowest_indices_are_nearest(small_tiles):
     assert set(values.unique().tolist()) == {0.0, 1.0}
 
 
+@pytest.mark.cpp
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_a_tile_of_many_points(by_columns):
+    """More than the strips of points whose thresholds are at hand; what they have differs from strip to strip."""
+    if reason := build.unavailable("cpu"):
+        pytest.skip(reason)
+    build.load("cpu")
+    before = torch.linspace(0.9, -0.9, 600)[:, None].repeat(1, 2)
+    tile = torch.rand(600, 70) * 2 - 1
+    values, indices = before.clone(), torch.tensor([[0, 1]]).repeat(600, 1)
+    given = tile.t().contiguous().t() if by_columns else tile
+    torch.ops.repdeg_fast_native.neighbours_look.default(values, indices, given, 2)
+    expected = torch.cat([before, tile], dim=1).topk(2).values
+    assert torch.equal(values.sort(descending=True).values, expected)
+    assert torch.equal(torch.cat([before, tile], dim=1).gather(1, indices), values)
+
+
 def test_nearest_do_not_depend_on_the_number_of_threads():
     points, before = torch.randn(3000, 16), torch.get_num_threads()
     found = []

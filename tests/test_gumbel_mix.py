@@ -203,6 +203,17 @@ def test_weight_of_another_dtype_is_multiplied_in_that_of_the_hidden_states(plac
     assert torch.equal(same[0], wider[0])
     assert wider[1].dtype == torch.float32
     assert relative_error(wider[2], same[2]) <= 1e-2
+    softly = problem.run(hard=False)
+    problem.weight = problem.weight + 2**-14 * problem.weight.abs()  # rounded, it is the same
+    for one, other in zip(problem.run(hard=False), softly, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_drawn_values_of_an_embedding_by_columns(place):
+    problem = Problem((2, 10, 48, 24, 9), torch.float32, place.device)
+    problem.embedding = problem.embedding.detach().T.contiguous().T.requires_grad_()
+    token_ids, values, *_ = problem.run()
+    assert torch.equal(values, problem.embedding[token_ids])
 
 
 def test_gradient_reversal():

@@ -110,6 +110,17 @@ def test_against_float64(place, small_chunks):
         assert relative_error(result, truth) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("vocabulary", [13, 45])
+def test_a_vocabulary_that_ends_within_a_vector(place, vocabulary):
+    """Its last tokens are those that all rows draw."""
+    problem = Problem((3, 12, vocabulary, 8, 4), torch.float32, place.device)
+    with torch.no_grad():
+        problem.bias[-3:] += 12
+    _, token_ids, _ = problem.joint(strategy="chunked")
+    assert (token_ids >= vocabulary - 3).all()
+    assert torch.equal(token_ids, problem.separate()[1])
+
+
 def test_16_bits_sample_what_their_logits_say(place, small_chunks):
     """Tokens differ only where rounding decides; the mixture's gradient is that of the sample that was drawn."""
     rows = 20 if place.backend == "triton" and place.device == "cpu" else 100  # the interpreter is slow

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import repdeg_fast
 from repdeg_fast import CosineRegularization, cosine_regularization, pairwise_cosine, pairwise_max_cosine
+from repdeg_fast.contracts.pairwise import Block, Kind, LeftOut, Rule
 from repdeg_fast.functional.pairwise import KINDS
 from repdeg_fast.ops import pairwise as ops
 from repdeg_fast.ops import pairwise_blocks
@@ -94,6 +95,19 @@ def test_maxima(place, chunks, shape, skip):
         assert_close(found, true, dtype)
         index = pairwise_max_cosine(*sets, skip_diagonal=skip).indices.cpu()
         assert torch.equal(index, definition.pairwise_max_cosine(*sets, skip_diagonal=skip)[1].cpu())
+
+
+@pytest.mark.interpreter
+def test_rows_without_padding_stay_apart():
+    """What is written beyond a row's last column would be the next one's."""
+    from repdeg_fast.triton_kernels import pairwise as kernels
+
+    cosines, sums = torch.rand(3, 17), torch.empty(3)
+    given = cosines.clone()
+    block = Block(given, torch.ones(3), torch.ones(17), 0, LeftOut.NOTHING)
+    kernels.measure(block, Rule(Kind.SQUARE, 0.0, torch.zeros(())), sums, slopes=True)
+    assert torch.equal(given, 2 * cosines)
+    assert relative_error(sums, cosines.square().sum(1)) <= 1e-6
 
 
 def test_maxima_in_16_bits(place):

@@ -262,7 +262,7 @@ FAULTS = [
         CPU + "gumbel_mix_sample.cpp",
         "+ (k ? mixed[c] : A(0));",
         "+ A(0);",
-        "tests/test_mlm_losses_and_sample.py -k 'two_functions and cpu'",
+        "tests/test_mlm_losses_and_sample.py -k 'within_a_vector and cpu'",
     ),
     Fault(
         "soft values are divided by the last chunk's sum",
@@ -276,7 +276,7 @@ FAULTS = [
         CPU + "gumbel_mix_value.cpp",
         "value[j] = row[j * from.column_stride];",
         "value[j] = row[j];",
-        "tests/test_gumbel_mix.py -k 'strides and cpu'",
+        "tests/test_gumbel_mix.py -k 'by_columns and cpu'",
     ),
     Fault(
         "padding behind a chunk is a token",
@@ -297,6 +297,6 @@ FAULTS = [
         CPU + "neighbours.cpp",
         "threshold.least[i] = values.row(start + i)[0];",
         "threshold.least[i] = values.row(i)[0];",
-        "tests/test_degeneration.py -k 'nearest or equal or strips'",
+        "tests/test_degeneration.py -k many_points",
     ),
 ]

@@ -241,6 +241,6 @@ FAULTS = [
         TRITON + "tuning.py",
         "return padded if padded <= matrix.stride(-2) else columns",
         "return padded",
-        "tests/test_contrastive.py -k 'shapes'",
+        "tests/test_pairwise.py -k without_padding",
     ),
 ]

@@ -49,6 +49,8 @@ def admin_norm(draw):
         return (y.view(shape),)
 
     steep = 8.0 * max(1.0, *means)  # far from zero a row is rounded at its distance
+    if dtype.itemsize == 2:  # sums over rows, whose terms are made of y as it was rounded
+        steep *= (leaves[0].numel() / width) ** 0.5
     if "weight" in names:
         steep *= max(1.0, leaves[2 + names.index("weight")].abs().max().item())
     if "omega" in names and leaves[2].numel() == 1:  # the sum of terms of either sign over all values of x
