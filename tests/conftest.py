@@ -35,19 +35,17 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def place(request):
+def place(request, threads):
     """The device to test on; operations are served by the backend under test meanwhile."""
     import repdeg_fast
 
     backend, device = request.param
     if backend == "cuda-emulated":
         request.getfixturevalue("emulated_cuda")
-    threads = torch.get_num_threads()
     if backend == "cpu":  # also where processes take the place of threads
-        torch.set_num_threads(max(threads, 2))
+        threads(max(torch.get_num_threads(), 2))
     with repdeg_fast.use_backend(backend):
         yield Place(backend, device)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -153,9 +151,14 @@ def _seeded():
 
 
 @pytest.fixture
-def one_thread():
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
     """Tensors of the smallest models only make threads wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    threads(1)

@@ -139,15 +139,14 @@ def test_same_bits_twice(place):
         assert all(torch.equal(gradients[name], gradients_again[name]) for name in tensors)
 
 
-def test_bits_do_not_depend_on_threads():
+def test_bits_do_not_depend_on_threads(threads):
     tensors, upstream = inputs(3000, 65), torch.randn(3000, 65)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+    results = []
+    for number in (1, 2, 3):
+        threads(number)
         with repdeg_fast.use_backend("cpu"):
             y, gradients = actual(tensors, upstream, dropout=0.1, seed=5)
         results.append([y, *gradients.values()])
-    torch.set_num_threads(before)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
 
 

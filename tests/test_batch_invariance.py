@@ -13,17 +13,15 @@ PARTS = [slice(0, 1), slice(0, 2), slice(0, 17), slice(3, 67), slice(69, 70)]
 
 
 @pytest.fixture(autouse=True, params=[1, 3])
-def _invariant(request, monkeypatch, tmp_path):
+def _invariant(request, threads, monkeypatch):
     if reason := build.unavailable("cpu"):
         pytest.skip(reason)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    threads(request.param)
     monkeypatch.setenv(products.VARIABLE, products.BATCH_INVARIANT)
     products.forget()
     with repdeg_fast.use_backend("cpu"):
         yield
     products.forget()
-    torch.set_num_threads(threads)
 
 
 def assert_same_bits(function, rows, dim=0):

@@ -164,16 +164,14 @@ def test_same_bits_twice(place):
     assert torch.equal(first, torch.autograd.grad(cosine_regularization(weight), weight)[0])
 
 
-def test_bits_do_not_depend_on_threads():
+def test_bits_do_not_depend_on_threads(threads):
     weight = embedding(5000, 65, torch.float32).requires_grad_()
     results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+    for number in (1, 2, 3):
+        threads(number)
         with repdeg_fast.use_backend("cpu"):
             value = cosine_regularization(weight)
             results.append((value, torch.autograd.grad(value, weight)[0]))
-    torch.set_num_threads(before)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
 
 

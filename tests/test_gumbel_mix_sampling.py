@@ -94,15 +94,13 @@ def test_bad_logits_show_in_the_embedding(place, bad, hard):
     assert torch.equal(mixture[others], clean[2][others])
 
 
-def test_cpu_results_do_not_depend_on_chunks_or_threads():
+def test_cpu_results_do_not_depend_on_chunks_or_threads(threads):
     """50,000 tokens × 400 rows take three chunks, 40 rows one; noise belongs to (row, token), wherever it is made."""
     problem = Problem((2, 400, 50_000, 4, 4))
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    threads(2)
     whole = problem.run()
-    torch.set_num_threads(1)
+    threads(1)
     assert all(torch.equal(a, b) for a, b in zip(whole, problem.run(), strict=True))
-    torch.set_num_threads(before)
     problem.hidden_states, problem.upstream = problem.hidden_states[:, :40], problem.upstream[:40]
     problem.mixture_logits = problem.mixture_logits.detach()[:40].requires_grad_()
     part = problem.run()

@@ -119,20 +119,18 @@ def test_same_bits_twice(place, strategy):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_of_the_row_pass_do_not_depend_on_threads(dtype):
+def test_bits_of_the_row_pass_do_not_depend_on_threads(dtype, threads):
     """The GEMMs are the vendor's."""
     build.load("cpu")
     kernels, rule = RowKernels(torch.ops.repdeg_fast_native), LossRule(-100, 0.1, 4.0)
     logits, target, bias = torch.randn(33, 5000).to(dtype), torch.randint(0, 5000, (33,)), torch.randn(5000)
     results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+    for number in (1, 2, 3):
+        threads(number)
         out, lse, loss, grad_bias = logits.clone(), torch.empty(33), torch.empty(33), torch.empty(5000)
         block = LogitBlock(out, lse, loss, grad_bias, target, 0, bias, torch.ones(33), None)
         kernels.rows(block, Columns(0, 5000), rule, accumulate_bias=False)
         results.append((out, lse, loss, grad_bias))
-    torch.set_num_threads(before)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
 
 

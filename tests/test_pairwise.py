@@ -243,19 +243,15 @@ def test_rows_shorter_than_eps(place, kind):
         assert max(errors(found, true)) <= 1e-5
 
 
-def test_same_bits_twice_and_with_any_number_of_threads(place):
+def test_same_bits_twice_and_with_any_number_of_threads(place, threads):
     interpreted = (place.backend, place.device) == ("triton", "cpu")  # slowly
     (x,) = vectors(150 if interpreted else 700, None, 24, torch.float32, place.device)
-    before = torch.get_num_threads()
     found = []
-    for threads in (1, 1, 2):
-        torch.set_num_threads(threads)
-        try:
-            for kind in KINDS:
-                found.append(results(pairwise_cosine, [x], kind=kind, **OPTIONS))
-            found.append(results(lambda x: pairwise_max_cosine(x).values, [x]))
-        finally:
-            torch.set_num_threads(before)
+    for number in (1, 1, 2):
+        threads(number)
+        for kind in KINDS:
+            found.append(results(pairwise_cosine, [x], kind=kind, **OPTIONS))
+        found.append(results(lambda x: pairwise_max_cosine(x).values, [x]))
     once = len(KINDS) + 1
     for one, other in zip(found[:once], found[once : 2 * once], strict=True):
         assert all(map(torch.equal, one, other))

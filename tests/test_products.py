@@ -75,19 +75,15 @@ def test_pytorchs_own_stays_where_nothing_is_clearly_faster(fresh):
     assert products.settle(Fake(fresh, {"library": 0.01, "pieces": 0.0099, "onednn": 0.0098})) == "library"
 
 
-def test_each_number_of_threads_is_measured(fresh):
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert products.settle(Fake(fresh, {"library": 2, "pieces": 3, "onednn": 1})) == "onednn"
-        torch.set_num_threads(2)
-        assert products.settle(Fake(fresh, {"library": 2, "pieces": 1, "onednn": 3})) == "pieces"
-        torch.set_num_threads(1)
-        fake = Fake(fresh, {})
-        assert products.settle(fake) == "onednn"
-        assert fake.used == products.WAYS["onednn"]
-    finally:
-        torch.set_num_threads(threads)
+def test_each_number_of_threads_is_measured(fresh, threads):
+    threads(1)
+    assert products.settle(Fake(fresh, {"library": 2, "pieces": 3, "onednn": 1})) == "onednn"
+    threads(2)
+    assert products.settle(Fake(fresh, {"library": 2, "pieces": 1, "onednn": 3})) == "pieces"
+    threads(1)
+    fake = Fake(fresh, {})
+    assert products.settle(fake) == "onednn"
+    assert fake.used == products.WAYS["onednn"]
 
 
 def test_what_another_machine_kept_is_not_taken(fresh):
@@ -150,19 +146,11 @@ def test_every_way_multiplies(way, native, dtype, accumulate, m, k, n):
         assert torch.equal(out, again)
 
 
-@pytest.fixture
-def three_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.cpp
-@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize(("m", "k", "n"), [(33, 40, 2100), (2100, 40, 33), (33, 2100, 40)])
-def test_three_threads_share_a_product(m, k, n, way, native):
+def test_three_threads_share_a_product(m, k, n, threads, way, native):
     """Pieces of one operand, the last of them shorter, or sums of each thread's own; in order, so that bits stay."""
+    threads(3)
     a, b = torch.randn(m, k), torch.randn(k, n)
     outs = [torch.randn(m, n) for _ in range(2)]
     for out in outs:
