@@ -269,17 +269,12 @@ NOTES = {
 _IN_PLACE = ("checkpoint", "reentrant", "vmap", "func.grad", "forward mode", "double backward")
 EXCEPTIONS = {
     **{("add_cosine_regularization_", column): NONE for column in _IN_PLACE},
-    **{(row, "coefficient"): ANEW for row, case in OPERATIONS.items() if case.coefficient},
-    ("cosine_regularization", "coefficient"): YES,
-    ("global_orthogonal_regularization", "coefficient"): YES,
-    ("gradient_reversal", "coefficient"): YES,
     **{(row, "coefficient"): NONE for row, case in OPERATIONS.items() if not case.coefficient},
     **{(row, "seed"): NONE for row, case in OPERATIONS.items() if not case.seeded},
-    ("gradient_reversal", "func.grad"): YES,
     ("gradient_reversal", "double backward"): YES,
     ("MultiLayerMLMHead", "CUDA graph"): NONE,
 }
-_USUAL = {"CUDA graph": GPU, "func.grad": ERROR, "forward mode": ERROR, "double backward": ERROR}
+_USUAL = {"CUDA graph": GPU, "forward mode": ERROR, "double backward": ERROR}
 
 
 def promise(row: str, column: str) -> str:

@@ -82,8 +82,9 @@ class Kernels(Protocol):
         """The values (M, d_f) in the dtype of ``embedding``, NaN where y_x̂ is not finite; and the fields of
         :class:`Drawn`."""
 
-    def room(self, dtype: torch.dtype, temperature: float) -> int:
-        """How many values ``sample_logits`` keeps of a row of logits for ``backward``; 0: none."""
+    def room(self, dtype: torch.dtype, temperature: float | None) -> int:
+        """How many values ``sample_logits`` keeps of a row of logits for ``backward``; 0: none. ``None``: the most that
+        it does at any temperature."""
 
     def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise, candidates: Tensor | None = None) -> None:
         """Write the sample of these positions and, where there is room, the ``candidates`` (m, room), int32: which

@@ -148,9 +148,9 @@ def _parameters(
 def _omega(omega: Tensor | float, x: Tensor, dtype: torch.dtype) -> Tensor:
     """(d,): one value is spread over the columns."""
     if not isinstance(omega, Tensor):
-        if isinstance(omega, bool) or not isinstance(omega, (int, float)) or not math.isfinite(omega):
+        if isinstance(omega, bool) or not isinstance(omega, (int, float)) or not -math.inf < omega < math.inf:
             raise TypeError(f"omega: expected a tensor, a finite number or None, got {omega!r}")
-        omega = torch.full((1,), float(omega), dtype=dtype, device=x.device)
+        omega = torch.ones(1, dtype=dtype, device=x.device) * omega  # full() would be compiled for each value
     if omega.dim() < 2 and omega.numel() == 1:
         _check_parameter("omega", omega, x, dtype)
         return omega.expand(x.shape[-1])

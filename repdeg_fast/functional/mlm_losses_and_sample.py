@@ -23,6 +23,7 @@ from repdeg_fast.functional._head_arguments import (
 )
 from repdeg_fast.functional.gumbel_mix import check_head, check_sampling, detached
 from repdeg_fast.ops import mlm_losses_and_sample as _ops
+from repdeg_fast.ops._operator import is_constant
 from repdeg_fast.ops.gumbel_mix import gumbel_mix, gumbel_value
 from repdeg_fast.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -95,7 +96,9 @@ def mlm_losses_and_sample(
         flat = (*heads, *sampling, True, *estimator, backend)
         values, token_ids, _ = gumbel_mix(*flat)
         return loss, token_ids, values
-    flat = (*head, class_weight, detached(mixture_logits), *sampling, *options, backend)
+    any_temperature = not is_constant(temperature)
+    drawing = (seed, float(temperature), any_temperature, first_position)
+    flat = (*head, class_weight, detached(mixture_logits), *drawing, *options, backend)
     loss, _, _, _, _, *sample = _ops.mlm_losses_and_sample(*flat)
     flat = (*heads, *sample, *sampling, *estimator, backend)
     return loss, sample[0], gumbel_value(*flat)

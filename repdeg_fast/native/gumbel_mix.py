@@ -34,7 +34,7 @@ class Kernels:
         values, token_ids, peak = self._forward(*heads, *projection, embedding, *noise, hard)
         return values, token_ids, peak
 
-    def room(self, dtype: torch.dtype, temperature: float) -> int:
+    def room(self, dtype: torch.dtype, temperature: float | None) -> int:
         return 0
 
     def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise, candidates: Tensor | None = None) -> None:

@@ -22,13 +22,18 @@ the same body runs under the same autograd formula::
             return None, grad * ctx.factor, None, None
 
 Arguments are positional and flat, since schemas are; the body bundles them at once (:mod:`repdeg_fast.contracts`).
+
+A number in a compiled graph is a constant of it. One that has changed (an annealed temperature) the compiler knows as a
+tensor, if it comes to an operator through arithmetic with one; so each operator that takes floats has an overload
+``varying`` with those of them that change as 0-dimensional tensors on the CPU, where reading one stalls no stream. Fake
+functions and formulas see a :class:`Varying` in such a place and may only hand it on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import NoneType
-from typing import Any, ClassVar, Generic, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -57,6 +62,12 @@ class Formula(torch.autograd.Function):
         return type(public_name, (cls,), {"public_name": public_name, "jvp": staticmethod(no_tangent)})
 
 
+class Varying(NamedTuple):
+    """A float argument that a compiled graph makes anew at each call."""
+
+    tensor: Tensor  # (), float64, on the CPU
+
+
 class Operator(Generic[P, R]):
     """One operator: its body with a schema, a fake function and, where it has one, a formula."""
 
@@ -68,15 +79,45 @@ class Operator(Generic[P, R]):
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self._floats = tuple(i for i, a in enumerate(self.overload._schema.arguments) if "float" in str(a.type))
+        if self._floats:
+            self._define_varying(schema)
 
     def __call__(self, *arguments: P.args, **_: P.kwargs) -> R:
         if _watched() or not _PLAIN.issuperset(map(type, arguments)) or _first_tensor(arguments).is_meta:
-            return cast(R, self.overload(*arguments))
+            return self._through_dispatcher(arguments)
         found: R = self._apply(self._run, *arguments) if is_grad_enabled() else self._run(*arguments)
         return found
 
+    def _through_dispatcher(self, arguments: Sequence[Any]) -> R:
+        numbers, varying = list(arguments), [_varying(arguments[i]) for i in self._floats]
+        if all(tensor is None for tensor in varying):
+            return cast(R, self.overload(*arguments))
+        for place, tensor in zip(self._floats, varying, strict=True):
+            numbers[place] = arguments[place] if tensor is None else 0.0
+        return cast(R, self.varying(*numbers, varying))
+
+    def _define_varying(self, schema: str) -> None:
+        """The overload in which ``Tensor?[] varying`` has what stands in place of the floats, None where that is one."""
+        # what a CUDA graph has captured would keep the value that a tensor on the CPU had then
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+        name = f"{self.name}.varying"
+        _library.define(name + schema.replace(") ->", ", Tensor?[] varying) ->"), tags=tags)
+        _library.impl(name, self._run_varying, "CompositeExplicitAutograd")
+        self.varying = getattr(getattr(torch.ops, NAMESPACE), self.name).varying
+
+    def _joined(self, arguments: Sequence[Any], read: Callable[[Tensor], Any] = Varying) -> list[Any]:
+        """Those of ``varying`` as the body, the formula and the fake function have them."""
+        *joined, varying = arguments
+        for place, tensor in zip(self._floats, varying, strict=True):
+            joined[place] = joined[place] if tensor is None else read(tensor)
+        return joined
+
     def register_fake(self, fake: Callable[..., R]) -> None:
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
+        if self._floats:
+            varying = lambda *arguments: fake(*self._joined(arguments))  # noqa: E731
+            torch.library.register_fake(f"{NAMESPACE}::{self.name}.varying", varying, lib=_library)
 
     def register_formula(self, public_name: str) -> Callable[[type[Formula]], None]:
         """``public_name``: of the function that users call."""
@@ -86,6 +127,9 @@ class Operator(Generic[P, R]):
             # Function.apply looks at signatures first, for the function transforms that are not at work in a plain call
             self._apply = super(torch.autograd.Function, self._formula).apply  # type: ignore[misc]
             _library.impl(self.name, self._differentiable, "Autograd")
+            if self._floats:
+                varying = lambda *arguments: self._differentiable(*self._joined(arguments))  # noqa: E731
+                _library.impl(f"{self.name}.varying", varying, "Autograd")
 
         return register
 
@@ -109,6 +153,9 @@ class Operator(Generic[P, R]):
                 return self._body(*arguments)  # type: ignore[call-arg]
         return self._body(*arguments)  # type: ignore[call-arg]
 
+    def _run_varying(self, *arguments: Any) -> R:
+        return self._run(*self._joined(arguments, Tensor.item))
+
     def _run_without_gradients(self, run: Callable[..., R], *arguments: Any) -> R:
         """Of an operator without a formula."""
         with torch.no_grad():
@@ -116,14 +163,16 @@ class Operator(Generic[P, R]):
 
     def _differentiable(self, *arguments: Any) -> R:
         """The Autograd key: the formula around the operator's other keys."""
-        assert self._formula is not None
-        if torch._C._are_functorch_transforms_active():
-            _raise_missing(self._formula.public_name, "torch.func transform")
-        return cast(R, self._formula.apply(self._below_autograd, *arguments))
+        if not torch._C._are_functorch_transforms_active():
+            return cast(R, self._apply(self._below_autograd, *arguments))
+        from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+        with enable_single_level_autograd_function():  # the innermost transform's: those around it come below autograd
+            return cast(R, self._apply(self._below_autograd, *arguments))
 
     def _below_autograd(self, *arguments: Any) -> R:
         with torch._C._AutoDispatchBelowAutograd():
-            return cast(R, self.overload(*arguments))
+            return self._through_dispatcher(arguments)
 
 
 def operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Operator[P, R]]:
@@ -136,6 +185,24 @@ def wants_gradient(tensor: Tensor | None) -> bool:
     if tensor is None or not torch.is_grad_enabled():
         return False
     return tensor.requires_grad or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+
+
+def is_constant(number: float) -> bool:
+    """Whether a compiled graph is for this value alone; without a compiler nothing is."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # a second, at import
+
+    return has_static_value(number)
+
+
+def _varying(number: float | Varying | None) -> Tensor | None:
+    """What the compiler can go on from in place of one that is no constant to it."""
+    if isinstance(number, Varying):
+        return number.tensor
+    if number is None or is_constant(number):
+        return None
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
 
 
 def _watched() -> bool:

@@ -75,7 +75,7 @@ class ChunkedVocabulary:
             return self.kernels.embed(embedding, drawn), *drawn
         return self._soft_values(_Sample(mixed, projection, embedding, drawn, noise)), *drawn
 
-    def room(self, dtype: torch.dtype, temperature: float) -> int:
+    def room(self, dtype: torch.dtype, temperature: float | None) -> int:
         return 0
 
     def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise, candidates: Tensor | None = None) -> None:

@@ -84,8 +84,11 @@ def empty_sample(hidden_states: Tensor, rows: int) -> Drawn:
     )
 
 
-def empty_candidates(hidden_states: Tensor, weight: Tensor, rows: int, temperature: float, backend: str) -> Tensor:
-    """Room for what of the logits of ``rows`` positions is kept for the backward pass (rows, room)."""
+def empty_candidates(
+    hidden_states: Tensor, weight: Tensor, rows: int, temperature: float | None, backend: str
+) -> Tensor:
+    """Room for what of the logits of ``rows`` positions is kept for the backward pass (rows, room); ``temperature``
+    ``None``: whatever it will be."""
     room = operation.kernels(backend, hidden_states, weight).room(hidden_states.dtype, temperature)
     return hidden_states.new_empty(rows, room, dtype=torch.int32)
 
@@ -148,7 +151,7 @@ def gumbel_mix_backward(
         grad_mixture, grad_embedding = kernels.backward(
             grad_values if grad_values.is_contiguous() else grad_values.contiguous(), heads, projection, embedding,
             Drawn(token_ids, peak), Noise(seed, temperature, first_position), Estimator(hard, gradient_scale), wanted,
-            candidates if candidates is not None and candidates.shape[1] > 0 else None,
+            candidates if kernels.room(hidden_states.dtype, temperature) > 0 else None,
         )  # fmt: skip
     if padding_idx is not None and grad_embedding is not None:
         grad_embedding[padding_idx] = 0

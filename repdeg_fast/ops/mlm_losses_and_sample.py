@@ -40,6 +40,7 @@ def mlm_losses_and_sample(
     mixture_logits: Tensor | None,
     seed: Tensor,
     temperature: float,
+    any_temperature: bool,
     first_position: int,
     ignore_index: int,
     label_smoothing: float,
@@ -53,19 +54,22 @@ def mlm_losses_and_sample(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Joint: the sample is drawn from the losses' logits."""
+    """The fields of Joint: the sample is drawn from the losses' logits. ``any_temperature``: there is room for what is
+    kept at any, whatever this one is."""
     head = Head(hidden_states, weight, target, bias)
     rule = rule_of(hidden_states, class_weight, ignore_index, label_smoothing, softcap, gradient_filter)
     wanted, noise = Wanted.of(needs, accumulate_dtype), Noise(seed, temperature, first_position)
     kernels = gumbel_mix.operation.kernels(backend, hidden_states, weight)
     drawn = gumbel_mix.empty_sample(hidden_states, len(target))
-    candidates = gumbel_mix.empty_candidates(hidden_states, weight, len(target), temperature, backend)
+    known = None if any_temperature else temperature
+    candidates = gumbel_mix.empty_candidates(hidden_states, weight, len(target), known, backend)
+    keeps = kernels.room(hidden_states.dtype, temperature) > 0
 
     def look(logits: Tensor, first: int) -> None:
         part = slice(first, first + logits.shape[1])
         shares = None if mixture_logits is None else mixture_logits[part]
         some = Drawn(drawn.token_ids[part], drawn.peak[part])
-        kept = candidates[part] if candidates.shape[1] > 0 else None
+        kept = candidates[part] if keeps else None
         kernels.sample_logits(some, HeadLogits(logits, shares, bias, first), noise, kept)
 
     found = losses(head, rule, Reduction(heads, lse_square_scale, reduction, padding_idx), wanted, backend, look)
@@ -82,13 +86,14 @@ def _(
     mixture_logits: Tensor | None,
     seed: Tensor,
     temperature: float,
-    first_position: int,
+    any_temperature: bool,
     *options: Any,
 ) -> Joint:
     *_, heads, _lse_square_scale, reduction, _padding_idx, _accumulate_dtype, needs, backend = options
     found = fake_losses(Head(hidden_states, weight, target, bias), heads, reduction, needs)
     rows = target.shape[0]
-    candidates = gumbel_mix.empty_candidates(hidden_states, weight, rows, temperature, backend)
+    known = None if any_temperature else temperature
+    candidates = gumbel_mix.empty_candidates(hidden_states, weight, rows, known, backend)
     return Joint(*found, *gumbel_mix.empty_sample(hidden_states, rows), candidates)
 
 
@@ -108,11 +113,13 @@ class _Formula(Formula):
         mixture_logits: Tensor | None,
         seed: Tensor,
         temperature: float,
+        any_temperature: bool,
         first_position: int,
         *options: Any,
     ) -> tuple[Tensor, ...]:
         head = Head(hidden_states, weight, target, bias)
-        joint = Joint(*run(*head, class_weight, mixture_logits, seed, temperature, first_position, *options))
+        sampling = (seed, temperature, any_temperature, first_position)
+        joint = Joint(*run(*head, class_weight, mixture_logits, *sampling, *options))
         *context, backend = options
         save(ctx, head, class_weight, Losses(*joint[:5]), Context(*context), True, backend)
         ctx.mark_non_differentiable(*joint[2:])
@@ -121,6 +128,6 @@ class _Formula(Formula):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         hidden_states, weight, bias = gradients_of(ctx, grad_loss, grad_lse)
-        sampling = (None,) * 5  # class weights, mixture logits, seed, temperature, first position
+        sampling = (None,) * 6  # class weights, mixture logits, seed, temperature, whether any, first position
         options = (None,) * (len(Context._fields) + 1)  # and backend
         return None, hidden_states, weight, None, bias, *sampling, *options

@@ -24,8 +24,9 @@ class Kernels(ChunkedVocabulary):
     def __init__(self) -> None:
         super().__init__(gumbel_mix)
 
-    def room(self, dtype: torch.dtype, temperature: float) -> int:
-        return 0 if gumbel_candidates.reach(dtype, temperature) is None else gumbel_candidates.KEPT
+    def room(self, dtype: torch.dtype, temperature: float | None) -> int:
+        none = temperature is not None and gumbel_candidates.reach(dtype, temperature) is None
+        return 0 if none else gumbel_candidates.KEPT
 
     def sample_logits(self, drawn: Drawn, block: HeadLogits, noise: Noise, candidates: Tensor | None = None) -> None:
         if candidates is None:

@@ -87,7 +87,7 @@ def forward(
     return embed(embedding, drawn) if hard else _or_nan(soft.to(embedding.dtype), drawn), *drawn
 
 
-def room(dtype: torch.dtype, temperature: float) -> int:
+def room(dtype: torch.dtype, temperature: float | None) -> int:
     """Candidates are for kernels: here every token is looked at."""
     return 0
 
