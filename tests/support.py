@@ -18,7 +18,7 @@ import repdeg_fast as rf
 PAGE = Path(__file__).parent.parent / "docs" / "compilers.md"
 WIDTH, VOCABULARY = 8, 11
 
-YES, ERROR, ANEW, GPU, NONE = "✓", "error", "anew", "GPU", "–"
+YES, ERROR, GPU, NONE = "✓", "error", "GPU", "–"
 
 
 class Case(NamedTuple):
@@ -35,6 +35,7 @@ class ModuleCase(NamedTuple):
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], list[Tensor]]
+    coefficient: str = ""  # an attribute of it, where there is one
 
 
 def _leaf(*shape: int, mean: float = 0.0) -> Tensor:
@@ -142,12 +143,14 @@ def _transformer() -> nn.Module:
 
 
 MODULES: dict[str, ModuleCase] = {
-    "AdminNorm": ModuleCase(lambda: rf.AdminNorm(WIDTH, branch_bias=True), _rows(2)),
-    "AdminTransformer": ModuleCase(_transformer, lambda m: [_leaf(2, m, WIDTH), _leaf(2, 3, WIDTH)]),
-    "ContrastiveLoss": ModuleCase(lambda: rf.ContrastiveLoss(scale=5.0), _rows(2)),
-    "CosineRegularization": ModuleCase(lambda: rf.CosineRegularization(0.5), _rows()),
+    "AdminNorm": ModuleCase(lambda: rf.AdminNorm(WIDTH, branch_bias=True), _rows(2), "dropout"),
+    "AdminTransformer": ModuleCase(
+        _transformer, lambda m: [_leaf(2, m, WIDTH), _leaf(2, 3, WIDTH)], "encoder.layers.0.norm1.dropout"
+    ),
+    "ContrastiveLoss": ModuleCase(lambda: rf.ContrastiveLoss(scale=5.0), _rows(2), "scale"),
+    "CosineRegularization": ModuleCase(lambda: rf.CosineRegularization(0.5), _rows(), "coefficient"),
     "GumbelMixture": ModuleCase(
-        lambda: Mixture(WIDTH, hard=False), lambda m: [_leaf(2, m, WIDTH), _leaf(VOCABULARY, WIDTH)]
+        lambda: Mixture(WIDTH, hard=False), lambda m: [_leaf(2, m, WIDTH), _leaf(VOCABULARY, WIDTH)], "temperature"
     ),
     "MultiLayerMLMHead": ModuleCase(
         TiedHead, lambda m: [_leaf(2, m, WIDTH), torch.arange(m).where(torch.arange(m) % 3 > 0, -100) % VOCABULARY]
@@ -163,11 +166,11 @@ OF_BOTH = {
     "reentrant": "activation checkpointing, with reentrance: the same bits",
     "export": "`torch.export.export`, the same value",
     "CUDA graph": "captured with its backward pass, replayed with other inputs (and another seed)",
-    "func.grad": "`torch.func.grad`",
+    "func.grad": "`torch.func.grad` and `grad_and_value`, first derivatives; of operations under `vmap` too",
+    "coefficient": "another coefficient runs in the same graph, from the second on",
 }
 OF_OPERATIONS = {
     **OF_BOTH,
-    "coefficient": "another coefficient runs in the same graph",
     "seed": "another seed, an int, runs in the same graph (a tensor is an input like others)",
     "meta": "meta tensors: shapes and dtypes of values and gradients without memory",
     "vmap": "`torch.func.vmap`: values and gradients of each",
@@ -257,8 +260,13 @@ def _wide_head() -> list[Tensor]:
 
 
 NOTES = {
-    "anew": "*anew*: the value is a constant of the graph, another one is compiled anew. PyTorch does so for every "
-    "Python number that an operator takes; a factor outside of it is none.",
+    "coefficient": "A Python number is a constant of the first graph. When it changes, PyTorch compiles once more, and "
+    "that graph serves other values too (`dynamic=True`: the first does), gradients included; but 0 has a graph of its own "
+    "where it leaves something out, as dropout does. An attribute of a module is no different. An operator then gets the "
+    'number as a float64 on the CPU, which the host reads without waiting for a GPU. Under `mode="reduce-overhead"` it is '
+    "left out of inductor's CUDA graphs (its tag is `cudagraph_unsafe`); one whose numbers never change is not.",
+    "func.grad": "Under `vmap` an operator is called once for each of the batch. A derivative of such a gradient, by "
+    "`grad` again, `jvp` or `hessian`, is the error of the last two columns.",
     "error": "*error*: a `RuntimeError` that names the operation and what to do: the formulas in "
     "`repdeg_fast.reference` are differentiable in any way.",
     "GPU": "*GPU*: a test that needs one, and has not run here (`make gpu` runs it).",
@@ -269,7 +277,7 @@ NOTES = {
 _IN_PLACE = ("checkpoint", "reentrant", "vmap", "func.grad", "forward mode", "double backward")
 EXCEPTIONS = {
     **{("add_cosine_regularization_", column): NONE for column in _IN_PLACE},
-    **{(row, "coefficient"): NONE for row, case in OPERATIONS.items() if not case.coefficient},
+    **{(row, "coefficient"): NONE for row, case in (OPERATIONS | MODULES).items() if not case.coefficient},
     **{(row, "seed"): NONE for row, case in OPERATIONS.items() if not case.seeded},
     ("gradient_reversal", "double backward"): YES,
     ("MultiLayerMLMHead", "CUDA graph"): NONE,
@@ -295,7 +303,9 @@ def tables() -> str:
     parts[-1] = parts[-1].replace(
         f"- **meta**: {OF_MODULES['meta']}.", f"- **meta**: {OF_OPERATIONS['meta']}; of modules: {OF_MODULES['meta']}."
     )
-    coefficients = "; ".join(f"{case.coefficient} of `{row}`" for row, case in OPERATIONS.items() if case.coefficient)
+    coefficients = "; ".join(
+        f"{case.coefficient} of `{row}`" for row, case in (OPERATIONS | MODULES).items() if case.coefficient
+    )
     return "\n\n".join([*parts, *NOTES.values(), f"Coefficients: {coefficients}."])
 
 

@@ -9,6 +9,7 @@ import torch
 
 import repdeg_fast
 from repdeg_fast import backends
+from repdeg_fast.ops import cosreg
 from repdeg_fast.ops._operator import Operator
 
 NAMES = (
@@ -111,6 +112,18 @@ def test_a_compiled_function_follows_the_backend(call, inputs, name):
                 compiled(*inputs)
             assert set(asked) == {backend}
             asked.clear()
+
+
+@pytest.mark.parametrize("operator", [cosreg.cosreg_add_, cosreg.cosreg_backward], ids=["in place", "backward"])
+def test_an_overload_takes_changing_numbers_as_tensors(operator):
+    x, eps = torch.randn(5, 8), torch.tensor(1e-12, dtype=torch.float64)
+    if operator is cosreg.cosreg_add_:
+        arguments, varying = (x, 2.0, None, 0.0, "auto"), [None, eps]
+        arguments = (torch.zeros(5, 8), *arguments)
+    else:
+        sums = cosreg.cosreg(x, None, 1e-12, "auto")
+        arguments, varying = (torch.ones(()), x, None, *sums[1:3], None, 0.0, "auto"), [eps]
+    torch.library.opcheck(operator.varying, (*arguments, varying))
 
 
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):

@@ -3,11 +3,13 @@
 import copy
 import pickle
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import support
 import torch
 from helpers import relative_error
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint as checkpointed
 
@@ -29,6 +31,19 @@ class Subject:
             case, self.seeded = support.MODULES[row], False
             self.module, self.make = case.make(), case.inputs
             self.function = self.module.__call__
+        self.coefficient = case.coefficient
+
+    def pure(self, parameters, *tensors):
+        """The function, of parameters too."""
+        return torch.func.functional_call(self.module, parameters, tensors) if self.module else self.function(*tensors)
+
+    def with_number(self, number):
+        """From the function, compiled or not, to the one with another coefficient."""
+        if not self.module:
+            return lambda function: partial(function, number=number)
+        owner, _, name = self.coefficient.rpartition(".")
+        setattr(self.module.get_submodule(owner), name, number)
+        return lambda function: function
 
     def results(self, function, tensors):
         """Values, then gradients of the tensors and parameters that want some."""
@@ -66,13 +81,13 @@ def promised(cell):
     if support.promise(*cell) != support.ERROR:
         yield
         return
-    with pytest.raises(RuntimeError, match=r"^\w+ has no (forward-mode|torch.func|second) "):
+    with pytest.raises(RuntimeError, match=r"^\w+ has no (forward-mode|second) derivative"):
         yield
 
 
-def compiled(subject, dynamic):
+def compiled(subject, dynamic, backend="aot_eager"):
     torch._dynamo.reset()  # all rows are one function to it, which it compiles a few times at most
-    return torch.compile(subject.function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    return torch.compile(subject.module or subject.function, backend=backend, fullgraph=True, dynamic=dynamic)
 
 
 @contextmanager
@@ -87,8 +102,9 @@ class Tests:
     @staticmethod
     def compile(subject):
         tensors = subject.make(M)
-        expected = subject.results(subject.function, tensors)
-        assert_alike(subject.results(compiled(subject, False), tensors), expected)
+        expected, graphs = subject.results(subject.function, tensors), CompileCounterWithBackend("aot_eager")
+        assert_alike(subject.results(compiled(subject, False, graphs), tensors), expected)
+        assert graphs.frame_count == 1
 
     @staticmethod
     def rows(subject):
@@ -100,16 +116,17 @@ class Tests:
             assert_alike(subject.results(function, tensors), expected)
 
     @staticmethod
-    def coefficient(subject):
-        tensors, function = [t.detach() for t in subject.make(M)], compiled(subject, True)
-        function(*tensors, number=NUMBER)
-        with in_the_same_graph():
-            if support.promise(subject.row, "coefficient") == support.ANEW:
-                with pytest.raises(torch._dynamo.exc.RecompileError, match=f"== {NUMBER}"):
-                    function(*tensors, number=0.5)
-            else:
-                found, expected = (as_tuple(f(*tensors, number=0.5)) for f in (function, subject.function))
-                assert_alike(found, expected)
+    def coefficient(subject, backend="aot_eager"):
+        """A constant in the first graph; the second is for all others, its backward pass too."""
+        graphs = CompileCounterWithBackend(backend)
+        function = compiled(subject, None, graphs)
+        for number in (NUMBER, 0.5, 0.75):
+            tensors, step = subject.make(M), subject.with_number(number)
+            torch.manual_seed(SEED)
+            expected = subject.results(step(subject.function), tensors)
+            torch.manual_seed(SEED)
+            assert_alike(subject.results(step(function), tensors), expected)
+        assert graphs.frame_count == 2
 
     @staticmethod
     def seed(subject):
@@ -202,12 +219,27 @@ class Tests:
 
     @staticmethod
     def func_grad(subject):
-        tensors = [t.detach() for t in subject.make(M)]
-        value = lambda *t: sum(o.square().sum() for o in as_tuple(subject.function(*t)))  # noqa: E731
-        with promised((subject.row, "func.grad")):
-            gradient = torch.func.grad(value)(*tensors)
-            leaf = tensors[0].requires_grad_()
-            assert_alike([gradient], torch.autograd.grad(value(leaf, *tensors[1:]), leaf))
+        """By all tensors and parameters at once, and of each of a batch."""
+        tensors, others, call = subject.make(M), subject.make(M), subject.pure
+        parameters = dict(subject.module.named_parameters()) if subject.module else {}
+        wanted = tuple(i for i, tensor in enumerate(tensors, 1) if tensor.requires_grad)
+        value_of = lambda *arguments: total(call(*arguments))  # noqa: E731
+        both = torch.func.grad_and_value(value_of, argnums=(0, *wanted))
+
+        def plain(tensors):
+            leaves, value = [*parameters.values(), *(tensors[i - 1] for i in wanted)], value_of(parameters, *tensors)
+            return [value.detach(), *torch.autograd.grad(value, leaves, materialize_grads=True)]
+
+        def functional(function, tensors):
+            (of_parameters, *of_tensors), value = function(parameters, *(t.detach() for t in tensors))
+            return [value, *of_parameters.values(), *of_tensors]
+
+        assert_alike(functional(both, tensors), plain(tensors))
+        if not subject.module:
+            mapped = torch.func.vmap(both, (None, *(0 for _ in tensors)), randomness="different")
+            each = zip(plain(tensors), plain(others), strict=True)
+            stacked = [torch.stack(two) for two in zip(tensors, others, strict=True)]
+            assert_alike(functional(mapped, stacked), [torch.stack(two) for two in each], 1e-5)
 
     @staticmethod
     def forward_mode(subject):
@@ -219,11 +251,18 @@ class Tests:
 
     @staticmethod
     def double_backward(subject):
+        """Of a plain gradient, and of torch.func's."""
         tensors = subject.make(M)
         value = total(subject.function(*tensors))
         gradients = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
         with promised((subject.row, "double backward")):
             torch.autograd.grad(sum(g.square().sum() for g in gradients if g is not None), tensors, allow_unused=True)
+        argnums = tuple(range(len(tensors)))
+        first = torch.func.grad(lambda *t: total(subject.function(*t)), argnums)
+        with promised((subject.row, "double backward")):
+            torch.func.grad(lambda *t: sum(g.square().sum() for g in first(*t)), argnums)(
+                *(t.detach() for t in tensors)
+            )
 
     @staticmethod
     def functional_call(subject):
@@ -296,6 +335,57 @@ def test_cell(cell):
     row, column = cell
     test = COLUMNS.get(column) or getattr(Tests, column.replace(".", "_").replace(" ", "_"))
     test(Subject(row))
+
+
+def test_a_coefficient_through_inductor():
+    Tests.coefficient(Subject("gumbel_mix"), "inductor")
+
+
+def test_a_dropout_between_training_and_evaluation():
+    """A graph each, whatever the dropout is by then."""
+    subject, graphs = Subject("AdminNorm"), CompileCounterWithBackend("aot_eager")
+    function = compiled(subject, True, graphs)
+    for number in (0.1, 0.2, 0.3):
+        subject.with_number(number)
+        for training in (True, False):
+            subject.module.train(training)
+            tensors = subject.make(M)
+            torch.manual_seed(SEED)
+            expected = subject.results(subject.function, tensors)
+            torch.manual_seed(SEED)
+            assert_alike(subject.results(function, tensors), expected)
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.parametrize("row", ["admin_norm", "linear_cross_entropy", "pairwise_cosine"])
+def test_a_compiled_functional_gradient(row):
+    """The compiler does not say inside which tensors want one."""
+    subject = Subject(row)
+    tensors = [t.detach() for t in subject.make(M)]
+    torch._dynamo.reset()
+    gradient = torch.func.grad(lambda *t: total(subject.function(*t)), argnums=tuple(range(len(tensors))))
+    assert_alike(torch.compile(gradient, backend="aot_eager", fullgraph=True)(*tensors), gradient(*tensors))
+
+
+def test_transforms_around_a_functional_gradient():
+    """Plain autograd sees what a transform inside it does not differentiate; modes other than the transform's hold."""
+    subject = Subject("linear_cross_entropy")
+    hidden, weight, bias = subject.make(M)
+    value_of = lambda h: total(subject.function(h, weight, bias))  # noqa: E731
+    _, value = torch.func.grad_and_value(value_of)(hidden.detach())
+    found, expected = (torch.autograd.grad(v, (weight, bias)) for v in (value, value_of(hidden)))
+    assert_alike(found, expected)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
+        torch.func.grad(value_of)(hidden.detach()).sum().backward()
+    with pytest.raises(RuntimeError, match="linear_cross_entropy has no forward-mode derivative"):
+        torch.func.hessian(value_of)(hidden.detach())
+
+    def constant(h):
+        with torch.no_grad():
+            value = value_of(h)
+        return value * h.sum()
+
+    assert_alike([torch.func.grad(constant)(hidden.detach())], [value_of(hidden).expand_as(hidden)])
 
 
 @pytest.fixture

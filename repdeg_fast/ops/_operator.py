@@ -32,6 +32,7 @@ functions and formulas see a :class:`Varying` in such a place and may only hand 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import NoneType
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
 
@@ -98,7 +99,7 @@ class Operator(Generic[P, R]):
         return cast(R, self.varying(*numbers, varying))
 
     def _define_varying(self, schema: str) -> None:
-        """The overload in which ``Tensor?[] varying`` has what stands in place of the floats, None where that is one."""
+        """The overload in which ``Tensor?[] varying`` has what stands for floats; None where they are themselves."""
         # what a CUDA graph has captured would keep the value that a tensor on the CPU had then
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
         name = f"{self.name}.varying"
@@ -167,8 +168,15 @@ class Operator(Generic[P, R]):
             return cast(R, self._apply(self._below_autograd, *arguments))
         from torch._functorch.autograd_function import enable_single_level_autograd_function
 
-        with enable_single_level_autograd_function():  # the innermost transform's: those around it come below autograd
-            return cast(R, self._apply(self._below_autograd, *arguments))
+        # this is for the innermost transform alone: those around it come below, and need what forward() switches off
+        modes = is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        with enable_single_level_autograd_function():
+            return cast(R, self._apply(partial(self._below_level, modes), *arguments))
+
+    def _below_level(self, modes: tuple[bool, bool], *arguments: Any) -> R:
+        gradients, tangents = modes
+        with torch.set_grad_enabled(gradients), forward_ad._set_fwd_grad_enabled(tangents):
+            return self._below_autograd(*arguments)
 
     def _below_autograd(self, *arguments: Any) -> R:
         with torch._C._AutoDispatchBelowAutograd():
@@ -181,10 +189,11 @@ def operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Operat
 
 
 def wants_gradient(tensor: Tensor | None) -> bool:
-    """Whether a gradient of ``tensor`` may be asked for. Under vmap only what it wraps would tell: then yes."""
+    """Whether a gradient of ``tensor`` may be asked for. Under vmap only what it wraps would tell, and a compiler does
+    not tell under func.grad: then yes."""
     if tensor is None or not torch.is_grad_enabled():
         return False
-    return tensor.requires_grad or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+    return tensor.requires_grad or torch._C._are_functorch_transforms_active()
 
 
 def is_constant(number: float) -> bool:
