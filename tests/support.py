@@ -261,10 +261,11 @@ def _wide_head() -> list[Tensor]:
 
 NOTES = {
     "coefficient": "A Python number is a constant of the first graph. When it changes, PyTorch compiles once more, and "
-    "that graph serves other values too (`dynamic=True`: the first does), gradients included; but 0 has a graph of its own "
-    "where it leaves something out, as dropout does. An attribute of a module is no different. An operator then gets the "
-    'number as a float64 on the CPU, which the host reads without waiting for a GPU. Under `mode="reduce-overhead"` it is '
-    "left out of inductor's CUDA graphs (its tag is `cudagraph_unsafe`); one whose numbers never change is not.",
+    "that graph serves other values too (`dynamic=True`: the first does), gradients included; but 0 has a graph of its "
+    "own where it leaves something out, as dropout does. An attribute of a module is no different. An operator then "
+    "gets the number as a float64 on the CPU, which the host reads without waiting for a GPU. Under "
+    '`mode="reduce-overhead"` it is left out of inductor\'s CUDA graphs (its tag is `cudagraph_unsafe`); one whose '
+    "numbers never change is not.",
     "func.grad": "Under `vmap` an operator is called once for each of the batch. A derivative of such a gradient, by "
     "`grad` again, `jvp` or `hessian`, is the error of the last two columns.",
     "error": "*error*: a `RuntimeError` that names the operation and what to do: the formulas in "
