@@ -75,7 +75,8 @@ def load_model(name: str | None) -> SentenceTransformer:
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     options, console = parse(arguments), Console()
-    ranks.start(argparse.Namespace(device="cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = torch.cuda.is_available()
+    ranks.start(argparse.Namespace(device="cuda" if on_gpu else "cpu"))
     if options.batch_size % ranks.number():
         raise SystemExit(f"--batch-size: expected a multiple of {ranks.number()} ranks, got {options.batch_size}")
     torch.manual_seed(options.seed)
@@ -96,12 +97,15 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
             save_strategy="no",
             report_to="none",
             seed=options.seed,
+            use_cpu=ranks.number() > 1 and not on_gpu,  # accelerate averages over ranks of CPUs only if told
         ),
         train_dataset=Dataset.from_dict({"query": [t for _, t in train], "document": [e for e, _ in train]}),
         loss=CachedMultipleNegativesRankingLoss(
             model, mini_batch_size=options.mini_batch_size, gather_across_devices=ranks.number() > 1
         ),
     )
+    if trainer.args.world_size != ranks.number():
+        raise SystemExit(f"Trainer sees {trainer.args.world_size} of {ranks.number()} ranks; each would train alone")
     before = evaluator(model)
     trainer.train()
     ranks.leave_to_the_first()

@@ -153,6 +153,14 @@ def test_losses_and_sample_in_one_sweep(ranks, form):
         ranks.run(cases.joint, form, strategy, whole, heads)
 
 
+def test_dtensors_in_dtensors_out(two):
+    two.run(cases.dtensors)
+
+
+def test_no_rows(two):
+    two.run(cases.nothing_to_do)
+
+
 def test_ranks_agree_on_a_seed(two):
     assert all(different > 10 for different in two.run(cases.seeds))
 

@@ -219,7 +219,8 @@ class _Losses(torch.autograd.Function):
         # ℓ counts from the log-sum-exp of these columns alone: from the origin, the target's logit is that − ℓ
         target_logit = torch.where(mine, of_target * (lse - origin - own), 0)
         if smoothing and rule.shard.rows:
-            target_logit = target_logit + _smoothing(head, looks, origin, rule)
+            with without_autocast(hidden_states.device.type):
+                target_logit = target_logit + _smoothing(head, looks, origin, rule)
         sums = torch.stack([(lse - origin).exp(), target_logit])
         distributed.all_reduce(sums, group=rule.shard.group)
         log_total, target_logit = sums[0].log(), sums[1]
