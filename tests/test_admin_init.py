@@ -4,7 +4,6 @@ import csv
 import json
 import math
 
-import admin_torch
 import pytest
 import torch
 from torch import nn
@@ -136,6 +135,7 @@ def test_profile_is_exact_under_data_parallel(tmp_path):
 
 @pytest.mark.parametrize("rule", ["O(logn)", "O(1)", "O(n)"])
 def test_formula_rules_equal_admin_torch(rule):
+    admin_torch = pytest.importorskip("admin_torch")
     model = build()
     table = repdeg_fast.initialize_admin_(model, rule=rule)
     assert len(table.records) == 2 * N + 3 * M
@@ -148,6 +148,7 @@ def test_formula_rules_equal_admin_torch(rule):
 
 def test_constant_omega_is_that_of_admin_torch():
     """Its default: ω is no parameter. Values, the other gradients and what is saved."""
+    admin_torch = pytest.importorskip("admin_torch")
     model, (source, target) = build(), batch()
     table = repdeg_fast.initialize_admin_(model, rule="default", trainable=False)
     assert table.rule == "O(logn)"

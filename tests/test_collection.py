@@ -1,9 +1,12 @@
 """What is collected where: tests that cannot run here are not, and one line says so."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from repdeg_fast.bench import peers
 
 FILES = [str(Path(__file__).parent / name) for name in ("test_cosreg.py", "test_large.py")]
 
@@ -54,3 +57,15 @@ def test_on_a_gpu_its_tests_run_there_alone(collect):
         f"test_more_than_two_to_the_31_elements[{place}-gpu]" for place in ("reference", "triton", "cuda")
     }
     assert any("[cuda-gpu" in name for name in names)
+
+
+def test_no_file_needs_a_package_that_is_only_measured_or_compared():
+    """On a machine with a GPU few of them are there. One that is missing would cost all tests of its file."""
+    needed = []
+    for path in Path(__file__).parent.glob("test_*.py"):
+        text = path.read_text(encoding="utf-8")
+        for package in (peer.module for peer in peers.PACKAGES):
+            found = re.search(rf"^(import|from) {package}\b", text, re.MULTILINE)
+            if found and f'importorskip("{package}' not in text[: found.start()]:
+                needed.append((path.name, package))
+    assert needed == []
