@@ -4,8 +4,9 @@ the CPU tests the tests."""
 import pytest
 import torch
 from helpers import relative_error
+from torch.nn import functional as F
 
-from repdeg_fast import gumbel_mix, mlm_losses_and_sample, multi_layer_mlm_loss
+from repdeg_fast import gumbel_mix, linear_cross_entropy, mlm_losses_and_sample, multi_layer_mlm_loss, use_backend
 from repdeg_fast.reference import philox
 
 PLACES = [  # device, vocabulary, width
@@ -90,3 +91,17 @@ def test_samples_beyond_two_to_the_31_elements(device, vocabulary, width):
     clear = best.values[:, 0] - best.values[:, 1] > 0.01  # others may be ties within rounding
     assert torch.equal(token_ids[clear], best.indices[clear, 0] + vocabulary - 64)
     assert torch.equal(embeddings, weight[token_ids])
+
+
+@pytest.mark.interpreter
+def test_steps_of_two_to_the_30_elements():
+    """Of a transposed weight, in memory that is never touched: a product of 32 bits would reach 2³¹ elements back."""
+    step, vocabulary, width = 2**30, 5, 3
+    memory = torch.empty(2 * width * step, dtype=torch.float16)
+    weight = memory.as_strided((vocabulary, width), (1, step), storage_offset=width * step - step)
+    hidden_states, target = torch.randn(4, width, dtype=torch.float16), torch.arange(4)
+    weight.copy_(torch.randn(vocabulary, width))
+    with use_backend("triton"):
+        loss = linear_cross_entropy(hidden_states, weight, target, strategy="streaming")
+    true_loss = F.cross_entropy(hidden_states.float() @ weight.float().T, target)
+    assert relative_error(loss, true_loss) <= 1e-2

@@ -138,7 +138,7 @@ def _vocabulary_kernel(
             bias_total += tl.sum(dz, axis=1)
         if grad_weight is not None:
             values = tl.load(
-                hidden_states + rows.to(tl.int64)[:, None] * hidden_row + at[None, :] * hidden_column,
+                hidden_states + rows.to(tl.int64)[:, None] * hidden_row + at.to(tl.int64)[None, :] * hidden_column,
                 mask=(rows < n)[:, None] & (at < d)[None, :], other=0.0,
             )  # fmt: skip
             total = tl.dot(dz.to(DTYPE), values.to(DTYPE), total, input_precision=PRECISION)

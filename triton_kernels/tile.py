@@ -17,7 +17,7 @@ def product(
     b += columns.to(tl.int64)[:, None] * b_row
     total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for first in range(0, depth, DEPTH):
-        at = first + tl.arange(0, DEPTH)
+        at = (first + tl.arange(0, DEPTH)).to(tl.int64)  # a transposed matrix has a long stride
         inside = (at < depth)[None, :]
         x = tl.load(a + at[None, :] * a_column, mask=(rows < m)[:, None] & inside, other=0.0)
         y = tl.load(b + at[None, :] * b_column, mask=(columns < v)[:, None] & inside, other=0.0)
