@@ -67,6 +67,7 @@ def test_options_in_pairs(place, small_buffers, features, strategy):
     if "strides" in features:  # the two unequal, neither of unit stride along its rows
         hidden = hidden.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
         weight = weight.detach().repeat_interleave(2, dim=1)[:, ::2].requires_grad_()
+        bias = torch.stack([bias.detach(), -bias.detach()], dim=1)[:, 0].requires_grad_()
     leaves = [hidden, weight, None if "no bias" in features else bias]
     options = {"reduction": "none" if "rows" in features else "mean", "padding_idx": 5, "strategy": strategy}
     options |= {"label_smoothing": 0.2} if "smoothing" in features else {}

@@ -20,6 +20,7 @@ from repdeg_fast.contracts.linear_cross_entropy import (
     Wanted,
 )
 from repdeg_fast.ops.chunked_logits import NOTHING, ChunkedLogits
+from repdeg_fast.ops.chunked_vocabulary import plain
 from repdeg_fast.ops.products import LibraryProducts
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Kernels(ChunkedLogits):
         self, head: Head, rule: LossRule, predicted: Tensor | None = None, look: Look | None = None
     ) -> tuple[Tensor, Tensor]:
         if look is None:
-            return streaming.forward(head, rule, predicted)
+            return streaming.forward(_with_plain_bias(head), rule, predicted)
         n = head.hidden_states.shape[0]  # logits to look at are in memory: what passes over them makes gradients, too
         nothing = Upstream(head.hidden_states.new_zeros((), dtype=torch.float32).expand(n))
         loss, lse, _ = self.forward_backward(nothing, head, rule, NOTHING, look, predicted)
@@ -62,4 +63,8 @@ class Kernels(ChunkedLogits):
     def rescale_(
         self, gradients: Gradients, grad_heads: Tensor, rows: GradRows, head: Head, rule: LossRule, wanted: Wanted
     ) -> None:
-        heads_.rescale_(gradients, grad_heads, rows, head, rule)
+        heads_.rescale_(gradients, grad_heads, rows, _with_plain_bias(head), rule)
+
+
+def _with_plain_bias(head: Head) -> Head:
+    return head._replace(bias=plain(head.bias))
