@@ -106,9 +106,9 @@ def _peers(visit: Visit) -> list[Command]:
 
 
 def _check(visit: Visit) -> list[Command]:
-    """About 840 Triton kernels are compiled for some 810 tests, 0.7 s each (counted in the interpreter, timed by
-    compiling ahead): ten minutes one after the other, less than one on 16 cores. Tensors of 2³¹ elements, of which a
-    GPU holds a few, come last and one at a time."""
+    """About 840 Triton kernels were compiled for 810 tests, 0.7 s each (counted in the interpreter, timed by compiling
+    ahead): ten minutes one after the other, less than one on 16 cores. By now there are some 1,500 tests, of which 500
+    are of pairs. Tensors of 2³¹ elements, of which a GPU holds a few, come last and one at a time."""
     build = Command([*PYTHON, "repdeg_fast", "info", "--build"], share=0.6)
     cosreg, large = str(ROOT / "tests" / "test_cosreg.py"), str(ROOT / "tests" / "test_large.py")
     if visit.dry:

@@ -82,9 +82,10 @@ class _Look:
         if self.arriving is not None and self.arriving[1].query():
             self.ratio, self.arriving = self.arriving[0].item(), None
         if self.arriving is None and self.version - self.begun >= _GPU_INTERVAL:
-            on_host = torch.empty((), pin_memory=True).copy_(_ratio(weight, bias), non_blocking=True)
+            ratio = _ratio(weight, bias)
+            on_host = torch.empty((), pin_memory=True).copy_(ratio, non_blocking=True)
             arrived = torch.cuda.Event()
-            arrived.record()
+            arrived.record(torch.cuda.current_stream(ratio.device))  # which need not be the current device
             self.begun, self.arriving = self.version, (on_host, arrived)
 
 

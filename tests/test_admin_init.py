@@ -206,6 +206,7 @@ def test_a_constant_of_ones_own():
 
 @pytest.mark.parametrize("layers", [1, 2, 12, 36, 120])
 def test_formula_rules_at_many_depths(layers):
+    admin_torch = pytest.importorskip("admin_torch")
     model = nn.ModuleList([AdminNorm(1) for _ in range(layers)])
     for rule in ("O(logn)", "O(1)", "O(n)"):
         row = repdeg_fast.initialize_admin_(model, rule=rule).records[-1]
