@@ -57,13 +57,13 @@ def _share(logits, k, rows, m, stride, head_stride, most, inverse):
     return tl.exp(logit.to(tl.float32) - most) * inverse
 
 
-# α of rows, a head each; one None where nothing is mixed.
+# α of rows, a head each; nothing where nothing is mixed.
 @triton.jit
 def shares_of(
     logits, rows, m, stride, head_stride, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr
 ):  # fmt: skip
     if logits is None:
-        return (None,)
+        return ()
     else:
         most, inverse = _softmax(logits, rows, m, stride, head_stride, HEADS, PADDED_HEADS)
         shares = ()
@@ -79,11 +79,10 @@ def shares_of(
 def add_logits(s, head, bias, real, inside, shares, head_stride):
     if bias is not None:
         s += tl.load(bias, mask=real, other=0.0).to(tl.float32)
+    if len(shares) == 0:
+        s += tl.load(head, mask=inside, other=0.0).to(tl.float32)
     for h in tl.static_range(len(shares)):
-        z = tl.load(head, mask=inside, other=0.0).to(tl.float32)
-        if shares[h] is not None:
-            z *= shares[h][:, None]
-        s += z
+        s += tl.load(head, mask=inside, other=0.0).to(tl.float32) * shares[h][:, None]
         head += head_stride  # step by step: h·stride may need 64 bits
     return s
 
