@@ -33,9 +33,10 @@ def load():
 
 
 def _sources():
-    """The files to compile by their names, and what they include."""
+    """The files to compile by their names, and what they include, but for what the emulation has in its place."""
     root = build.source_root()
     paths = [*root.glob("cuda/*.cuh"), *root.glob("cuda/*.cu"), *root.glob("*.h"), root / "registration.cpp"]
+    paths = [path for path in paths if not (HERE / "cuda_emulation" / path.name).exists()]
     names = {path: path.name if path.suffix != ".cu" else f"{path.stem}_cuda.cpp" for path in sorted(paths)}
     return {name: _as_cpp(path.read_text()) for path, name in names.items()}
 

@@ -233,7 +233,6 @@ bool dispatch_packs(int64_t d, F&& f) {
 
 template <typename Kernel>
 int64_t resident_blocks(Kernel kernel, const Layout& layout, size_t shared, int64_t rows) {
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   const int64_t blocks = persistent_blocks(kernel, layout.block(), (rows + layout.groups - 1) / layout.groups, shared);
   return blocks > 0 ? blocks : 1;
 }

@@ -1,175 +1,142 @@
 // CosReg in CUDA. Mathematics: repdeg_fast/reference/cosreg.py.
 //
-// Bandwidth-bound: forward must read W once, backward must read W and write its gradient once. A row is held in the
-// registers of its group of threads (a warp, or a block for long rows) between the two uses it is read for, and so is
-// the group's share of the column sum, over all rows that the group takes in a persistent grid. The next row is already
-// on its way while one is summed. Two launches forward, one backward; no float atomics: the same bits every time.
+// Bandwidth-bound: forward must read W once, backward must read W and write its gradient once. A row waits in a ring in
+// shared memory, from where its group of threads (a warp, or a block for long rows) reads it for both of its uses;
+// registers hold the group's share of the column sum, over all rows that the group takes in a persistent grid. Two
+// launches forward, one backward; no float atomics: the same bits every time.
 #include <optional>
 
-#include "rows.cuh"
+#include "row_ring.cuh"
 
 namespace repdeg_fast {
 namespace {
 
 constexpr int kReduceColumns = 32, kReduceLanes = 8, kReduceSplits = 8;
 
-// How rows of up to kThreads * kValues values are spread: `kThreads` threads of a block of `kBlock` hold `kRows` of them
-// together. Several share the barriers that a sum over a block takes, and are on their way at once.
-template <int kThreads_, int kBlock_, int kValues_, int kRows_ = 1>
+// How rows of up to kThreads * kValues values are spread: `kThreads` threads of a block of `kBlock` hold one together.
+template <int kThreads_, int kBlock_, int kValues_>
 struct Layout {
   static constexpr int kThreads = kThreads_, kBlock = kBlock_, kValues = kValues_, kGroups = kBlock / kThreads;
-  static constexpr int kRows = kRows_, kWarps = kBlock / 32;
+  static constexpr int kWarps = kBlock / 32;
+  static constexpr bool kBulk = kValues > 8;  // a warp's rows of so few values are short
 };
 
-// One value a row.
 template <typename L>
-struct Values {
-  float of[L::kRows];
-};
-
-// The same sums in all threads of a group. `scratch`: kRows values a warp.
-template <typename L>
-__device__ Values<L> row_sums(Values<L> x, float* scratch) {
-  for (int r = 0; r < L::kRows; ++r) x.of[r] = warp_sum(x.of[r]);
-  if constexpr (L::kThreads > 32) {
-    const int warp = threadIdx.x / 32;
-    __syncthreads();  // scratch may still be read from the call before
-    if (threadIdx.x % 32 == 0)
-      for (int r = 0; r < L::kRows; ++r) scratch[r * L::kWarps + warp] = x.of[r];
+__device__ void group_barrier() {
+  if constexpr (L::kThreads == 32) {
+    __syncwarp();
+  } else {
     __syncthreads();
-    for (int r = 0; r < L::kRows; ++r) {
-      x.of[r] = 0;
-      for (int w = 0; w < L::kWarps; ++w) x.of[r] += scratch[r * L::kWarps + w];
-    }
   }
-  return x;
 }
 
-// The part of a row that one thread holds: packs lane, lane + kThreads, …; beyond d: zeros.
-template <typename L, typename T>
-struct RowPart {
-  static constexpr int kPacks = L::kValues / Pack<T>::size;
-  Pack<T> pack[kPacks];
+// The same sum in all threads of a group. Two areas of scratch in turn: one barrier a call.
+template <typename L>
+struct RowSum {
+  float* scratch;  // 2 × kWarps
+  int turn = 0;
 
-  __device__ void load(const T* row, int lane, int d) {
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      const int column = (k * L::kThreads + lane) * Pack<T>::size;
-      pack[k] = column < d ? Pack<T>::load(row + column) : Pack<T>{};
-    }
-  }
-
-  // f(column of the first value, index of the first value in this thread, pack) for each pack that lies in the row
-  template <typename F>
-  __device__ void each(int lane, int d, F&& f) {
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      const int column = (k * L::kThreads + lane) * Pack<T>::size;
-      if (column < d) f(column, k * Pack<T>::size, pack[k]);
-    }
-  }
-};
-
-// The rows that a group takes in one step: first, first + step, …; those from n on are zeros.
-template <typename L, typename T>
-struct Rows {
-  RowPart<L, T> part[L::kRows];
-
-  __device__ void load(const T* matrix, int64_t row_stride, int64_t first, int64_t step, int64_t n, int lane, int d) {
-#pragma unroll
-    for (int r = 0; r < L::kRows; ++r) {
-      const int64_t row = first + r * step;
-      part[r].load(matrix + row * row_stride, lane, row < n ? d : 0);
+  __device__ float operator()(float x) {
+    x = warp_sum(x);
+    if constexpr (L::kThreads == 32) {
+      __syncwarp();  // or what was read of the row would be kept in registers
+      return x;
+    } else {
+      float* area = scratch + turn * L::kWarps;
+      turn ^= 1;
+      if (threadIdx.x % 32 == 0) area[threadIdx.x / 32] = x;
+      __syncthreads();
+      x = 0;
+      for (int w = 0; w < L::kWarps; ++w) x += area[w];
+      return x;
     }
   }
 };
 
-// Σ (factor·x)² over each row.
-template <typename L, typename T>
-__device__ Values<L> row_squares(Rows<L, T>& x, float factor, int lane, int d, float* scratch) {
-  Values<L> squared{};
+// f(column of the first value, index of the first value in this thread, values) for each pack of a row that a thread
+// takes: lane, lane + kThreads, …
+template <typename L, typename T, typename F>
+__device__ void each_pack(const T* row, int lane, int d, F&& f) {
 #pragma unroll
-  for (int r = 0; r < L::kRows; ++r) {
-    x.part[r].each(lane, d, [&](int, int, const Pack<T>& pack) {
-      for (int j = 0; j < Pack<T>::size; ++j) {
-        const float value = to_float(pack.value[j]) * factor;
-        squared.of[r] += value * value;
-      }
-    });
+  for (int k = 0; k < L::kValues / Pack<T>::size; ++k) {
+    const int column = (k * L::kThreads + lane) * Pack<T>::size;
+    if (column < d) f(column, k * Pack<T>::size, Pack<T>::load(row + column));
   }
-  return row_sums<L>(squared, scratch);
+}
+
+// Σ (factor·x)² over a row.
+template <typename L, typename T>
+__device__ float row_square(const T* row, float factor, int lane, int d, RowSum<L>& row_sum) {
+  float squared = 0;
+  each_pack<L>(row, lane, d, [&](int, int, const Pack<T>& pack) {
+    for (int j = 0; j < Pack<T>::size; ++j) {
+      const float value = to_float(pack.value[j]) * factor;
+      squared += value * value;
+    }
+  });
+  return row_sum(squared);
 }
 
 // ‖x‖; NaN where its square overflows, which must not look like a zero row. Squares of tiny values would be lost: those
 // rows are looked at again, enlarged.
 template <typename L, typename T>
-__device__ Values<L> row_norms(Rows<L, T>& x, int lane, int d, float* scratch) {
+__device__ float row_norm(const T* row, int lane, int d, RowSum<L>& row_sum) {
   constexpr float kEnlarge = 0x1p64f, kTiny = 0x1p-96f;
-  const Values<L> squared = row_squares(x, 1.f, lane, d, scratch);
-  Values<L> norm;
-  bool tiny = false;
-  for (int r = 0; r < L::kRows; ++r) {
-    tiny |= squared.of[r] < kTiny;
-    norm.of[r] = isinf(squared.of[r]) ? NAN : sqrtf(squared.of[r]);
-  }
-  if (!tiny) return norm;
-  const Values<L> enlarged = row_squares(x, kEnlarge, lane, d, scratch);
-  for (int r = 0; r < L::kRows; ++r)
-    if (squared.of[r] < kTiny) norm.of[r] = sqrtf(enlarged.of[r]) / kEnlarge;
-  return norm;
+  const float squared = row_square<L>(row, 1.f, lane, d, row_sum);
+  if (isinf(squared)) return NAN;
+  if (!(squared < kTiny)) return sqrtf(squared);
+  return sqrtf(row_square<L>(row, kEnlarge, lane, d, row_sum)) / kEnlarge;
 }
 
 template <typename L, typename T>
 __global__ void __launch_bounds__(L::kBlock)
     forward_kernel(const T* weight, const float* row_weight, float* inverse_norm, float* partial_sum,
                    float* partial_self, float* partial_total, int* counters, int number_of_counters, int64_t n, int d,
-                   int64_t row_stride, float eps) {
-  extern __shared__ float shared[];  // kGroups > 1: d values, to add the groups' column sums
-  __shared__ float scratch[L::kRows * L::kWarps];
+                   int64_t row_stride, float eps, int stages) {
+  extern __shared__ uint4 shared[];
+  __shared__ float scratch[2 * L::kWarps];
   const int group = threadIdx.x / L::kThreads, lane = threadIdx.x % L::kThreads;
   float column_sum[L::kValues] = {};
   float self_sum = 0, total = 0;
   const int64_t first_row = int64_t(blockIdx.x) * L::kGroups + group, step = int64_t(gridDim.x) * L::kGroups;
-  Rows<L, T> x, next;
-  next.load(weight, row_stride, first_row, step, n, lane, d);
-  for (int64_t first = first_row; first < n; first += step * L::kRows) {
-    x = next;
-    next.load(weight, row_stride, first + step * L::kRows, step, n, lane, d);
-    const Values<L> norms = row_norms<L>(x, lane, d, scratch);
-#pragma unroll
-    for (int r = 0; r < L::kRows; ++r) {
-      const int64_t row = first + r * step;
-      if (row >= n) continue;
-      const float norm = norms.of[r];
-      // fmaxf would drop a NaN
-      const float inverse = norm == 0 ? 0 : 1 / (norm < eps ? eps : norm);
-      // ‖ŵ‖ is 1 by definition, and less only where eps is what divides
-      const float unit = norm == 0 ? 0 : (inverse * eps < 1 ? 1 : norm * inverse);
-      float p = row_weight ? row_weight[row] : 1;
-      if (p < 0) p = NAN;
-      const float coefficient = p * inverse;
-      x.part[r].each(lane, d, [&](int, int first, const Pack<T>& pack) {
-        for (int j = 0; j < Pack<T>::size; ++j) column_sum[first + j] += coefficient * to_float(pack.value[j]);
-      });
-      self_sum += p * p * unit * unit;
-      total += p;
-      if (lane == 0) inverse_norm[row] = inverse;
-    }
+  RowSum<L> row_sum{scratch};
+  RowRing<T, 1> ring(shared, d * sizeof(T), stages, group, L::kGroups, lane, L::kThreads, L::kBulk);
+  const auto fetch = [&](int64_t row) { ring.fill(row < n, [&](int) { return weight + row * row_stride; }); };
+  for (int s = 0; s < stages; ++s) fetch(first_row + s * step);
+  for (int64_t row = first_row; row < n; row += step) {
+    ring.wait(true);
+    const T* x = ring.row(0);
+    const float norm = row_norm<L>(x, lane, d, row_sum);
+    // fmaxf would drop a NaN
+    const float inverse = norm == 0 ? 0 : 1 / (norm < eps ? eps : norm);
+    // ‖ŵ‖ is 1 by definition, and less only where eps is what divides
+    const float unit = norm == 0 ? 0 : (inverse * eps < 1 ? 1 : norm * inverse);
+    float p = row_weight ? row_weight[row] : 1;
+    if (p < 0) p = NAN;
+    const float coefficient = p * inverse;
+    each_pack<L>(x, lane, d, [&](int, int first, const Pack<T>& pack) {
+      for (int j = 0; j < Pack<T>::size; ++j) column_sum[first + j] += coefficient * to_float(pack.value[j]);
+    });
+    self_sum += p * p * unit * unit;
+    total += p;
+    if (lane == 0) inverse_norm[row] = inverse;
+    group_barrier<L>();  // all have read the row: its stage is free
+    fetch(row + stages * step);
+    ring.next();
   }
 
+  __syncthreads();  // nobody reads the ring any more
+  float* sums = reinterpret_cast<float*>(shared);
   float* out = partial_sum + int64_t(blockIdx.x) * d;
   for (int g = 0; g < L::kGroups; ++g) {  // one group after the other: a fixed order
     if (group == g) {
-      x.part[0].each(lane, d, [&](int column, int first, const Pack<T>&) {
-        for (int j = 0; j < Pack<T>::size; ++j) {
-          const float value = column_sum[first + j] + (g > 0 ? shared[column + j] : 0);
-          if (g + 1 < L::kGroups) {
-            shared[column + j] = value;
-          } else {
-            out[column + j] = value;
-          }
-        }
-      });
+#pragma unroll
+      for (int i = 0; i < L::kValues; ++i) {
+        const int column = (i / Pack<T>::size * L::kThreads + lane) * Pack<T>::size + i % Pack<T>::size;
+        if (column >= d) break;
+        const float value = column_sum[i] + (g > 0 ? sums[column] : 0);
+        (g + 1 < L::kGroups ? sums : out)[column] = value;
+      }
     }
     __syncthreads();
   }
@@ -243,65 +210,80 @@ __global__ void __launch_bounds__(kReduceColumns * kReduceLanes)
 
 // grad = a·(s − b·x) a row, with a = 2 g p / (P² ‖w‖) and b = (s·ŵ) / ‖w‖; s stays in registers throughout.
 template <typename L, typename T, bool kAccumulate>
-__global__ void __launch_bounds__(L::kBlock, 1)
+__global__ void __launch_bounds__(L::kBlock)
     backward_kernel(T* grad_weight, const float* grad_value, const T* weight, const float* row_weight,
                     const float* column_sum, const float* inverse_norm, const float* total_weight, int64_t n, int d,
-                    int64_t row_stride, int64_t grad_row_stride, float largest_inverse) {
-  __shared__ float scratch[L::kRows * L::kWarps];
+                    int64_t row_stride, int64_t grad_row_stride, float largest_inverse, int stages) {
+  extern __shared__ uint4 shared[];
+  __shared__ float scratch[2 * L::kWarps];
   const int group = threadIdx.x / L::kThreads, lane = threadIdx.x % L::kThreads;
   const float total = total_weight ? *total_weight : float(n);
   const float scale = 2 * *grad_value / (total * total);
-  float s[L::kValues] = {};
   const int64_t first_row = int64_t(blockIdx.x) * L::kGroups + group, step = int64_t(gridDim.x) * L::kGroups;
-  Rows<L, T> x, next, gradient;
-  x.part[0].each(lane, d, [&](int column, int first, const Pack<T>&) {
-    for (int j = 0; j < Pack<T>::size; ++j) s[first + j] = column_sum[column + j];
-  });
-  next.load(weight, row_stride, first_row, step, n, lane, d);
-  for (int64_t first = first_row; first < n; first += step * L::kRows) {
-    x = next;
-    if (kAccumulate) gradient.load(grad_weight, grad_row_stride, first, step, n, lane, d);
-    next.load(weight, row_stride, first + step * L::kRows, step, n, lane, d);
-    Values<L> product{};
+  RowSum<L> row_sum{scratch};
+  RowRing<T, kAccumulate ? 2 : 1> ring(shared, d * sizeof(T), stages, group, L::kGroups, lane, L::kThreads, L::kBulk);
+  const auto fetch = [&](int64_t row) {
+    ring.fill(row < n, [&](int stream) -> const T* {
+      return stream == 0 ? weight + row * row_stride : grad_weight + row * grad_row_stride;
+    });
+  };
+  for (int s = 0; s < stages; ++s) fetch(first_row + s * step);
+  float s[L::kValues] = {};
 #pragma unroll
-    for (int r = 0; r < L::kRows; ++r) {
-      x.part[r].each(lane, d, [&](int, int first, const Pack<T>& pack) {
-        for (int j = 0; j < Pack<T>::size; ++j) product.of[r] += s[first + j] * to_float(pack.value[j]);
-      });
-    }
-    product = row_sums<L>(product, scratch);
-#pragma unroll
-    for (int r = 0; r < L::kRows; ++r) {
-      const int64_t row = first + r * step;
-      if (row >= n) continue;
-      const float inverse = inverse_norm[row], p = row_weight ? row_weight[row] : 1;
-      // where eps is what divides, ŵ is linear in w and nothing is projected out
-      const float along = inverse >= largest_inverse ? p : product.of[r] * inverse;
-      const float a = scale * p * inverse, b = along * inverse;
-      T* out = grad_weight + row * grad_row_stride;
-      gradient.part[r].each(lane, d, [&](int column, int first, Pack<T>& pack) {
-        const Pack<T> row_values = x.part[r].pack[first / Pack<T>::size];
-        for (int j = 0; j < Pack<T>::size; ++j) {
-          const float before = kAccumulate ? to_float(pack.value[j]) : 0;
-          pack.value[j] = from_float<T>(before + a * (s[first + j] - b * to_float(row_values.value[j])));
-        }
-        pack.store(out + column);
-      });
-    }
+  for (int i = 0; i < L::kValues; ++i) {
+    const int column = (i / Pack<T>::size * L::kThreads + lane) * Pack<T>::size + i % Pack<T>::size;
+    if (column < d) s[i] = column_sum[column];
+  }
+  for (int64_t row = first_row; row < n; row += step) {
+    ring.wait(true);
+    const T* x = ring.row(0);
+    float product = 0;
+    each_pack<L>(x, lane, d, [&](int, int first, const Pack<T>& pack) {
+      for (int j = 0; j < Pack<T>::size; ++j) product += s[first + j] * to_float(pack.value[j]);
+    });
+    product = row_sum(product);
+    const float inverse = inverse_norm[row], p = row_weight ? row_weight[row] : 1;
+    // where eps is what divides, ŵ is linear in w and nothing is projected out
+    const float along = inverse >= largest_inverse ? p : product * inverse;
+    const float a = scale * p * inverse, b = along * inverse;
+    T* out = grad_weight + row * grad_row_stride;
+    each_pack<L>(x, lane, d, [&](int column, int first, const Pack<T>& pack) {
+      Pack<T> gradient = kAccumulate ? Pack<T>::load(ring.row(kAccumulate) + column) : Pack<T>{};
+      for (int j = 0; j < Pack<T>::size; ++j) {
+        const float before = kAccumulate ? to_float(gradient.value[j]) : 0;
+        gradient.value[j] = from_float<T>(before + a * (s[first + j] - b * to_float(pack.value[j])));
+      }
+      gradient.store(out + column);
+    });
+    group_barrier<L>();
+    fetch(row + stages * step);
+    ring.next();
   }
 }
 
-// The narrowest layout that holds a row of d values: at most 32 values a thread, so that several blocks fit on a
-// multiprocessor and nothing spills.
+// The narrowest layout that holds a row of d values. Registers hold one fp32 value a column, and 16 warps have room for
+// 72 a thread.
 template <typename F>
 void dispatch_layout(int64_t d, F&& f) {
   if (d <= 32 * 8) return f(Layout<32, 128, 8>{});
   if (d <= 32 * 24) return f(Layout<32, 128, 24>{});
   if (d <= 32 * 32) return f(Layout<32, 128, 32>{});
-  if (d <= 128 * 24) return f(Layout<128, 128, 24, 2>{});
+  if (d <= 32 * 72) return f(Layout<32, 128, 72>{});
+  if (d <= 128 * 32) return f(Layout<128, 128, 32>{});
   if (d <= 256 * 32) return f(Layout<256, 256, 32>{});
   STD_TORCH_CHECK(d <= 512 * 24, "cosreg: rows of at most 12,288 values, got ", d);
   return f(Layout<512, 512, 24>{});
+}
+
+// f(layout, stages of its ring, bytes of this in a block)
+template <typename T, int kStreams, typename F>
+void dispatch_ring(int64_t d, F&& f) {
+  dispatch_layout(d, [&](auto layout) {
+    const int row_bytes = int(d * sizeof(T)), groups = decltype(layout)::kGroups;
+    const auto bytes = [&](int stages) { return RowRing<T, kStreams>::bytes(groups, row_bytes, stages); };
+    const int stages = ring_stages(bytes(1));
+    f(layout, stages, bytes(stages));
+  });
 }
 
 const float* optional_pointer(const std::optional<Tensor>& t) {
@@ -321,10 +303,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosreg_forward(const Tensor& weight, 
   Tensor value = empty({}), column_sum = empty({d}), inverse = empty({n}), total = empty({});
   dispatch_floating(weight.scalar_type(), "cosreg_forward", [&](auto type) {
     using T = decltype(type);
-    dispatch_layout(d, [&](auto layout) {
+    dispatch_ring<T, 1>(d, [&](auto layout, int stages, size_t shared) {
       using L = decltype(layout);
       const auto kernel = forward_kernel<L, T>;
-      const int64_t blocks = persistent_blocks(kernel, L::kBlock, (n + L::kGroups - 1) / L::kGroups);
+      const int64_t blocks = persistent_blocks(kernel, L::kBlock, (n + L::kGroups - 1) / L::kGroups, shared);
       const int64_t reduce_blocks = (d + kReduceColumns - 1) / kReduceColumns;
       const Tensor partial_sum = empty({blocks, d}), partials = empty({2, blocks});
       // the last block of a group of columns adds up its splits, and the last group all of them
@@ -335,11 +317,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosreg_forward(const Tensor& weight, 
       int* counters = static_cast<int*>(counter.data_ptr());
       float* partial_self = pointer(partials);
       float* partial_total = partial_self + blocks;
-      const size_t shared = L::kGroups > 1 ? d * sizeof(float) : 0;
       kernel<<<blocks, L::kBlock, shared, stream>>>(
           static_cast<const T*>(weight.data_ptr()), optional_pointer(row_weight), pointer(inverse),
           pointer(partial_sum), partial_self, partial_total, counters, int(number_of_counters), n, int(d),
-          weight.stride(0), float(eps));
+          weight.stride(0), float(eps), stages);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
       const dim3 reduce_grid(reduce_blocks, kReduceSplits);
       reduce_kernel<<<reduce_grid, kReduceColumns * kReduceLanes, 0, stream>>>(
@@ -358,16 +339,23 @@ void cosreg_backward(Tensor grad_weight, const Tensor& grad_value, const Tensor&
   const int64_t n = weight.size(0), d = weight.size(1);
   dispatch_floating(weight.scalar_type(), "cosreg_backward", [&](auto type) {
     using T = decltype(type);
-    dispatch_layout(d, [&](auto layout) {
-      using L = decltype(layout);
-      const auto kernel = accumulate ? backward_kernel<L, T, true> : backward_kernel<L, T, false>;
-      const int64_t blocks = persistent_blocks(kernel, L::kBlock, (n + L::kGroups - 1) / L::kGroups);
-      kernel<<<blocks, L::kBlock, 0, current_stream(weight)>>>(
-          static_cast<T*>(grad_weight.data_ptr()), pointer(grad_value), static_cast<const T*>(weight.data_ptr()),
-          optional_pointer(row_weight), pointer(column_sum), pointer(inverse_norm), optional_pointer(total_weight), n,
-          int(d), weight.stride(0), grad_weight.stride(0), float(1 / eps));
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    });
+    const auto launch = [&](auto accumulated) {
+      dispatch_ring<T, accumulated.value ? 2 : 1>(d, [&](auto layout, int stages, size_t shared) {
+        using L = decltype(layout);
+        const auto kernel = backward_kernel<L, T, accumulated.value>;
+        const int64_t blocks = persistent_blocks(kernel, L::kBlock, (n + L::kGroups - 1) / L::kGroups, shared);
+        kernel<<<blocks, L::kBlock, shared, current_stream(weight)>>>(
+            static_cast<T*>(grad_weight.data_ptr()), pointer(grad_value), static_cast<const T*>(weight.data_ptr()),
+            optional_pointer(row_weight), pointer(column_sum), pointer(inverse_norm), optional_pointer(total_weight), n,
+            int(d), weight.stride(0), grad_weight.stride(0), float(1 / eps), stages);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      });
+    };
+    if (accumulate) {
+      launch(std::true_type{});
+    } else {
+      launch(std::false_type{});
+    }
   });
 }
 

@@ -75,6 +75,7 @@ inline cudaStream_t current_stream(const Tensor& t) {
 template <typename Kernel>
 inline int64_t persistent_blocks(Kernel kernel, int threads, int64_t work, size_t shared = 0) {
   int device = 0, multiprocessors = 0, resident = 0;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared));

@@ -1,6 +1,7 @@
 // Enough of CUDA to run our kernels on a CPU, one block after the other: every CUDA thread is a fiber, a barrier is a
 // switch to the next one. Slow, single-threaded, and a check of indexing, reductions and arithmetic on any machine;
-// it says nothing of speed, of memory ordering between blocks, or of races between barriers.
+// it says nothing of speed, of memory ordering between blocks, or of races between barriers. Asynchronous copies spoil where
+// they go when they begin, and arrive when they are waited for: as early and as late as a GPU might.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,8 +17,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -32,12 +35,17 @@
 
 namespace emulation {
 
-// An address that a GPU would refuse to move so many bytes to or from at once. The launch that did it fails at its end:
-// a fiber has no stack to throw through.
-inline bool misaligned = false;
+// What a GPU would refuse, or would not come back from. The launch that did it fails at its end: a fiber has no stack to
+// throw through.
+inline const char* fault = nullptr;
+inline void refuse(const char* why) {
+  if (!fault) fault = why;
+}
+
+// An address that a GPU would refuse to move so many bytes to or from at once.
 inline void check_aligned(const void* address, size_t bytes) {
   asm volatile("" : "+r"(address));  // or the compiler concludes from the type that it is aligned
-  if (reinterpret_cast<uintptr_t>(address) % bytes) misaligned = true;
+  if (reinterpret_cast<uintptr_t>(address) % bytes) refuse("a kernel moved a vector from or to where it is not aligned");
 }
 
 // A type of kBytes that is read and written as one.
@@ -81,9 +89,25 @@ using std::min;
 namespace emulation {
 
 constexpr size_t kStack = 256 << 10;
+constexpr size_t kSharedBytes = 99 << 10;  // of a block at most, where there is least (compute capability 8.6)
 
 struct Barrier {
   int size = 0, arrived = 0, generation = 0;
+};
+
+// An asynchronous copy on its way.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+// A barrier in shared memory that counts arrivals and bytes.
+struct Mbarrier {
+  int arrivals, pending;
+  int64_t bytes = 0;  // expected, less those that came
+  uint32_t parity = 0;  // of the phase that has not ended
+  std::vector<Copy> on_their_way;
 };
 
 // Entered by its context, left and entered again by jumps: swapcontext would ask the system for signal masks each time.
@@ -92,7 +116,8 @@ struct Fiber {
   jmp_buf state;
   std::unique_ptr<char[]> stack{new char[kStack]};
   dim3 thread;
-  bool started, done;
+  bool started, done, fenced;          // against asynchronous copies, since it last met other threads
+  std::vector<std::vector<Copy>> copies;  // of its own: groups, of which the last is open
 };
 
 inline std::vector<Fiber> fibers;  // as many as the largest block had
@@ -103,6 +128,9 @@ inline std::vector<Barrier> warp_barriers;
 inline Barrier block_barrier;
 inline std::vector<uint64_t> exchange;        // one value a thread, for shuffles
 inline std::vector<char> dynamic_shared;
+inline std::map<const void*, Mbarrier> mbarriers;
+inline size_t progress;  // arrivals, and ends of threads and phases: without one in all threads they wait for ever
+inline bool bulk_copies = true;  // whether the device has them
 inline std::function<void()> body;
 
 inline void yield() {
@@ -111,6 +139,8 @@ inline void yield() {
 
 inline void wait(Barrier& barrier) {
   const int mine = barrier.generation;
+  ++progress;
+  current->fenced = false;
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
     ++barrier.generation;
@@ -120,8 +150,24 @@ inline void wait(Barrier& barrier) {
 
 inline int thread_index() { return current->thread.x; }
 
+// Spoils the copy's target, in shared memory, until it arrives.
+inline Copy begin_copy(const Copy& copy) {
+  char* to = static_cast<char*>(copy.to);
+  if (to < dynamic_shared.data() || to + copy.bytes > dynamic_shared.data() + dynamic_shared.size() - 16)
+    return refuse("a copy goes outside of the block's shared memory"), Copy{};
+  std::memset(copy.to, 0xff, copy.bytes);
+  return copy;
+}
+
+inline void land(std::vector<Copy>& copies) {
+  for (const Copy& copy : copies)
+    if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
+  copies.clear();
+}
+
 inline void enter() {
   body();
+  ++progress;
   current->done = true;
   yield();
 }
@@ -140,25 +186,34 @@ inline void run_block() {
   warp_barriers.assign((threads + 31) / 32, Barrier{});
   for (int t = 0; t < threads; ++t) ++warp_barriers[t / 32].size;
   block_barrier = Barrier{threads};
+  mbarriers.clear();
   exchange.assign(threads, 0);
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
     fiber.thread = dim3(t, 0, 0);
-    fiber.started = fiber.done = false;
+    fiber.started = fiber.done = fiber.fenced = false;
+    fiber.copies.assign(1, {});
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
   }
-  for (bool running = true; running;) {
+  for (bool running = true; running && !fault;) {
     running = false;
+    const size_t before = progress;
     for (int t = 0; t < threads; ++t) {
       if (fibers[t].done) continue;
       resume(fibers[t]);
       running = true;
     }
+    if (running && progress == before) refuse("all threads of a block wait, for nothing that comes");
   }
+  bool left = false;
+  for (const auto& [address, barrier] : mbarriers) left |= !barrier.on_their_way.empty();
+  for (int t = 0; t < threads; ++t)
+    for (const auto& group : fibers[t].copies) left |= !group.empty();
+  if (left) refuse("a block ended before its copies had come");
 }
 
 // launch(kernel, grid, block, shared bytes)(arguments): what `kernel<<<...>>>(arguments)` is rewritten to.
@@ -166,17 +221,21 @@ template <typename Kernel>
 auto launch(Kernel kernel, dim3 grid, dim3 threads, size_t shared_bytes = 0, cudaStream_t = nullptr) {
   return [=](auto... arguments) {
     STD_TORCH_CHECK(threads.y == 1 && threads.z == 1, "the emulation has one-dimensional blocks only");
+    STD_TORCH_CHECK(shared_bytes <= kSharedBytes, "a block asks for more shared memory than there is: ", shared_bytes);
+    const char* capability = std::getenv("EMULATED_COMPUTE_CAPABILITY");
+    bulk_copies = !capability || std::atoi(capability) >= 90;
     grid_size = grid;
     block_size = threads;
     for (unsigned z = 0; z < grid.z; ++z)
       for (unsigned y = 0; y < grid.y; ++y)
-        for (unsigned x = 0; x < grid.x; ++x) {
+        for (unsigned x = 0; x < grid.x && !fault; ++x) {
           block = dim3(x, y, z);
           dynamic_shared.assign(shared_bytes + 16, char(0xff));  // poison: nothing may be read before it is written
           body = [&] { kernel(arguments...); };
           run_block();
         }
-    STD_TORCH_CHECK(!std::exchange(misaligned, false), "a kernel moved a vector from or to where it is not aligned");
+    const char* why = std::exchange(fault, nullptr);
+    STD_TORCH_CHECK(!why, why);
   };
 }
 
@@ -224,9 +283,11 @@ inline float __half2float(__half x) { return float(x); }
 inline __half __float2half_rn(float x) { return __half(x); }
 
 // A device with a few multiprocessors, so that small inputs still make persistent blocks loop.
-constexpr int cudaDevAttrMultiProcessorCount = 0;
+constexpr int cudaDevAttrMultiProcessorCount = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 1;
 inline int cudaGetDevice(int* device) { return *device = 0; }
-inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 11, 0; }
+inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
+  return *value = attribute == cudaDevAttrMultiProcessorCount ? 11 : int(emulation::kSharedBytes), 0;
+}
 template <typename Kernel>
 int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) { return *blocks = 1, 0; }
 template <typename Kernel>
