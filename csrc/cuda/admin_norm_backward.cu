@@ -2,7 +2,7 @@
 //
 // Bandwidth-bound: it must read dy and y (and x, for dω) and write dx and df. A group of threads holds a row together, as
 // in the forward pass, and beside it, for as long as the block lives, its columns' share of four parameter gradients.
-// That makes registers scarce: the next row waits in shared memory, and parameters come from L1 again for each row, but
+// That makes registers scarce: the next rows wait in a ring in shared memory, and parameters come from L1 again for each row, but
 // for 1/γ, which is worth its registers where a thread has one pack. One launch, and one that adds up the blocks' sums; no
 // float atomics. Longer rows take the row means of their gradient in a launch of its own, after which columns need
 // nothing of each other.
@@ -44,27 +44,28 @@ __global__ void __launch_bounds__(kMaxThreads) means_kernel(Block<T> b, float2* 
 }
 
 // Steps as in forward. Each thread keeps its columns' sums for the parameters over all rows it sees; the block's groups
-// add theirs up at the end, in order. With `means` a row may be spread over blocks (blockIdx.y) and nobody waits.
+// add theirs up at the end, in order. With `means` a row may be spread over blocks (blockIdx.y).
 template <typename T, int kPacks, bool kFromOutput>
 __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
     backward_kernel(Block<T> b, T* grad_x, T* grad_branch, float* partial, const float2* means, bool sum_omega,
-                    bool sum_branch_bias, int group_threads) {
+                    bool sum_branch_bias, int group_threads, int stages) {
   extern __shared__ uint4 staged[];
   __shared__ float2 scratch[2 * kMaxThreads / 32];
   constexpr int S = Pack<T>::size;
-  constexpr int kX = kFromOutput ? 2 : 1;  // x's place among the prefetched matrices
+  constexpr int kX = kFromOutput ? 2 : 1;  // x's place in the ring
   const Group group(group_threads);
-  const int column_step = group_threads * S, first_column = blockIdx.y * column_step * kPacks + group.lane * S;
+  const int column_step = group_threads * S, block_column = blockIdx.y * column_step * kPacks;
+  const int first_column = block_column + group.lane * S, columns = min(b.d - block_column, column_step * kPacks);
   const int step = gridDim.x * group.count();
   int64_t row = int64_t(blockIdx.x) * group.count() + group.index;
   GroupSum sum{scratch};
-  Prefetch<T, kPacks, 3> prefetch{staged};
+  auto ring = row_ring<T, 3>(staged, columns, stages, group);
   const auto fetch = [&](int64_t row) {
-    if (row >= b.n) return;
-    prefetch.copy(0, b.grad_y + row * b.d, first_column, column_step, b.d);
-    if (kFromOutput) prefetch.copy(1, b.y + row * b.d, first_column, column_step, b.d);
-    if (!kFromOutput || sum_omega) prefetch.copy(kX, b.x + row * b.x_stride, first_column, column_step, b.d);
-    if (!kFromOutput) prefetch.copy(2, b.branch + row * b.branch_stride, first_column, column_step, b.d);
+    ring.fill(row < b.n, [&](int stream) -> const T* {
+      if (stream == 0) return b.grad_y + row * b.d + block_column;
+      if (stream == kX) return !kFromOutput || sum_omega ? b.x + row * b.x_stride + block_column : nullptr;
+      return (kFromOutput ? b.y + row * b.d : b.branch + row * b.branch_stride) + block_column;
+    });
   };
   Floats<S> omega_sum[kPacks], weight_sum[kPacks], bias_sum[kPacks], branch_bias_sum[kPacks];
 #pragma unroll
@@ -75,11 +76,11 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
   if (kKeepInverse && first_column < b.d)
     inverse_weight[0] = inverse_of(Floats<S>::parameter(b.weight, first_column, 1));
 
-  fetch(row);
-  __pipeline_commit();
-  for (; row < b.n + group.index; row += step) {
-    prefetch.next([&] { fetch(row + step); });
+  for (int s = 0; s < stages - 1; ++s) fetch(row + int64_t(s) * step);
+  for (; row < b.n + group.index; row += step, ring.next()) {
     const bool here = row < b.n;
+    ring.wait(here);
+    const auto read = [&](int stream, int column) { return Pack<T>::load(ring.row(stream) + column - block_column); };
     const float r = here ? b.rstd[row] : 0, mu = here && !kFromOutput ? b.mean[row] : 0;
     uint32_t bits[kPacks];
     Floats<S> n[kPacks];
@@ -90,10 +91,10 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
       if (!here || column >= b.d) continue;
       bits[k] = kept_bits(b, row, column);
       const auto weight = Floats<S>::parameter(b.weight, column, 1);
-      const auto second = kFromOutput ? Pack<T>{} : prefetch.read(2, k);
+      const auto second = kFromOutput ? Pack<T>{} : read(2, column);
       const auto inverse = kKeepInverse ? inverse_weight[kKeepInverse ? k : 0] : inverse_of(weight);
-      n[k] = normalized<kFromOutput>(b, prefetch.read(1, k), second, bits[k], inverse, mu, r, column);
-      const auto dy = prefetch.read(0, k);
+      n[k] = normalized<kFromOutput>(b, read(1, column), second, bits[k], inverse, mu, r, column);
+      const auto dy = read(0, column);
       for (int j = 0; j < S; ++j) {
         const float upstream = to_float(dy.value[j]), g = upstream * weight.value[j];
         total.x += g;
@@ -102,7 +103,12 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
         bias_sum[k].value[j] += upstream;
       }
     }
-    if (!means) total = sum(total, group);
+    if (means) {
+      __syncthreads();
+    } else {
+      total = sum(total, group);
+    }
+    fetch(row + int64_t(stages - 1) * step);  // where the row before lay: all have met since they read it
     if (!here) continue;
     total = means ? means[row] : float2{total.x / b.d, total.y / b.d};
     const float c1 = b.center ? total.x : 0, c2 = total.y;
@@ -111,7 +117,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
       const int column = first_column + k * column_step;
       if (column >= b.d) continue;
       const auto weight = Floats<S>::parameter(b.weight, column, 1), omega = Floats<S>::parameter(b.omega, column, 1);
-      const auto dy = prefetch.read(0, k), x = !kFromOutput || sum_omega ? prefetch.read(kX, k) : Pack<T>{};
+      const auto dy = read(0, column), x = !kFromOutput || sum_omega ? read(kX, column) : Pack<T>{};
       Pack<T> dx, df;
       for (int j = 0; j < S; ++j) {
         const float dz = r * (to_float(dy.value[j]) * weight.value[j] - c1 - c2 * n[k].value[j]);
@@ -126,7 +132,6 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
     }
   }
 
-  __pipeline_wait_prior(0);
   float* shared = reinterpret_cast<float*>(staged);
   float* out = partial + int64_t(blockIdx.x) * kParameters * b.d;
   const auto add_groups = [&](const Floats<S>(&sums)[kPacks], int parameter) {
@@ -184,7 +189,8 @@ void backward(const Block<T>& b, T* grad_x, T* grad_branch, const ParameterGradi
               cudaStream_t stream) {
   const auto launch = [&](auto packs, const Layout& layout, int64_t column_blocks, const float2* means) {
     const auto kernel = backward_kernel<T, packs.value, kFromOutput>;
-    const size_t shared = Prefetch<T, packs.value, 3>::bytes(layout.block());
+    const int64_t columns = int64_t(layout.threads) * packs.value * Pack<T>::size;
+    const auto [stages, shared] = ring_of<T, 3>(layout, b.d < columns ? b.d : columns);
     const int64_t resident = resident_blocks(kernel, layout, shared, b.n * column_blocks);
     const int64_t blocks = (resident + column_blocks - 1) / column_blocks;
     const int64_t size[] = {blocks, kParameters, b.d};  // nvcc's front end makes nonsense of a list in the call
@@ -193,7 +199,7 @@ void backward(const Block<T>& b, T* grad_x, T* grad_branch, const ParameterGradi
     const bool sum_omega = gradients.omega, sum_branch_bias = gradients.branch_bias;
     const dim3 grid(blocks, column_blocks), reduce_grid((b.d + kReduceColumns - 1) / kReduceColumns, kParameters);
     kernel<<<grid, layout.block(), shared, stream>>>(b, grad_x, grad_branch, partial, means, sum_omega, sum_branch_bias,
-                                                     layout.threads);
+                                                     layout.threads, stages);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (!gradients.any()) return;
     reduce_kernel<<<reduce_grid, kReduceColumns * kReduceLanes, 0, stream>>>(gradients, partial, int(blocks), b.d);

@@ -1,15 +1,12 @@
 // What the kernels of admin_norm_forward.cu and admin_norm_backward.cu share: the arguments of both passes, sums over the
-// threads that hold a row, the arithmetic of one 16-byte pack, the fetching of the next row, and how rows are spread over
-// blocks. Mathematics: repdeg_fast/reference/admin_norm.py.
+// threads that hold a row, the arithmetic of one 16-byte pack, and how rows are spread over blocks. Mathematics: repdeg_fast/reference/admin_norm.py.
 #pragma once
-
-#include <cuda_pipeline.h>
 
 #include <optional>
 #include <utility>
 
 #include "../philox.h"
-#include "rows.cuh"
+#include "row_ring.cuh"
 
 namespace repdeg_fast {
 namespace {
@@ -49,7 +46,7 @@ struct GroupSum {
   __device__ float2 operator()(float2 value, const Group& group) {
     value.x = warp_sum(value.x);
     value.y = warp_sum(value.y);
-    if (group.threads == 32) return value;
+    if (group.threads == 32) return __syncwarp(), value;
     float2* area = scratch + turn * (kMaxThreads / 32);
     turn ^= 1;
     if (threadIdx.x % 32 == 0) area[threadIdx.x / 32] = value;
@@ -181,37 +178,13 @@ __device__ Pack<T> affine(const Block<T>& b, const Floats<Pack<T>::size>& z, con
   return y;
 }
 
-// Rows on their way from memory: two stages of kStreams matrices, kPacks packs a thread, in slots of the thread's own.
-template <typename T, int kPacks, int kStreams>
-struct Prefetch {
-  uint4* slots;
-  int reading = 0;  // stage; the other one is being filled
-
-  static size_t bytes(int threads) { return size_t(2) * kStreams * kPacks * threads * sizeof(uint4); }
-
-  __device__ uint4* slot(int stage, int stream, int k) const {
-    return slots + ((stage * kStreams + stream) * kPacks + k) * blockDim.x + threadIdx.x;
-  }
-  __device__ void copy(int stream, const T* row, int first_column, int column_step, int d) const {
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      const int column = first_column + k * column_step;
-      if (column < d) __pipeline_memcpy_async(slot(reading ^ 1, stream, k), row + column, sizeof(uint4));
-    }
-  }
-  // Turns to the next row, whose copies are waited for, while `fetch` begins those of the row after it. They go where
-  // the row before lay, whose values this thread has used by then.
-  template <typename F>
-  __device__ void next(F&& fetch) {
-    reading ^= 1;
-    fetch();
-    __pipeline_commit();
-    __pipeline_wait_prior(1);
-  }
-  __device__ Pack<T> read(int stream, int k) const {
-    return Pack<T>::load(reinterpret_cast<const T*>(slot(reading, stream, k)));
-  }
-};
+// The ring that a block's rows, or parts of them, come through, a group's at a time.
+template <typename T, int kStreams>
+__device__ RowRing<T, kStreams> row_ring(void* shared, int columns, int stages, const Group& group) {
+  const int row_bytes = columns * sizeof(T);
+  return {shared, row_bytes, stages, group.index, group.count(), group.lane, group.threads,
+          row_bytes >= kLeastBulkBytes};
+}
 
 // How many threads hold a row, and how many of these groups make a block.
 struct Layout {
@@ -229,6 +202,21 @@ bool dispatch_packs(int64_t d, F&& f) {
   if (d <= kMaxThreads * Pack<T>::size) return f(std::integral_constant<int, 1>{}), true;
   if (d <= kLongThreads * kLongPacks * Pack<T>::size) return f(std::integral_constant<int, kLongPacks>{}), true;
   return false;
+}
+
+struct RingSize {
+  int stages;
+  size_t bytes;
+};
+
+// Of the rings of a block whose groups hold `columns` of a row.
+template <typename T, int kStreams>
+RingSize ring_of(const Layout& layout, int64_t columns) {
+  const auto bytes = [&](int stages) {
+    return RowRing<T, kStreams>::bytes(layout.groups, int(columns * sizeof(T)), stages);
+  };
+  const int stages = ring_stages(bytes(1));
+  return {stages, bytes(stages)};
 }
 
 template <typename Kernel>

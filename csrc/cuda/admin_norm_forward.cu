@@ -1,9 +1,8 @@
 // The forward pass of ADMIN's residual block in CUDA.
 //
 // Bandwidth-bound: it must read x and the branch and write y. A group of threads holds a row together, 16 bytes of each
-// matrix a thread (64 in the longest rows). The next row waits in shared memory: each thread copies its own part of it
-// there, past the registers, while it works on the row before, and reads only what it copied itself. Longer rows are
-// walked over three times (from the L2 cache after the first).
+// matrix a thread (64 in the longest rows). The next rows wait in a ring in shared memory. Longer rows are walked over
+// three times (from the L2 cache after the first).
 #include "admin_norm_block.cuh"
 
 namespace repdeg_fast {
@@ -12,8 +11,8 @@ namespace {
 // A step takes a row for each group. All threads of a block make the same steps, with or without a row: sums over a
 // group meet at the block's barrier.
 template <typename T, int kPacks>
-__global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
-    forward_kernel(Block<T> b, T* y, float* mean, float* rstd, int group_threads, float eps) {
+__global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 2)
+    forward_kernel(Block<T> b, T* y, float* mean, float* rstd, int group_threads, float eps, int stages) {
   extern __shared__ uint4 staged[];
   __shared__ float2 scratch[2 * kMaxThreads / 32];
   constexpr int S = Pack<T>::size;
@@ -22,16 +21,16 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
   const int step = gridDim.x * group.count();
   int64_t row = int64_t(blockIdx.x) * group.count() + group.index;
   GroupSum sum{scratch};
-  Prefetch<T, kPacks, 2> prefetch{staged};
+  auto ring = row_ring<T, 2>(staged, b.d, stages, group);
   const auto fetch = [&](int64_t row) {
-    if (row >= b.n) return;
-    prefetch.copy(0, b.x + row * b.x_stride, first_column, column_step, b.d);
-    prefetch.copy(1, b.branch + row * b.branch_stride, first_column, column_step, b.d);
+    ring.fill(row < b.n, [&](int stream) {
+      return stream == 0 ? b.x + row * b.x_stride : b.branch + row * b.branch_stride;
+    });
   };
-  fetch(row);
-  __pipeline_commit();
+  for (int s = 0; s < stages; ++s) fetch(row + int64_t(s) * step);
   for (; row < b.n + group.index; row += step) {
-    prefetch.next([&] { fetch(row + step); });
+    ring.wait(row < b.n);
+    const T *x = ring.row(0), *branch = ring.row(1);
     Floats<S> z[kPacks];
     float total = 0;
 #pragma unroll
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
       const int column = first_column + k * column_step;
       z[k] = Floats<S>::all(0);
       if (row < b.n && column < b.d)
-        z[k] = residual_sum(b, prefetch.read(0, k), prefetch.read(1, k), kept_bits(b, row, column), column);
+        z[k] = residual_sum(b, Pack<T>::load(x + column), Pack<T>::load(branch + column), kept_bits(b, row, column), column);
       for (int j = 0; j < S; ++j) total += z[k].value[j];
     }
     Deviations deviations{b.center ? sum({total, 0}, group).x / b.d : 0};
@@ -47,6 +46,8 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
     for (int k = 0; k < kPacks; ++k)
       if (first_column + k * column_step < b.d) deviations.add(z[k]);
     const Moments moments = deviations.moments(b, eps, sum, group);
+    fetch(row + int64_t(stages) * step);  // all have met in the sums since they read the row
+    ring.next();
     if (row >= b.n) continue;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
@@ -113,9 +114,9 @@ std::tuple<Tensor, Tensor, Tensor> admin_norm_forward(const Tensor& x, const Ten
     const bool whole = dispatch_packs<T>(d, [&](auto packs) {
       const auto kernel = forward_kernel<T, packs.value>;
       const Layout layout = Layout::of_columns(packs.value * Pack<T>::size, d);
-      const size_t shared = Prefetch<T, packs.value, 2>::bytes(layout.block());
+      const auto [stages, shared] = ring_of<T, 2>(layout, d);
       const int64_t blocks = resident_blocks(kernel, layout, shared, n);
-      kernel<<<blocks, layout.block(), shared, stream>>>(b, out, mu, r, layout.threads, float(eps));
+      kernel<<<blocks, layout.block(), shared, stream>>>(b, out, mu, r, layout.threads, float(eps), stages);
     });
     if (!whole) {
       const auto kernel = long_forward_kernel<T>;
