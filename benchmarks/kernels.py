@@ -23,7 +23,8 @@ from repdeg_fast.native import build
 TABLE = Path(__file__).parent / "KERNELS.md"
 TARGET = "sm_90"
 _DTYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}
-_PACK_BYTES = 16
+_PACK_BYTES, _BARRIER_BYTES = 16, 8
+_MOST_STAGES, _BESIDE_RINGS = 3, 2048  # as ring_stages() has them
 
 HEADER = f"""# The kernels, compiled for {TARGET}
 
@@ -100,14 +101,19 @@ def _widths(accesses: dict[int, int], kind: str = "") -> list[str]:
 
 
 def staged_bytes(name: str, threads: int) -> int:
-    """Shared memory that a CUDA launcher asks for and the compiled code does not tell: ADMIN's stage two rows of
-    each input, cosreg.cu adds up the column sums of its groups, where a block has several."""
+    """Shared memory that a CUDA launcher asks for and the compiled code does not tell: the rings of rows of csrc/cuda/
+    row_ring.cuh, for the longest rows that a kernel takes."""
     if found := re.match(r"admin_norm_\w+ (forward|backward)_kernel<\w+, (\d)", name):
         streams, packs = {"forward": 2, "backward": 3}[found.group(1)], int(found.group(2))
-        return 2 * streams * packs * threads * _PACK_BYTES
-    if found := re.match(r"cosreg forward_kernel<Layout<32, 128, (\d+), 1>", name):
-        return 4 * 32 * int(found.group(1))
-    return 0
+        stage = streams * packs * threads * _PACK_BYTES + _BARRIER_BYTES
+    elif found := re.match(r"cosreg \w+_kernel<Layout<(\d+), (\d+), (\d+)>, \w+?(\d+)(, true)?", name):
+        together, block, values, bits = map(int, found.groups()[:4])
+        streams = 2 if found.group(5) else 1
+        stage = block // together * (streams * together * values * bits // 8 + _BARRIER_BYTES)
+    else:
+        return 0
+    room = resources.SHARED_MEMORY_LIMIT[TARGET] - _BESIDE_RINGS
+    return stage * min(_MOST_STAGES, max(1, room // stage))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,19 @@ def test_long_rows(place, d, mode):
         assert_matches(inputs(2, d, dtype=dtype, device=place.device), norm, dropout, save=save)
 
 
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("mode", MODES[1:3], ids=str)
+@pytest.mark.parametrize(("n", "d"), [(200, 96), (80, 264), (40, 1032), (30, 4360)])
+def test_rings_of_rows(emulated_cuda, monkeypatch, capability, n, d, mode):
+    """Bulk copies, and those that chips before 9.0 have; more rows than a block's rings hold, or rows in parts. A branch
+    bias takes registers, without which a thread has more of a row."""
+    monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", capability)
+    norm, dropout, save = mode
+    with repdeg_fast.use_backend("cuda-emulated"):
+        for absent in (), ("branch_bias",):
+            assert_matches(inputs(n, d, absent=absent), norm, dropout, save=save)
+
+
 @pytest.mark.parametrize("absent", [PARAMETERS, ("omega",), ("weight",), ("bias",), ("branch_bias",)], ids=str)
 @pytest.mark.parametrize("save", ["output", "input"])
 def test_absent_parameters(place, absent, save):

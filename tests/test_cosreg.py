@@ -188,6 +188,21 @@ def test_add_to_gradient(place, weighted):
         assert relative_error(weight.grad, 0.25 * true_grad) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize(("n", "d"), [(300, 96), (300, 264), (150, 2304), (40, 3080), (4, 12288)])
+def test_rings_of_rows(emulated_cuda, monkeypatch, capability, n, d):
+    """Bulk copies, and those that chips before 9.0 have; more rows than a block's rings hold, or less room for these."""
+    monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", capability)
+    weight = embedding(n, d, torch.float32).requires_grad_()
+    start = 1e-3 * torch.randn(n, d)
+    weight.grad = start.clone()
+    with repdeg_fast.use_backend("cuda-emulated"):
+        value = add_cosine_regularization_(weight, 0.25)
+    true_value, true_grad = expected(weight)
+    assert relative_error(value, true_value) <= TOLERANCE[torch.float32]
+    assert relative_error(weight.grad, start + 0.25 * true_grad) <= TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("layout", ["odd", "transposed", "padded"])
 def test_add_to_a_gradient_of_another_layout(place, layout):
     d = 47 if layout == "odd" else 48

@@ -45,10 +45,10 @@ __global__ void __launch_bounds__(kMaxThreads) means_kernel(Block<T> b, float2* 
 
 // Steps as in forward. Each thread keeps its columns' sums for the parameters over all rows it sees; the block's groups
 // add theirs up at the end, in order. With `means` a row may be spread over blocks (blockIdx.y).
-template <typename T, int kPacks, bool kFromOutput>
-__global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
+template <typename T, int kPacks, bool kFromOutput, bool kBranchBias>
+__global__ void __launch_bounds__(kPacks == 4 ? kLongThreads : kMaxThreads, 1)
     backward_kernel(Block<T> b, T* grad_x, T* grad_branch, float* partial, const float2* means, bool sum_omega,
-                    bool sum_branch_bias, int group_threads, int stages) {
+                    int group_threads, int stages) {
   extern __shared__ uint4 staged[];
   __shared__ float2 scratch[2 * kMaxThreads / 32];
   constexpr int S = Pack<T>::size;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
       return (kFromOutput ? b.y + row * b.d : b.branch + row * b.branch_stride) + block_column;
     });
   };
-  Floats<S> omega_sum[kPacks], weight_sum[kPacks], bias_sum[kPacks], branch_bias_sum[kPacks];
+  Floats<S> omega_sum[kPacks], weight_sum[kPacks], bias_sum[kPacks], branch_bias_sum[kPacks];  // the last if wanted
 #pragma unroll
   for (int k = 0; k < kPacks; ++k)
     omega_sum[k] = weight_sum[k] = bias_sum[k] = branch_bias_sum[k] = Floats<S>::all(0);
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
         dx.value[j] = from_float<T>(dz * omega.value[j]);
         df.value[j] = from_float<T>(branch);
         omega_sum[k].value[j] += dz * to_float(x.value[j]);
-        branch_bias_sum[k].value[j] += branch;
+        if (kBranchBias) branch_bias_sum[k].value[j] += branch;
       }
       dx.store(grad_x + row * b.d + column);
       if (grad_branch) df.store(grad_branch + row * b.d + column);
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 1)
   if (sum_omega) add_groups(omega_sum, 0);
   add_groups(weight_sum, 1);
   add_groups(bias_sum, 2);
-  if (sum_branch_bias) add_groups(branch_bias_sum, 3);
+  if (kBranchBias) add_groups(branch_bias_sum, 3);
 }
 
 struct ParameterGradients {  // null where not asked for
@@ -184,11 +184,26 @@ __global__ void __launch_bounds__(kReduceColumns * kReduceLanes)
   out[column] = float(sum);
 }
 
-template <typename T, bool kFromOutput>
+// f(number of packs a thread) for a row that fits into a block's registers; false for a longer one. Two packs for half as
+// many threads, where the sums leave them registers: two blocks on a multiprocessor, of which one works while the other
+// meets, or twice the warps in the longest rows.
+template <typename T, bool kFromOutput, bool kBranchBias, typename F>
+bool dispatch_backward(int64_t d, F&& f) {
+  constexpr int S = Pack<T>::size;
+  if (d <= kLongThreads * S) return f(std::integral_constant<int, 1>{}), true;
+  if constexpr (S == 4 || (kFromOutput && !kBranchBias)) {
+    if (d <= kMaxThreads * 2 * S) return f(std::integral_constant<int, 2>{}), true;
+    return false;
+  } else {
+    return dispatch_packs<T>(d, f);
+  }
+}
+
+template <typename T, bool kFromOutput, bool kBranchBias>
 void backward(const Block<T>& b, T* grad_x, T* grad_branch, const ParameterGradients& gradients, const Tensor& like,
               cudaStream_t stream) {
   const auto launch = [&](auto packs, const Layout& layout, int64_t column_blocks, const float2* means) {
-    const auto kernel = backward_kernel<T, packs.value, kFromOutput>;
+    const auto kernel = backward_kernel<T, packs.value, kFromOutput, kBranchBias>;
     const int64_t columns = int64_t(layout.threads) * packs.value * Pack<T>::size;
     const auto [stages, shared] = ring_of<T, 3>(layout, b.d < columns ? b.d : columns);
     const int64_t resident = resident_blocks(kernel, layout, shared, b.n * column_blocks);
@@ -196,16 +211,15 @@ void backward(const Block<T>& b, T* grad_x, T* grad_branch, const ParameterGradi
     const int64_t size[] = {blocks, kParameters, b.d};  // nvcc's front end makes nonsense of a list in the call
     const Tensor partial_tensor = torch::stable::new_empty(like, size, ScalarType::Float);
     float* partial = static_cast<float*>(partial_tensor.data_ptr());
-    const bool sum_omega = gradients.omega, sum_branch_bias = gradients.branch_bias;
     const dim3 grid(blocks, column_blocks), reduce_grid((b.d + kReduceColumns - 1) / kReduceColumns, kParameters);
-    kernel<<<grid, layout.block(), shared, stream>>>(b, grad_x, grad_branch, partial, means, sum_omega, sum_branch_bias,
+    kernel<<<grid, layout.block(), shared, stream>>>(b, grad_x, grad_branch, partial, means, gradients.omega,
                                                      layout.threads, stages);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (!gradients.any()) return;
     reduce_kernel<<<reduce_grid, kReduceColumns * kReduceLanes, 0, stream>>>(gradients, partial, int(blocks), b.d);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   };
-  const bool whole = dispatch_packs<T>(b.d, [&](auto packs) {
+  const bool whole = dispatch_backward<T, kFromOutput, kBranchBias>(b.d, [&](auto packs) {
     launch(packs, Layout::of_columns(packs.value * Pack<T>::size, b.d), 1, nullptr);
   });
   if (whole) return;
@@ -247,11 +261,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> admin_norm_backward(
     b.mean = pointer<float>(mean), b.rstd = static_cast<const float*>(rstd.data_ptr());
     b.n = n, b.d = int(d);
     T *dx = static_cast<T*>(grad_x.data_ptr()), *df = wants_branch ? static_cast<T*>(grad_branch.data_ptr()) : nullptr;
-    if (y) {
-      backward<T, true>(b, dx, df, gradients, rstd, current_stream(grad_y));
-    } else {
-      backward<T, false>(b, dx, df, gradients, rstd, current_stream(grad_y));
-    }
+    const auto run = [&](auto from_output, auto branch_bias) {
+      backward<T, from_output.value, branch_bias.value>(b, dx, df, gradients, rstd, current_stream(grad_y));
+    };
+    const auto choose = [&](auto from_output) {
+      wants_branch_bias ? run(from_output, std::true_type{}) : run(from_output, std::false_type{});
+    };
+    y ? choose(std::true_type{}) : choose(std::false_type{});
   });
   return {grad_x, grad_branch, grad_omega, grad_weight, grad_bias, grad_branch_bias};
 }

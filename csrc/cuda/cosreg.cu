@@ -89,7 +89,7 @@ __device__ float row_norm(const T* row, int lane, int d, RowSum<L>& row_sum) {
 }
 
 template <typename L, typename T>
-__global__ void __launch_bounds__(L::kBlock)
+__global__ void __launch_bounds__(L::kBlock, 1)
     forward_kernel(const T* weight, const float* row_weight, float* inverse_norm, float* partial_sum,
                    float* partial_self, float* partial_total, int* counters, int number_of_counters, int64_t n, int d,
                    int64_t row_stride, float eps, int stages) {
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kReduceColumns * kReduceLanes)
 
 // grad = a·(s − b·x) a row, with a = 2 g p / (P² ‖w‖) and b = (s·ŵ) / ‖w‖; s stays in registers throughout.
 template <typename L, typename T, bool kAccumulate>
-__global__ void __launch_bounds__(L::kBlock)
+__global__ void __launch_bounds__(L::kBlock, 1)
     backward_kernel(T* grad_weight, const float* grad_value, const T* weight, const float* row_weight,
                     const float* column_sum, const float* inverse_norm, const float* total_weight, int64_t n, int d,
                     int64_t row_stride, int64_t grad_row_stride, float largest_inverse, int stages) {

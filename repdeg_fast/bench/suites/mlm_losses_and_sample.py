@@ -53,10 +53,9 @@ def exact(inputs: Inputs) -> Tensor:
 
 
 def work(case: Case, pass_: str, graph_free: bool) -> Work:
-    """That of the losses; the sample needs the mixed logits again in its backward pass, one product more."""
-    losses = linear_cross_entropy.work(case, pass_, graph_free)
-    _, m, v, d = (case.sizes[name] for name in "KMVd")
-    return losses if pass_ == FORWARD else Work(losses.bytes, losses.flops + 2 * m * v * d)
+    """That of the losses. The sample is drawn from their logits, and at this temperature some tens of tokens a row are
+    all that its gradient needs: no product more."""
+    return linear_cross_entropy.work(case, pass_, graph_free)
 
 
 def _logits_needs(case: Case) -> Work:
