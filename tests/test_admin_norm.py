@@ -43,7 +43,7 @@ def test_rings_of_rows(emulated_cuda, monkeypatch, capability, n, d, mode):
     monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", capability)
     norm, dropout, save = mode
     with repdeg_fast.use_backend("cuda-emulated"):
-        for absent in (), ("branch_bias",):
+        for absent in (), ("omega", "branch_bias"):
             assert_matches(inputs(n, d, absent=absent), norm, dropout, save=save)
 
 
