@@ -191,7 +191,7 @@ def test_add_to_gradient(place, weighted):
 @pytest.mark.parametrize("capability", ["80", "90"])
 @pytest.mark.parametrize(("n", "d"), [(300, 96), (300, 264), (150, 2304), (40, 3080), (4, 12288)])
 def test_rings_of_rows(emulated_cuda, monkeypatch, capability, n, d):
-    """Bulk copies, and those that chips before 9.0 have; more rows than a block's rings hold, or less room for these."""
+    """Bulk copies, and those that older chips have; more rows than a block's rings hold, or less room for these."""
     monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", capability)
     weight = embedding(n, d, torch.float32).requires_grad_()
     start = 1e-3 * torch.randn(n, d)

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kPacks == 4 ? kLongThreads : kMaxThreads, 1)
   if (kKeepInverse && first_column < b.d)
     inverse_weight[0] = inverse_of(Floats<S>::parameter(b.weight, first_column, 1));
 
-  for (int s = 0; s < stages - 1; ++s) fetch(row + int64_t(s) * step);
+  ring.begin(stages - 1, [&](int s) { fetch(row + int64_t(s) * step); });
   for (; row < b.n + group.index; row += step, ring.next()) {
     const bool here = row < b.n;
     ring.wait(here);

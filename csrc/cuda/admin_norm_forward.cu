@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 2)
       return stream == 0 ? b.x + row * b.x_stride : b.branch + row * b.branch_stride;
     });
   };
-  for (int s = 0; s < stages; ++s) fetch(row + int64_t(s) * step);
+  ring.begin(stages, [&](int s) { fetch(row + int64_t(s) * step); });
   for (; row < b.n + group.index; row += step) {
     ring.wait(row < b.n);
     const T *x = ring.row(0), *branch = ring.row(1);

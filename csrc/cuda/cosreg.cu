@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(L::kBlock, 1)
   RowSum<L> row_sum{scratch};
   RowRing<T, 1> ring(shared, d * sizeof(T), stages, group, L::kGroups, lane, L::kThreads, L::kBulk);
   const auto fetch = [&](int64_t row) { ring.fill(row < n, [&](int) { return weight + row * row_stride; }); };
-  for (int s = 0; s < stages; ++s) fetch(first_row + s * step);
+  ring.begin(stages, [&](int s) { fetch(first_row + s * step); });
   for (int64_t row = first_row; row < n; row += step) {
     ring.wait(true);
     const T* x = ring.row(0);
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(L::kBlock, 1)
       return stream == 0 ? weight + row * row_stride : grad_weight + row * grad_row_stride;
     });
   };
-  for (int s = 0; s < stages; ++s) fetch(first_row + s * step);
+  ring.begin(stages, [&](int s) { fetch(first_row + s * step); });
   float s[L::kValues] = {};
 #pragma unroll
   for (int i = 0; i < L::kValues; ++i) {

@@ -49,9 +49,17 @@ struct RowRing {
                group * number_of_stages;
     if (!bulk) return;
     if (lane == 0)
+#pragma unroll 1
       for (int s = 0; s < number_of_stages; ++s) ptx::mbarrier_init(barriers + s, 1);
     ptx::fence_before_bulk_copies();
     __syncthreads();
+  }
+
+  // Begins to fill `count` stages; fetch(i) the i-th of them.
+  template <typename F>
+  __device__ static void begin(int count, F&& fetch) {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) fetch(i);
   }
 
   // Begins to fill the next stage; source(stream): the row of this matrix, or null.

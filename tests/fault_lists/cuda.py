@@ -78,8 +78,8 @@ FAULTS = [
     Fault(
         "a row is filled over the one that is still read",
         CUDA + "admin_norm_backward.cu",
-        "for (int s = 0; s < stages - 1; ++s) fetch(",
-        "for (int s = 0; s < stages; ++s) fetch(",
+        "ring.begin(stages - 1,",
+        "ring.begin(stages,",
         "tests/test_admin_norm.py -k 'rings and 90'",
     ),
     Fault(

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 import repdeg_fast
 from repdeg_fast.bench.suite import (
-    FORWARD,
     FORWARD_BACKWARD,
     Case,
     Inputs,
