@@ -38,8 +38,8 @@ def test_long_rows(place, d, mode):
 @pytest.mark.parametrize("mode", MODES[1:3], ids=str)
 @pytest.mark.parametrize(("n", "d"), [(200, 96), (80, 264), (40, 1032), (30, 4360)])
 def test_rings_of_rows(emulated_cuda, monkeypatch, capability, n, d, mode):
-    """Bulk copies, and those that chips before 9.0 have; more rows than a block's rings hold, or rows in parts. A thread
-    has more of a row where no branch bias takes registers."""
+    """Bulk copies, and those that chips before 9.0 have; more rows than a block's rings hold, or rows in parts. A
+    thread has more of a row where no branch bias takes registers."""
     monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", capability)
     norm, dropout, save = mode
     with repdeg_fast.use_backend("cuda-emulated"):
