@@ -2,6 +2,8 @@
 
 for N in 1 2 4; do python -m torch.distributed.run --nproc-per-node $N benchmarks/distributed.py; done
 
+An argument is another width than 256. ``mlm_losses_and_sample`` is there twice: in one sweep, and in two.
+
 Bytes are what one rank hands to all-reduces in a step, forward and backward; "hidden states" is their gradient's part.
 On a CPU of few cores ranks share them: times tell what is lost between them, not what is gained.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from repdeg_fast import cosine_regularization, gumbel_mix, multi_layer_mlm_loss
+from repdeg_fast import cosine_regularization, gumbel_mix, mlm_losses_and_sample, multi_layer_mlm_loss
 from repdeg_fast.distributed import VocabularyShard
 
-HEADS, POSITIONS, VOCABULARY, WIDTH = 3, 256, 32_768, 256
+HEADS, POSITIONS, VOCABULARY = 3, 256, 32_768
 REPEATS = 7
 
 
@@ -31,23 +34,32 @@ def main() -> None:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     distributed.init_process_group("nccl" if on_gpu else "gloo")
+    width = int(sys.argv[1]) if len(sys.argv) > 1 else 256
     ranks, rank = distributed.get_world_size(), distributed.get_rank()
     shard = VocabularyShard.even(VOCABULARY)
     torch.manual_seed(0)
-    hidden_states = torch.randn(HEADS, POSITIONS, WIDTH, device=device, requires_grad=True)
+    hidden_states = torch.randn(HEADS, POSITIONS, width, device=device, requires_grad=True)
     mixture = torch.randn(POSITIONS, HEADS, device=device, requires_grad=True)
     target = torch.randint(VOCABULARY, (POSITIONS,), device=device)
-    weight = torch.randn(shard.rows, WIDTH, device=device, requires_grad=True)
+    weight = torch.randn(shard.rows, width, device=device, requires_grad=True)
     steps: dict[str, Callable[[], Tensor]] = {
         "cosine_regularization": lambda: cosine_regularization(weight, shard=shard),
         "multi_layer_mlm_loss": lambda: multi_layer_mlm_loss(hidden_states, weight, target, shard=shard).sum(),
         "gumbel_mix": lambda: gumbel_mix(hidden_states, mixture, weight, seed=1, shard=shard)[1].sum(),
+        "mlm_losses_and_sample": lambda: joint("auto"),
+        "mlm_losses_and_sample, two sweeps": lambda: joint("streaming"),
     }
+
+    def joint(strategy: str) -> Tensor:
+        options: Any = {"seed": 1, "strategy": strategy, "shard": shard}
+        losses, _, values = mlm_losses_and_sample(hidden_states, mixture, weight, target, **options)
+        return losses.sum() + values.sum()
+
     if ranks == 1:
         print("| operation | ranks | bytes, all-reduced | of them hidden states | ms, median |\n|---|---|---|---|---|")
     for name, step in steps.items():
         sent, seconds = _measured(step)
-        of_hidden = hidden_states.nbytes if name == "multi_layer_mlm_loss" else 0
+        of_hidden = hidden_states.nbytes if name.startswith(("multi_layer", "mlm_losses")) else 0
         if rank == 0:
             print(f"| {name} | {ranks} | {sent:,} | {of_hidden:,} | {1e3 * seconds:.1f} |", flush=True)
     distributed.destroy_process_group()

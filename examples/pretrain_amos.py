@@ -116,8 +116,9 @@ class Amos(Pretraining):
         means = torch.stack([output.mlm_losses.detach(), output.mixture_weights]) * weight  # over masked positions
         names = [f"{name}_{layer}" for name in ("mlm_loss", "weight") for layer in layers]
         line = dict(zip(names, means.flatten().tolist(), strict=True))
-        line |= {name: output[name].item() for name in ("rtd_loss", "rtd_accuracy")}
-        return output.loss, line | {"always_original": 1 - output.replaced.item()}
+        weight = ranks.weight(batch["labels"].new_tensor(len(batch["labels"])))  # all rows are as long
+        line |= {name: weight * output[name].item() for name in ("rtd_loss", "rtd_accuracy")}
+        return output.loss, line | {"always_original": weight * (1 - output.replaced.item())}
 
 
 class Plain(EqualCost, Pretraining):

@@ -81,6 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 class Pretraining(Training):
     model: Any  # CondenserForPreTraining
+    share = staticmethod(ranks.rows)  # pairs, and as many a rank
 
     def prepare(self) -> None:
         options, texts = self.options, read_documents(self.options.text)

@@ -152,6 +152,7 @@ class Training:
     run would have had. Under torchrun ranks share each batch.
     """
 
+    share = staticmethod(ranks.part)  # of a batch, under torchrun
     FREE_OPTIONS = ("output", "checkpoint_every", "device")  # of a run that is continued, these may differ
     model: nn.Module
 
@@ -219,7 +220,7 @@ class Training:
         return rows[torch.randint(len(rows), (self.options.batch_size,), generator=self.generator)]
 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: ranks.rows(value).to(self.options.device) for name, value in batch.items()}
+        return {name: self.share(value).to(self.options.device) for name, value in batch.items()}
 
     def save(self) -> None:
         """Under another name first: a run that dies here leaves the last checkpoint as it was. Ranks have the same, and

@@ -44,6 +44,8 @@ def rows(batch: Tensor) -> Tensor:
 
 def part(batch: Tensor) -> Tensor:
     """This rank's rows of a batch of any size, for a loss that is weighted by what they count."""
+    if len(batch) < number():
+        raise SystemExit(f"batches: expected a row or more for each of {number()} ranks, got {len(batch)}")
     return batch.tensor_split(number())[rank()]
 
 

@@ -93,7 +93,8 @@ class Run(Training):
         )
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
-        loss = self.model(self.on_device({"tokens": self.random_rows(self.data)})["tokens"])
+        tokens = self.on_device({"tokens": self.random_rows(self.data)})["tokens"]
+        loss = self.model(tokens) * ranks.weight(tokens.new_tensor(len(tokens)))
         return loss, {"loss": loss.item()}
 
     def backward(self) -> dict[str, float]:
