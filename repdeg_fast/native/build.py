@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -123,8 +124,7 @@ def _cuda_unavailable() -> str | None:
 
 @functools.cache
 def _compiler_missing(library: str) -> str | None:
-    from torch.utils import cpp_extension
-
+    cpp_extension = _cpp_extension()
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler!r} is not on PATH); {_remedy('cpu')}"
@@ -136,6 +136,17 @@ def _compiler_missing(library: str) -> str | None:
     if importlib.util.find_spec("pybind11") is None:
         return f"no pybind11; {_remedy(library)}"
     return None
+
+
+def _cpp_extension() -> Any:
+    """``torch.utils.cpp_extension``, whose import warns that there is no GPU: we say so where it matters."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    before, log.disabled = log.disabled, True
+    try:
+        from torch.utils import cpp_extension
+    finally:
+        log.disabled = before
+    return cpp_extension
 
 
 @functools.cache
@@ -256,8 +267,8 @@ def _compile(library: str, path: Path) -> ModuleType:
 
 def _run_compiler(library: str, name: str, build: Path) -> ModuleType:
     import pybind11
-    from torch.utils import cpp_extension
 
+    cpp_extension = _cpp_extension()
     architectures = _cuda_architectures() if library == "cuda" else ""
     flags = " ".join(compile_flags() + (cuda_flags() if library == "cuda" else []))
     (build / "build_config.h").write_text(
