@@ -146,13 +146,6 @@ FAULTS = [
         "tests/test_admin_norm.py -k 'long_rows and emulated'",
     ),
     Fault(
-        "a thread reads the stage that is being filled",
-        CUDA + "admin_norm_block.cuh",
-        "slot(reading, stream, k)));",
-        "slot(reading ^ 1, stream, k)));",
-        "tests/test_admin_norm.py -k 'value_and_gradients and emulated'",
-    ),
-    Fault(
         "the groups of a block have the sums of the first",
         CUDA + "admin_norm_block.cuh",
         "value.x += area[group.index * warps + w].x;",
