@@ -94,7 +94,7 @@ def test_samples_beyond_two_to_the_31_elements(device, vocabulary, width):
 
 
 @pytest.mark.interpreter
-def test_steps_of_two_to_the_30_elements():
+def test_steps_of_two_to_the_30_elements_in_the_interpreter():
     """Of a transposed weight, in memory that is never touched: a product of 32 bits would reach 2³¹ elements back."""
     step, vocabulary, width = 2**30, 5, 3
     memory = torch.empty(2 * width * step, dtype=torch.float16)
