@@ -28,7 +28,7 @@ _GPU_INTERVAL = 16  # updates of the parameters between two looks: each is sever
 
 def smallest_ratio(weight: Tensor | None, bias: Tensor | None) -> float | None:
     """The smallest |γ| / max(|β|, 2⁻⁸) over the columns; γ = 1 and β = 0 where absent. ``None``: nobody knows, for the
-    first look of all would wait for the stream, and that is being captured.
+    first look of all would wait for the stream, and that is being captured; or a function transform has the parameter.
 
     As last seen. Another look is taken when the parameters have changed, as their version counters tell, which writes
     through ``.data`` do not move; on a GPU every few changes, copied to the host on the side and used once it is there
@@ -41,9 +41,9 @@ def smallest_ratio(weight: Tensor | None, bias: Tensor | None) -> float | None:
         return 1 / _FLOOR
     look = _looks.get(id(measured))
     known = look is not None and look.measured() is measured and look.last() is last
+    if not known and torch._C._are_functorch_transforms_active():  # which wrap a parameter's values
+        return None
     if not known and (measured.is_meta or isinstance(measured, FakeTensor)):  # no values to look at
-        return 1 / _FLOOR
-    if not known and torch._C._are_functorch_transforms_active():  # likewise
         return 1 / _FLOOR
     place = measured.data_ptr(), last.data_ptr()
     version = measured._version + last._version

@@ -13,6 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+import repdeg_fast
+
 M, NUMBER, SEED = 6, 0.25, 5
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -369,6 +371,17 @@ def test_a_compiled_functional_gradient(row):
     assert_alike(torch.compile(gradient, backend="aot_eager", fullgraph=True)(*tensors), gradient(*tensors))
 
 
+@pytest.mark.parametrize("compiler", [lambda f: f, partial(torch.compile, backend="aot_eager", fullgraph=True)])
+def test_a_functional_gradient_does_not_take_a_weight_for_recoverable(compiler):
+    """What a transform wraps cannot be looked at: here the output does not tell the normalized value."""
+    x, branch, weight = torch.randn(M, 8), torch.randn(M, 8), torch.zeros(8)
+    torch._dynamo.reset()
+    norm = lambda w: total(repdeg_fast.admin_norm(x, branch, weight=w, bias=torch.ones(8)))  # noqa: E731
+    leaf = weight.clone().requires_grad_()
+    normalized = torch.nn.functional.layer_norm(x + branch, (8,), leaf, torch.ones(8))
+    assert_alike([compiler(torch.func.grad(norm))(weight)], torch.autograd.grad(total(normalized), leaf), 1e-5)
+
+
 def test_transforms_around_a_functional_gradient():
     """Plain autograd sees what a transform inside it does not differentiate; modes other than the transform's hold."""
     subject = Subject("linear_cross_entropy")
@@ -442,7 +455,6 @@ def test_every_operation_says_how_it_repeats():
 
 
 def test_every_public_name_is_a_row():
-    import repdeg_fast
     from repdeg_fast import functional
 
     classes = {n: thing for n in repdeg_fast.__all__ if isinstance(thing := getattr(repdeg_fast, n), type)}
