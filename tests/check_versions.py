@@ -49,7 +49,7 @@ def compiles_against_torch(version: str, wheels: Path, folder: Path) -> bool:
 
 
 def compiles_with_triton(wheels: Path, folder: Path) -> bool:
-    """And no kernel spills registers or asks for more shared memory than there is."""
+    """And no kernel spills more than the assembler chooses to, or asks for more shared memory than there is."""
     package = unpack(wheel(f"triton=={TRITON}", wheels), folder / "triton")
     print(f"triton {TRITON}:", flush=True)
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_triton", "tests/test_ahead_of_time.py"]
