@@ -19,6 +19,10 @@ def _invariant(request, threads, monkeypatch):
     threads(request.param)
     monkeypatch.setenv(products.VARIABLE, products.BATCH_INVARIANT)
     products.forget()
+    try:
+        products.settle(torch.ops.repdeg_fast_native)
+    except RuntimeError as error:  # another version of oneDNN
+        pytest.skip(str(error))
     with repdeg_fast.use_backend("cpu"):
         yield
     products.forget()

@@ -37,7 +37,10 @@ def native():
 @pytest.fixture(params=WAYS)
 def way(request, native, fresh):
     fresh.setenv(products.VARIABLE, request.param)
-    assert products.settle(native) == request.param
+    try:
+        assert products.settle(native) == request.param
+    except RuntimeError as error:  # batch-invariant, with another version of oneDNN
+        pytest.skip(str(error))
     return request.param
 
 
@@ -108,6 +111,14 @@ def test_without_onednn(fresh):
     fresh.setenv(products.VARIABLE, products.BATCH_INVARIANT)
     products.forget()
     with pytest.raises(RuntimeError, match="REPDEG_FAST_PRODUCTS=batch-invariant needs oneDNN"):
+        products.settle(fake)
+
+
+def test_batch_invariance_that_onednn_does_not_keep(fresh):
+    fresh.setenv(products.VARIABLE, products.BATCH_INVARIANT)
+    fake = Fake(fresh, {})
+    fake.linear_cross_entropy_multiply.default = lambda out, a, b, accumulate: out.fill_(len(a))
+    with pytest.raises(RuntimeError, match="oneDNN gives a row other bits in another batch"):
         products.settle(fake)
 
 

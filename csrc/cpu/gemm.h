@@ -164,7 +164,8 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool a
     parallel_pieces(m, piece, [&](int64_t first, int64_t count) {
       multiply_piece(rows_of(out, first, count), rows_of(a, first, count), b, accumulate);
     });
-  } else if (!products.batch_invariant && out.element_size() >= 4 && (threads - 1) * m * n * out.element_size() <= kSums) {  // 16 bits are no sum
+  } else if (!products.batch_invariant && out.element_size() >= 4 &&  // 16 bits are no sum
+             (threads - 1) * m * n * out.element_size() <= kSums) {
     const Tensor sums = torch::stable::new_empty(out, {(threads - 1) * m, n});
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {

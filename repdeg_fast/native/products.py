@@ -48,6 +48,11 @@ def settle(operators: Namespace) -> str:
         if way == BATCH_INVARIANT:
             raise RuntimeError(f"{VARIABLE}={way} needs oneDNN, without which this PyTorch was built; unset it")
         way = _chosen[threads] = "pieces"
+    if way == BATCH_INVARIANT and not _rows_keep_their_bits(operators):
+        raise RuntimeError(
+            f"{VARIABLE}={way}: here PyTorch's oneDNN gives a row other bits in another batch, as with torch before 2.13;"
+            f" unset it, or try another version of torch"
+        )
     _in_use = threads, way
     return way
 
@@ -55,6 +60,27 @@ def settle(operators: Namespace) -> str:
 def batch_invariant() -> bool:
     """Whether no bit of a row may depend on other rows."""
     return _asked_for() == BATCH_INVARIANT
+
+
+def _rows_keep_their_bits(operators: Namespace) -> bool:
+    """Whether what batch invariance stands on is so here: oneDNN has kernels of its own for each processor and version.
+    Rows alone against the same among others, weights as they lie and transposed."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for width, columns in ((40, 1100), (384, 70), (768, 513)):
+            a, b = (torch.randn(shape, generator=generator) for shape in ((129, width), (columns, width)))
+            for weight in (b.t(), b.t().contiguous()):
+                whole = _product(operators, a, weight)
+                for part in (slice(0, 1), slice(0, 2), slice(3, 10), slice(64, 129), slice(128, 129)):
+                    if not torch.equal(_product(operators, a[part], weight), whole[part]):
+                        return False
+    return True
+
+
+def _product(operators: Namespace, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    out = a.new_empty(a.shape[0], b.shape[1])
+    operators.linear_cross_entropy_multiply.default(out, a, b, False)
+    return out
 
 
 def forget() -> None:
