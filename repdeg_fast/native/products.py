@@ -50,8 +50,8 @@ def settle(operators: Namespace) -> str:
         way = _chosen[threads] = "pieces"
     if way == BATCH_INVARIANT and not _rows_keep_their_bits(operators):
         raise RuntimeError(
-            f"{VARIABLE}={way}: here PyTorch's oneDNN gives a row other bits in another batch, as with torch before 2.13;"
-            f" unset it, or try another version of torch"
+            f"{VARIABLE}={way}: here PyTorch's oneDNN gives a row other bits in another batch (so does torch"
+            f" before 2.13); unset it, or try another version of torch"
         )
     _in_use = threads, way
     return way
