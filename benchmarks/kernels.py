@@ -24,7 +24,7 @@ TABLE = Path(__file__).parent / "KERNELS.md"
 TARGET = "sm_90"
 _DTYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}
 _PACK_BYTES, _BARRIER_BYTES = 16, 8
-_MOST_STAGES, _BESIDE_RINGS = 3, 2048  # as ring_stages() has them
+_MOST_STAGES, _BESIDE_RINGS = 3, 2048  # as ring_size() has them
 
 HEADER = f"""# The kernels, compiled for {TARGET}
 

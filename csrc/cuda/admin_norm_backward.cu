@@ -1,11 +1,11 @@
 // The backward pass of ADMIN's residual block in CUDA.
 //
-// Bandwidth-bound: it must read dy and y (and x, for dω) and write dx and df. A group of threads holds a row together, as
-// in the forward pass, and beside it, for as long as the block lives, its columns' share of four parameter gradients.
-// That makes registers scarce: the next rows wait in a ring in shared memory, and parameters come from L1 again for each row, but
-// for 1/γ, which is worth its registers where a thread has one pack. One launch, and one that adds up the blocks' sums; no
-// float atomics. Longer rows take the row means of their gradient in a launch of its own, after which columns need
-// nothing of each other.
+// Bandwidth-bound: it must read dy and y (and x, for dω) and write dx and df. A group of threads holds a row together,
+// as in the forward pass, and beside it, for as long as the block lives, its columns' share of four parameter gradients.
+// That makes registers scarce: the next rows wait in a ring in shared memory, of which one stage is always the row that
+// is worked on, and parameters come from L1 again for each row, but for 1/γ, which is worth its registers where a thread
+// has one pack. One launch, and one that adds up the blocks' sums; no float atomics. Longer rows take the row means of
+// their gradient in a launch of its own, after which columns need nothing of each other.
 #include "admin_norm_block.cuh"
 
 namespace repdeg_fast {
@@ -205,7 +205,8 @@ void backward(const Block<T>& b, T* grad_x, T* grad_branch, const ParameterGradi
   const auto launch = [&](auto packs, const Layout& layout, int64_t column_blocks, const float2* means) {
     const auto kernel = backward_kernel<T, packs.value, kFromOutput, kBranchBias>;
     const int64_t columns = int64_t(layout.threads) * packs.value * Pack<T>::size;
-    const auto [stages, shared] = ring_of<T, 3>(layout, b.d < columns ? b.d : columns);
+    const auto [stages, shared] = ring_size<T, 3>(layout.groups, b.d < columns ? b.d : columns);
+    STD_TORCH_CHECK(stages > 1, "admin_norm: no shared memory on this device for two rows of ", b.d, " values");
     const int64_t resident = resident_blocks(kernel, layout, shared, b.n * column_blocks);
     const int64_t blocks = (resident + column_blocks - 1) / column_blocks;
     const int64_t size[] = {blocks, kParameters, b.d};  // nvcc's front end makes nonsense of a list in the call

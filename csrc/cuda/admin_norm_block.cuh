@@ -1,5 +1,6 @@
-// What the kernels of admin_norm_forward.cu and admin_norm_backward.cu share: the arguments of both passes, sums over the
-// threads that hold a row, the arithmetic of one 16-byte pack, and how rows are spread over blocks. Mathematics: repdeg_fast/reference/admin_norm.py.
+// What the kernels of admin_norm_forward.cu and admin_norm_backward.cu share: the arguments of both passes, sums over
+// the threads that hold a row, the arithmetic of one 16-byte pack, and how rows are spread over blocks. Mathematics:
+// repdeg_fast/reference/admin_norm.py.
 #pragma once
 
 #include <optional>
@@ -202,21 +203,6 @@ bool dispatch_packs(int64_t d, F&& f) {
   if (d <= kMaxThreads * Pack<T>::size) return f(std::integral_constant<int, 1>{}), true;
   if (d <= kLongThreads * kLongPacks * Pack<T>::size) return f(std::integral_constant<int, kLongPacks>{}), true;
   return false;
-}
-
-struct RingSize {
-  int stages;
-  size_t bytes;
-};
-
-// Of the rings of a block whose groups hold `columns` of a row.
-template <typename T, int kStreams>
-RingSize ring_of(const Layout& layout, int64_t columns) {
-  const auto bytes = [&](int stages) {
-    return RowRing<T, kStreams>::bytes(layout.groups, int(columns * sizeof(T)), stages);
-  };
-  const int stages = ring_stages(bytes(1));
-  return {stages, bytes(stages)};
 }
 
 template <typename Kernel>

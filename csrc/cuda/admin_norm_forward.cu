@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kPacks == 1 ? kMaxThreads : kLongThreads, 2)
       const int column = first_column + k * column_step;
       z[k] = Floats<S>::all(0);
       if (row < b.n && column < b.d)
-        z[k] = residual_sum(b, Pack<T>::load(x + column), Pack<T>::load(branch + column), kept_bits(b, row, column), column);
+        z[k] = residual_sum(b, Pack<T>::load(x + column), Pack<T>::load(branch + column), kept_bits(b, row, column),
+                            column);
       for (int j = 0; j < S; ++j) total += z[k].value[j];
     }
     Deviations deviations{b.center ? sum({total, 0}, group).x / b.d : 0};
@@ -114,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> admin_norm_forward(const Tensor& x, const Ten
     const bool whole = dispatch_packs<T>(d, [&](auto packs) {
       const auto kernel = forward_kernel<T, packs.value>;
       const Layout layout = Layout::of_columns(packs.value * Pack<T>::size, d);
-      const auto [stages, shared] = ring_of<T, 2>(layout, d);
+      const auto [stages, shared] = ring_size<T, 2>(layout.groups, d);
       const int64_t blocks = resident_blocks(kernel, layout, shared, n);
       kernel<<<blocks, layout.block(), shared, stream>>>(b, out, mu, r, layout.threads, float(eps), stages);
     });

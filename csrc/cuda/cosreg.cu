@@ -275,17 +275,6 @@ void dispatch_layout(int64_t d, F&& f) {
   return f(Layout<512, 512, 24>{});
 }
 
-// f(layout, stages of its ring, bytes of this in a block)
-template <typename T, int kStreams, typename F>
-void dispatch_ring(int64_t d, F&& f) {
-  dispatch_layout(d, [&](auto layout) {
-    const int row_bytes = int(d * sizeof(T)), groups = decltype(layout)::kGroups;
-    const auto bytes = [&](int stages) { return RowRing<T, kStreams>::bytes(groups, row_bytes, stages); };
-    const int stages = ring_stages(bytes(1));
-    f(layout, stages, bytes(stages));
-  });
-}
-
 const float* optional_pointer(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->data_ptr()) : nullptr;
 }
@@ -303,8 +292,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosreg_forward(const Tensor& weight, 
   Tensor value = empty({}), column_sum = empty({d}), inverse = empty({n}), total = empty({});
   dispatch_floating(weight.scalar_type(), "cosreg_forward", [&](auto type) {
     using T = decltype(type);
-    dispatch_ring<T, 1>(d, [&](auto layout, int stages, size_t shared) {
+    dispatch_layout(d, [&](auto layout) {
       using L = decltype(layout);
+      const auto [stages, shared] = ring_size<T, 1>(L::kGroups, d);
       const auto kernel = forward_kernel<L, T>;
       const int64_t blocks = persistent_blocks(kernel, L::kBlock, (n + L::kGroups - 1) / L::kGroups, shared);
       const int64_t reduce_blocks = (d + kReduceColumns - 1) / kReduceColumns;
@@ -340,8 +330,9 @@ void cosreg_backward(Tensor grad_weight, const Tensor& grad_value, const Tensor&
   dispatch_floating(weight.scalar_type(), "cosreg_backward", [&](auto type) {
     using T = decltype(type);
     const auto launch = [&](auto accumulated) {
-      dispatch_ring<T, accumulated.value ? 2 : 1>(d, [&](auto layout, int stages, size_t shared) {
+      dispatch_layout(d, [&](auto layout) {
         using L = decltype(layout);
+        const auto [stages, shared] = ring_size<T, accumulated.value ? 2 : 1>(L::kGroups, d);
         const auto kernel = backward_kernel<L, T, accumulated.value>;
         const int64_t blocks = persistent_blocks(kernel, L::kBlock, (n + L::kGroups - 1) / L::kGroups, shared);
         kernel<<<blocks, L::kBlock, shared, current_stream(weight)>>>(

@@ -1,5 +1,5 @@
-// Rows of matrices on their way from memory into a ring of stages in shared memory, several rows ahead of the one that is
-// worked on.
+// Rows of matrices on their way from memory into a ring of stages in shared memory, several rows ahead of the one that
+// is worked on.
 //
 // Why it is fast: 4.3 TB/s over 132 multiprocessors, with 0.7 to 1 µs from a request to its data, are 23 to 33 KB that
 // must be on their way to each multiprocessor at all times. Rows that wait in registers cost the warps that would ask for
@@ -114,15 +114,24 @@ struct RowRing {
   }
 };
 
-// Stages for blocks that hold `stage_bytes` in each: kMostStages, or as many as the device has room for in a block.
-inline int ring_stages(size_t stage_bytes) {
+struct RingSize {
+  int stages;
+  size_t bytes;  // of a block
+};
+
+// For a block of `groups` that hold `columns` of a row: kMostStages, or as many as the device has room for.
+template <typename T, int kStreams>
+RingSize ring_size(int groups, int64_t columns) {
   constexpr size_t kStatic = 2048;  // what kernels have beside it
   int device = 0, room = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  for (int stages = kMostStages; stages > 1; --stages)
-    if (stages * stage_bytes + kStatic <= size_t(room)) return stages;
-  return 1;
+  const auto bytes = [&](int stages) {
+    return RowRing<T, kStreams>::bytes(groups, int(columns * sizeof(T)), stages);
+  };
+  int stages = kMostStages;
+  while (stages > 1 && bytes(stages) + kStatic > size_t(room)) --stages;
+  return {stages, bytes(stages)};
 }
 
 }  // namespace

@@ -160,8 +160,9 @@ def _mean(encoded: Sequence[Encoded], group: Any, together: bool) -> tuple[Tenso
     losses = torch.stack([one.loss.detach() for one in encoded if one.loss is not None])
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))  # 16 bits do not count to 257, or to 65520
     counts = torch.stack([torch.as_tensor(one.count, dtype=losses.dtype, device=losses.device) for one in encoded])
-    sums, ranks = torch.stack([torch.where(counts > 0, losses * counts, 0).sum(), counts.sum()]), 1
-    if together and (ranks := _ranks.number(group)) > 1:
+    sums = torch.stack([torch.where(counts > 0, losses * counts, 0).sum(), counts.sum()])
+    ranks = _ranks.number(group) if together else 1
+    if ranks > 1:
         distributed.all_reduce(sums, group=group)
     loss, total = sums / ranks
     total = total.clamp_min(torch.finfo(losses.dtype).tiny)
