@@ -404,14 +404,6 @@ def test_transforms_around_a_functional_gradient():
     assert_alike([torch.func.grad(constant)(hidden.detach())], [value.expand_as(hidden)])
 
 
-@pytest.fixture
-def threads():
-    """Sets their number; it is as before afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def all_equal(found, expected):
     return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
