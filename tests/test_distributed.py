@@ -128,6 +128,7 @@ def test_what_ranks_disagree_on_is_named(two):
         for name, error in found.items():
             assert error, name
             assert re.search(rf"expected the same arguments on all ranks, got, in their order, {name}", error[1]), error
+        assert found["temperature"][1].startswith("mlm_losses_and_sample: ")
 
 
 def test_no_process_group():

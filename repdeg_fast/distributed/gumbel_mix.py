@@ -84,7 +84,7 @@ def gumbel_mix(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`repdeg_fast.gumbel_mix` over shards."""
     heads = (hidden_states, mixture_logits, weight, bias, embedding)
-    token_ids, values = _sample(_checked(*heads, sampling, padding_idx, shard, backend))
+    token_ids, values = _sample(_checked("gumbel_mix", *heads, sampling, padding_idx, shard, backend))
     return like(token_ids, hidden_states), like(values, hidden_states)
 
 
@@ -98,8 +98,8 @@ def _sample(arguments: Arguments, state: RowState | None = None) -> tuple[Tensor
 
 
 def _checked(
-    hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None, embedding: Tensor,
-    sampling: Sampling, padding_idx: int | None, shard: VocabularyShard | None, backend: str,
+    operation_name: str, hidden_states: Tensor, mixture_logits: Tensor | None, weight: Tensor, bias: Tensor | None,
+    embedding: Tensor, sampling: Sampling, padding_idx: int | None, shard: VocabularyShard | None, backend: str,
 ) -> Arguments:  # fmt: skip
     hidden_states = whole_here("hidden_states", hidden_states)
     mixture_logits = whole_here("mixture_logits", mixture_logits)
@@ -112,8 +112,8 @@ def _checked(
     padding = row_of_padding(padding_idx, shard.whole)
     seed = _same_seed(sampling.seed, hidden_states, shard)
     check_same(
-        shard.group, "gumbel_mix", hidden_states=hidden_states, mixture_logits=mixture_logits, vocabulary=shard.whole,
-        padding_idx=padding, **sampling._replace(seed=seed)._asdict(),
+        shard.group, operation_name, hidden_states=hidden_states, mixture_logits=mixture_logits,
+        vocabulary=shard.whole, padding_idx=padding, **sampling._replace(seed=seed)._asdict(),
     )  # fmt: skip
     call = Call(
         shard, Noise(seed, sampling.temperature, sampling.first_position), sampling.hard, sampling.gradient_scale,
@@ -131,10 +131,13 @@ def mlm_losses_and_sample(
     is drawn from a look at them. On a GPU they are not: to bring them there would cost more than the product with the
     mixture that it saves (docs/distributed.md), and there are two sweeps."""
     given, hidden_states = hidden_states, stacked(whole_here("hidden_states", hidden_states))
-    call = cross_entropy.checked("mlm_losses_and_sample", hidden_states, weight, target, bias, options, shard, backend)
+    name = "mlm_losses_and_sample"
+    call = cross_entropy.checked(name, hidden_states, weight, target, bias, options, shard, backend)
     check_heads(call.hidden_states.shape, call.target)
     heads = call.hidden_states
-    arguments = _checked(heads, mixture_logits, weight, bias, embedding, sampling, options.padding_idx, shard, backend)
+    arguments = _checked(
+        name, heads, mixture_logits, weight, bias, embedding, sampling, options.padding_idx, shard, backend
+    )
     look = None if heads.is_cuda or options.strategy == "streaming" else _LookAtHeads(arguments)
     losses, *_ = cross_entropy.losses(call._replace(hidden_states=heads.flatten(0, 1)), len(heads), look=look)
     token_ids, values = _sample(arguments, None if look is None else look.state)

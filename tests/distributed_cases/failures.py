@@ -8,7 +8,13 @@ import torch
 from torch import distributed
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from repdeg_fast import contrastive_loss, cosine_regularization, linear_cross_entropy, multi_layer_mlm_loss
+from repdeg_fast import (
+    contrastive_loss,
+    cosine_regularization,
+    linear_cross_entropy,
+    mlm_losses_and_sample,
+    multi_layer_mlm_loss,
+)
 from repdeg_fast.distributed import VocabularyShard, compare_arguments
 
 from .support import WIDTH, mesh, raised
@@ -68,6 +74,9 @@ def disagree(rank):
                     if rank
                     else multi_layer_mlm_loss([hidden], mine, target, shard=shard)
                 )
+            ),
+            "temperature": raised(
+                lambda: mlm_losses_and_sample([hidden], None, mine, target, temperature=1.0 + rank, shard=shard)
             ),
             "eps": raised(lambda: cosine_regularization(mine, eps=1e-12 * (1 + rank), shard=shard)),
         }
