@@ -254,32 +254,31 @@ class _Sweeps:
         self, grad_values: Tensor, drawn: Drawn, most: Tensor, wants_mixture: bool, wants_embedding: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Those of the mixture logits and of the embedding's rows here."""
-        hard, grad_embedding = self.call.hard, None
-        if wants_embedding and hard:
-            mine, local = self.call.shard.local(drawn.token_ids)
-            own = torch.where(mine[:, None], grad_values, 0)
-            grad_embedding = (
-                embed_backward(own, self.embedding, drawn._replace(token_ids=local))
-                if self.rows
-                else torch.zeros_like(self.embedding)
-            )
-        elif wants_embedding:
-            grad_embedding = torch.zeros_like(self.embedding)
-        if not wants_mixture and (hard or not wants_embedding):
+        grad_embedding = None
+        if wants_embedding:
+            hard = self.call.hard
+            grad_embedding = self._of_drawn_rows(grad_values, drawn) if hard else torch.zeros_like(self.embedding)
+        soft = None if self.call.hard else grad_embedding  # yᵀr, a part of the rows at a time
+        if not wants_mixture and soft is None:
             return None, grad_embedding
         origin = self._origin(grad_values, drawn, most) if wants_mixture else Origin(most, None, None, None)
         sums = Sums(torch.zeros_like(most), torch.zeros_like(most) if wants_mixture else None)
         products = most.new_zeros(2 if wants_mixture else 0, *self.mixed.shape)
         for part, weights in self._weights(drawn, origin, sums):
             if wants_mixture:
-                multiply(
-                    products.flatten(0, 1), weights.flatten(0, 1), operand_rows(self.weight, part, self.mixed), True
-                )
-            if grad_embedding is not None and not hard:
-                grad_embedding[part] = (weights[0].t().to(self.wide) @ grad_values.to(self.wide)).to(
-                    self.embedding.dtype
-                )
+                rows = operand_rows(self.weight, part, self.mixed)
+                multiply(products.flatten(0, 1), weights.flatten(0, 1), rows, True)
+            if soft is not None:
+                soft[part] = weights[0].t().to(self.wide) @ grad_values.to(self.wide)
         return self._mixture_gradient(products, sums, origin) if wants_mixture else None, grad_embedding
+
+    def _of_drawn_rows(self, grad_values: Tensor, drawn: Drawn) -> Tensor:
+        """dF[x̂] += r."""
+        if not self.rows:
+            return torch.zeros_like(self.embedding)
+        mine, local = self.call.shard.local(drawn.token_ids)
+        own = torch.where(mine[:, None], grad_values, 0)
+        return embed_backward(own, self.embedding, drawn._replace(token_ids=local))
 
     def _mixture_gradient(self, products: Tensor, sums: Sums, origin: Origin) -> Tensor:
         """dα_k = dh̄·h^(k) of Σ y E and Σ y (F·r − F[x̂]·r) E here, then over all ranks, then softmax backward."""
