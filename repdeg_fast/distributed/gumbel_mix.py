@@ -32,8 +32,8 @@ from repdeg_fast.distributed.shards import (
     shard_of,
     whole_here,
 )
+from repdeg_fast.functional._head_arguments import Options, check_heads, stacked
 from repdeg_fast.functional.gumbel_mix import check_head, detached
-from repdeg_fast.functional.linear_cross_entropy import Options, check_heads, stacked
 from repdeg_fast.native import gumbel_mix as native
 from repdeg_fast.ops.chunked_logits import TILE
 from repdeg_fast.ops.chunked_vocabulary import ChunkedVocabulary, chunk_buffers, multiply, operand_rows

@@ -44,9 +44,10 @@ from repdeg_fast.functional._head_arguments import (
     check_heads,
     check_options,
     check_tensors,
+    shifted,
     stacked,
 )
-from repdeg_fast.functional.linear_cross_entropy import Asked, CrossEntropyOutput, shifted, told, told_of_heads
+from repdeg_fast.functional._head_outputs import Asked, CrossEntropyOutput, told, told_of_heads
 from repdeg_fast.ops.buffers import ranges
 from repdeg_fast.ops.chunked_logits import TILE
 from repdeg_fast.ops.linear_cross_entropy import Reduction, operation, rule_of, z_loss

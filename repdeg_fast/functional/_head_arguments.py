@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from repdeg_fast import backends
 from repdeg_fast._arithmetic import autocast_dtype
@@ -245,3 +246,15 @@ def _total_memory(device: torch.device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not POSIX
         return None
+
+
+def shifted(target: Tensor, shift: bool | int, ignore_index: int) -> Tensor:
+    """What each position predicts: nothing, at the end of a sequence."""
+    check_integer("shift", int(shift) if isinstance(shift, bool) else shift)
+    if shift < 0 or target.dim() == 0:
+        raise ValueError(
+            f"shift: expected a number of positions from 0 on, of hidden_states (..., T, d), got {shift} of "
+            f"{tuple(target.shape)}"
+        )
+    steps = min(int(shift), target.shape[-1])
+    return F.pad(target[..., steps:], (0, steps), value=ignore_index)

@@ -61,7 +61,7 @@ FAULTS = [
     ),
     Fault(
         "the last position of a sequence predicts the next one's first",
-        "repdeg_fast/functional/linear_cross_entropy.py",
+        "repdeg_fast/functional/_head_arguments.py",
         "return F.pad(target[..., steps:], (0, steps), value=ignore_index)",
         "return target.flatten().roll(-steps).view(target.shape)",
         "tests/test_linear_cross_entropy_extras.py -k 'shift and reference'",
