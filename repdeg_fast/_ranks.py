@@ -15,7 +15,16 @@ def are_there() -> bool:
 
 
 def number(group: Any = None) -> int:
-    return distributed.get_world_size(group) if are_there() else 1
+    """How many; an error where this process is in no ``group``: torch's collectives return there at once, undone."""
+    if not are_there():
+        return 1
+    if group not in (None, distributed.GroupMember.NON_GROUP_MEMBER) and not isinstance(
+        group, distributed.ProcessGroup
+    ):
+        raise TypeError(f"group: expected a process group of torch.distributed, got {type(group).__name__}")
+    if (ranks := distributed.get_world_size(group)) < 0:
+        raise ValueError(f"group: expected one that rank {distributed.get_rank()} is in, got another")
+    return ranks
 
 
 class Share(NamedTuple):

@@ -262,7 +262,8 @@ def _wide_head() -> list[Tensor]:
 NOTES = {
     "coefficient": "A Python number is a constant of the first graph. When it changes, PyTorch compiles once more, and "
     "that graph serves other values too (`dynamic=True`: the first does), gradients included; but 0 has a graph of its "
-    "own where it leaves something out, as dropout does. An attribute of a module is no different. An operator then "
+    "own where it leaves something out, as dropout does. An attribute of a module is no different if it is a float; "
+    "an int there torch takes for a constant each time: write 20.0, and hand seeds to `forward`. An operator then "
     "gets the number as a float64 on the CPU, which the host reads without waiting for a GPU. Under "
     '`mode="reduce-overhead"` it is left out of inductor\'s CUDA graphs (its tag is `cudagraph_unsafe`); one whose '
     "numbers never change is not.",

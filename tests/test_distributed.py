@@ -102,6 +102,8 @@ def test_bad_input_is_an_error_on_every_rank(two):
         "columns of cosreg": r"weight: expected rows over ranks, Shard\(0\)",
         "no such dimension": r"dimension: expected one of the mesh's \('tp'\), got 'pp'",
         "other group": "group: expected one that rank . is in",
+        "other group's losses": "group: expected one that rank . is in",
+        "group by name": "group: expected a process group of torch.distributed, got str",
         "other rows": r"weight: expected 4 rows, those of shard \[., .\), got shape \(3, 12\)",
         "no shard": "shard: expected a VocabularyShard, got tuple",
         "shard and dtensor": "shard: expected None beside a weight that is a DTensor",

@@ -92,7 +92,7 @@ class Found(NamedTuple):
 
 def checked(
     operation_name: str, hidden_states: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, options: Options,
-    shard: VocabularyShard | None, backend: str, **others: Any,
+    shard: VocabularyShard | None, backend: str, asked: Asked | None = None,
 ) -> Arguments:  # fmt: skip
     """Arguments as the functions of one device check theirs."""
     options, shard = check_options(options), shard_of(shard, weight)
@@ -124,7 +124,8 @@ def checked(
     options = options._replace(padding_idx=padding, class_weight=class_weight)
     check_same(
         shard.group, operation_name, hidden_states=hidden_states, target=target, vocabulary=shard.whole,
-        dtype=weight.dtype, has_bias=bias is not None, **options._asdict(), **others,
+        dtype=weight.dtype, has_bias=bias is not None, **options._asdict(),
+        **(asked.arguments() if asked else {}),
     )  # fmt: skip
     return Arguments(hidden_states, weight, target, bias, options, rule)
 

@@ -92,8 +92,7 @@ def check_group(group: Any) -> None:
             "group: expected an initialized process group, got none; start with torchrun and call "
             "torch.distributed.init_process_group() first"
         )
-    if distributed.get_rank(group) < 0:
-        raise ValueError(f"group: expected one that rank {distributed.get_rank()} is in, got another")
+    _ranks.number(group)
 
 
 def mesh_group(mesh: Any, dimension: str) -> Any:

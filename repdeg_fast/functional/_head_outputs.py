@@ -34,6 +34,10 @@ class Asked(NamedTuple):
     def predict(self) -> bool:
         return self.predictions or self.accuracy
 
+    def arguments(self) -> dict[str, bool | int]:
+        """By the names that callers know."""
+        return {name if name == "shift" else f"return_{name}": value for name, value in self._asdict().items()}
+
 
 def told(
     found: tuple[Tensor, Tensor, Tensor], target: Tensor, positions: torch.Size, options: Options, asked: Asked

@@ -5,7 +5,7 @@ import time
 from datetime import timedelta
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from repdeg_fast import (
@@ -14,8 +14,10 @@ from repdeg_fast import (
     linear_cross_entropy,
     mlm_losses_and_sample,
     multi_layer_mlm_loss,
+    span_pair_loss,
 )
 from repdeg_fast.distributed import VocabularyShard, compare_arguments
+from repdeg_fast.training import Encoded, cached_backward
 
 from .support import WIDTH, mesh, raised
 
@@ -32,6 +34,9 @@ def bad_input(rank):
     mine, placed = weight[shard.first : shard.last], distribute_tensor(weight, mesh(), [Shard(0)])
     columns = distribute_tensor(weight, mesh(), [Shard(1)])
     cross_entropy = lambda w, b=None, t=target, h=hidden, **o: lambda: linear_cross_entropy(h, w, t, b, **o)  # noqa: E731
+    layer = nn.Linear(WIDTH, WIDTH)
+    encode = lambda rows: Encoded(layer(rows), layer(rows).mean())  # noqa: E731
+    cached = lambda group: lambda: cached_backward(encode, span_pair_loss, weight, chunk_size=4, group=group)  # noqa: E731
     calls = {
         "columns": cross_entropy(columns),
         "columns of cosreg": lambda: cosine_regularization(columns),
@@ -39,6 +44,8 @@ def bad_input(rank):
         "other group": lambda: VocabularyShard(
             0, 8, 8, distributed.new_group([1 - rank]) and distributed.GroupMember.NON_GROUP_MEMBER
         ),
+        "other group's losses": cached(distributed.GroupMember.NON_GROUP_MEMBER),  # of new_group, to who is not in it
+        "group by name": cached("tp"),
         "other rows": cross_entropy(weight[:3], shard=shard),
         "no shard": cross_entropy(mine, shard=(0, 4)),
         "shard and dtensor": cross_entropy(placed, shard=shard),
@@ -65,6 +72,9 @@ def disagree(rank):
         linear_cross_entropy(hidden, mine, target, shard=shard)
         return {
             "hidden_states": raised(lambda: linear_cross_entropy(hidden + rank, mine, target, shard=shard)),
+            "return_accuracy": raised(
+                lambda: linear_cross_entropy(hidden, mine, target, return_accuracy=rank == 1, shard=shard)
+            ),
             "label_smoothing": raised(
                 lambda: linear_cross_entropy(hidden, mine, target, label_smoothing=0.1 * rank, shard=shard)
             ),

@@ -111,7 +111,7 @@ def variances(norm: AdminNorm, x: Tensor, branch: Tensor, group: Any | None = No
     The second is the variance that dropout has over all masks, not that of one mask.
     """
     moments = torch.stack([_moments(x, norm.omega, None), _moments(branch, None, norm.branch_bias)])
-    if _ranks.are_there():
+    if _ranks.number(group) > 1:
         distributed.all_reduce(moments, group=group)
     (count, total, squares), (_, branch_total, branch_squares) = moments.tolist()
     if count == 0:
