@@ -57,6 +57,16 @@ def test_same_through_the_dispatcher(call, inputs):
     assert all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_several_gradients_at_once(call, inputs):
+    """``is_grads_batched``, of which ``jacobian(vectorize=True)`` is made, goes by torch's older vmap."""
+    value, factors = _sum(call(*inputs)), torch.tensor([1.0, -2.0], dtype=inputs[0].dtype)
+    found = torch.autograd.grad(value, inputs, factors, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    for several, one in zip(found, torch.autograd.grad(value, inputs, allow_unused=True), strict=True):
+        if one is not None:
+            torch.testing.assert_close(several, torch.stack([one, -2 * one]))
+
+
 def test_distributed_parameters_are_served_or_a_clear_error(name, call, inputs, one_process_mesh):
     from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -46,6 +46,7 @@ R = TypeVar("R")
 
 NAMESPACE = "repdeg_fast"  # of the operators in torch.ops
 _library = torch.library.Library(NAMESPACE, "DEF")
+_OLD_VMAP = torch._C._dispatch_key_parse("VmapMode")  # autograd.grad(is_grads_batched=True), jacobian(vectorize=True)
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, NoneType, bool, int, float, str, list, torch.dtype))
 
 
@@ -221,7 +222,18 @@ def _watched() -> bool:
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or _many_gradients()
     )
+
+
+def may_scale_in_place() -> bool:
+    """Whether a backward pass may write into gradients that the forward pass has made: it is for one gradient, and not
+    itself to be differentiated (create_graph), whose result must carry the error about second derivatives."""
+    return not torch.is_grad_enabled() and not _many_gradients()
+
+
+def _many_gradients() -> bool:
+    return torch._C._dispatch_tls_is_dispatch_key_included(_OLD_VMAP)
 
 
 def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:

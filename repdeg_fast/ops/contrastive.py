@@ -26,7 +26,7 @@ from repdeg_fast.contracts.contrastive import (
     Wanted,
 )
 from repdeg_fast.native import contrastive as native
-from repdeg_fast.ops._operator import Formula, operator
+from repdeg_fast.ops._operator import Formula, may_scale_in_place, operator
 from repdeg_fast.ops.chunked_scores import ChunkedScores
 from repdeg_fast.ops.products import LibraryProducts
 from repdeg_fast.reference import contrastive as reference
@@ -184,8 +184,7 @@ class _Formula(Formula):
             return None, None, None, None, *nothing
         made = ctx.saved_tensors[7:]
         needs = list(ctx.needs_input_grad[1:4])
-        # with gradients enabled (create_graph) the result must carry the error about second derivatives
-        if not ctx.made_used and not torch.is_grad_enabled():
+        if not ctx.made_used and may_scale_in_place():
             ctx.made_used = True
             # .data: scaled under another version counter, since a second backward pass unpacks but does not use them
             gradients = (made[0].data, made[1].data, made[2].data)

@@ -29,7 +29,7 @@ from repdeg_fast.contracts.linear_cross_entropy import (
     Wanted,
 )
 from repdeg_fast.ops import native_linear_cross_entropy as native
-from repdeg_fast.ops._operator import Formula, operator
+from repdeg_fast.ops._operator import Formula, may_scale_in_place, operator
 from repdeg_fast.ops.chunked_logits import NOTHING
 from repdeg_fast.reference import linear_cross_entropy as reference
 
@@ -320,8 +320,7 @@ def gradients_of(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) ->
     hidden_states, weight, target, bias, class_weight, *kept = ctx.saved_tensors
     head, options = (hidden_states, weight, target, bias), (class_weight, *ctx.context, ctx.backend)
     arguments: Any
-    # with gradients enabled (create_graph) the result must carry the error about second derivatives
-    if ctx.chunked and grad_loss is not None and grad_lse is None and not ctx.made_used and not torch.is_grad_enabled():
+    if ctx.chunked and grad_loss is not None and grad_lse is None and not ctx.made_used and may_scale_in_place():
         ctx.made_used = True
         # .data: scaled under another version counter, since a second backward pass unpacks but does not use them
         made = (kept[0].data, kept[1].data, kept[2].data)
