@@ -53,8 +53,8 @@ subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])  # must no
 import time; time.sleep(60)
 """
         start = time.monotonic()
-        assert limited(code, seconds=1) == ("stopped at its time limit", "a figure\n")
-        assert time.monotonic() - start < 5
+        assert limited(code, seconds=3) == ("stopped at its time limit", "a figure\n")
+        assert time.monotonic() - start < 9
 
     def test_it_is_interrupted_first_so_that_it_can_say_what_it_found(self):
         code = """
@@ -64,7 +64,7 @@ try:
 except KeyboardInterrupt:
     print("1 failed", flush=True)
 """
-        assert limited(code, seconds=1.5) == ("stopped at its time limit", "1 failed\n")
+        assert limited(code, seconds=4) == ("stopped at its time limit", "1 failed\n")
 
     def test_output_that_is_held_open_holds_nobody_up(self):
         code = """
