@@ -26,6 +26,7 @@ INDEX = torch.arange(4)
         ({"directions": "query_to_doc"}, r"directions: expected a tuple of query_to_doc, query_to_query"),
         ({"directions": ("query_to_doc", "up")}, r"directions: expected one of 'query_to_doc', .* got 'up'"),
         ({"directions": ("doc_to_query",)}, r"directions: expected query_to_doc among them"),
+        ({"exchange": "rings"}, r"exchange: expected one of 'gather', 'ring', got 'rings'"),
         ({"partition_mode": "both"}, r"partition_mode: expected one of 'joint', 'per_direction', got 'both'"),
         (
             {"partition_mode": "per_direction", "directions": ("query_to_doc", "doc_to_doc")},

@@ -46,6 +46,8 @@ def nested():
         (call(lse_square_scale=-1.0), ValueError, "lse_square_scale: expected a number from 0 on"),
         (call(lse_square_scale="a"), TypeError, "lse_square_scale: expected a number, got str"),
         (call(gradient_filter=1.0), ValueError, "gradient_filter: expected None or a probability in.*got 1.0"),
+        (call(return_lse="yes"), TypeError, "return_lse: expected True or False, got 'yes'"),
+        (call(return_accuracy=1), TypeError, "return_accuracy: expected True or False, got 1"),
         (call(shift=-1), ValueError, "shift: expected a number of positions from 0 on.*got -1"),
         (call(shift=1.5), TypeError, "shift: expected an integer, got float"),
         (call(hidden=(3,), target=torch.tensor(0), shift=True), ValueError, "shift: .*hidden_states"),

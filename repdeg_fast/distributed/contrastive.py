@@ -18,14 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from repdeg_fast import _ranks, backends
 from repdeg_fast._arithmetic import arithmetic_dtype, autocast_dtype, without_autocast
-from repdeg_fast._checks import check_choice, check_floating
+from repdeg_fast._checks import check_floating
 from repdeg_fast.contracts.linear_cross_entropy import Head, LossRule, Upstream, Wanted
 from repdeg_fast.distributed.debug import check_same
 from repdeg_fast.distributed.shards import check_group, on_device
 from repdeg_fast.ops.chunked_scores import EPS, inverse_norms
 from repdeg_fast.ops.linear_cross_entropy import operation
 
-EXCHANGES = ("gather", "ring")
 IGNORED = -100
 
 
@@ -50,7 +49,6 @@ class Sizes(NamedTuple):
 @torch.compiler.disable
 def contrastive_loss(queries: Tensor, documents: Tensor, group: Any, exchange: str, **options: Any) -> Tensor:
     """:func:`repdeg_fast.contrastive_loss` of all ranks' batches."""
-    check_choice("exchange", exchange, EXCHANGES)
     for name in ("positive", "all_queries"):
         if options.pop(name) is not None:
             raise ValueError(f"{name}: expected None beside group, which says where the other ranks' queries are")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from repdeg_fast._checks import check_flag
 from repdeg_fast.functional._head_arguments import Options
 from repdeg_fast.ops import linear_cross_entropy as _ops
 
@@ -37,6 +38,15 @@ class Asked(NamedTuple):
     def arguments(self) -> dict[str, bool | int]:
         """By the names that callers know."""
         return {name if name == "shift" else f"return_{name}": value for name, value in self._asdict().items()}
+
+
+def checked(lse: bool, z_loss: bool, predictions: bool, accuracy: bool, shift: bool | int = False) -> Asked:
+    """What a call asks for; ``shift`` is checked where it is used."""
+    check_flag("return_lse", lse)
+    check_flag("return_z_loss", z_loss)
+    check_flag("return_predictions", predictions)
+    check_flag("return_accuracy", accuracy)
+    return Asked(lse, z_loss, predictions, accuracy, shift)
 
 
 def told(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SIMILARITIES = ("cosine", "dot")
 PARTITION_MODES = ("joint", "per_direction")
 REDUCTIONS = ("none", "sum", "mean")
+EXCHANGES = ("gather", "ring")
 SAME_TYPE = ("query_to_query", "doc_to_doc")
 
 
@@ -92,6 +93,7 @@ def contrastive_loss(
             check would stall the stream, it is undefined.
     """
     check_options(scale, similarity, directions, partition_mode, hardness_mode, hardness_strength, reduction)
+    check_choice("exchange", exchange, EXCHANGES)
     if group is not None:
         from repdeg_fast.distributed import contrastive as over_ranks
 

@@ -21,7 +21,7 @@ from repdeg_fast.functional._head_arguments import (
     shifted,
     stacked,
 )
-from repdeg_fast.functional._head_outputs import Asked, CrossEntropyOutput, told, told_of_heads
+from repdeg_fast.functional._head_outputs import CrossEntropyOutput, checked, told, told_of_heads
 from repdeg_fast.ops import linear_cross_entropy as _ops
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def linear_cross_entropy(
         TypeError, ValueError: naming the argument. A target out of range raises on the CPU; on a GPU, where a check
             would stall the stream, it makes the row's loss NaN.
     """
+    asked = checked(return_lse, return_z_loss, return_predictions, return_accuracy, shift)
     given = Options(
         ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx, class_weight,
         lse_square_scale, gradient_filter,
@@ -104,7 +105,6 @@ def linear_cross_entropy(
     if is_cut(weight, shard):
         from repdeg_fast.distributed import linear_cross_entropy as over_shards
 
-        asked = Asked(return_lse, return_z_loss, return_predictions, return_accuracy, shift)
         backend = backends.requested()
         return over_shards.linear_cross_entropy(hidden_states, weight, target, bias, given, shard, backend, asked)
     hidden_states, options = check_tensors(hidden_states, weight, target, bias, check_options(given))
@@ -119,12 +119,8 @@ def linear_cross_entropy(
     if len(positions) != 1:
         hidden_states, target = hidden_states.reshape(-1, hidden_states.shape[-1]), target.reshape(-1)
     head = Head(hidden_states, weight, target.contiguous(), bias)
-    predict = return_predictions or return_accuracy
-    flat = arguments(head, 1, options, upstream_known=not return_lse, predict=predict)
+    flat = arguments(head, 1, options, upstream_known=not return_lse, predict=asked.predict)
     loss, lse, _, _, _, predicted = _ops.linear_cross_entropy(*head, *flat)
-    if not (return_lse or return_z_loss or predict or shift):
-        return loss.view(positions if reduction == "none" else ())
-    asked = Asked(return_lse, return_z_loss, return_predictions, return_accuracy, shift)
     return told((loss, lse, predicted), target, positions, options, asked)
 
 
@@ -214,7 +210,7 @@ def multi_layer_mlm_loss(
     Raises:
         TypeError, ValueError: naming the argument, as :func:`linear_cross_entropy`.
     """
-    asked = Asked(False, return_z_loss, return_predictions, return_accuracy)
+    asked = checked(False, return_z_loss, return_predictions, return_accuracy)
     given = Options(
         ignore_index, label_smoothing, softcap, reduction, strategy, accumulate_dtype, padding_idx, class_weight,
         lse_square_scale, gradient_filter,
