@@ -67,6 +67,11 @@ def run_together(
     return next((outcome for outcome in outcomes if outcome != PASSED), PASSED)
 
 
+def _interruptible() -> None:
+    """In a child: what a shell starts in the background ignores interrupts, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _start(
     command: Sequence[str], output: TextIO | int, folder: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[str]:
@@ -78,6 +83,7 @@ def _start(
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=_interruptible,
         cwd=folder,
         env=dict(environment),
     )
