@@ -38,6 +38,11 @@ def scale_or_repeat_(
                 gradient.copy_(right)
 
 
+def softcapped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap · tanh(logits / softcap); 0: as they are."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 def weight_of_targets(target: Tensor, ignore_index: int, class_weight: Tensor) -> Tensor:
     """(): the sum of the weights (V,) of the classes that are targets, added up in double; 1 instead of 0."""
     counts = (target != ignore_index) & (target >= 0) & (target < class_weight.shape[0])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from repdeg_fast._arithmetic import arithmetic_dtype
+from repdeg_fast._arithmetic import arithmetic_dtype, softcapped
 from repdeg_fast.contracts.linear_cross_entropy import Columns, Head, Look, LossRule
 from repdeg_fast.ops.buffers import ranges
 from repdeg_fast.ops.chunked_logits import TILE
@@ -57,4 +57,4 @@ class LogitLooks:
         z = logits.to(arithmetic_dtype(logits))
         if self.bias is not None:
             z = z + self.bias[tile]
-        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+        return softcapped(z, self.softcap)

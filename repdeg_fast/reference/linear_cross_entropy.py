@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from repdeg_fast._arithmetic import arithmetic_dtype, scale_or_repeat_, weight_of_targets
+from repdeg_fast._arithmetic import arithmetic_dtype, scale_or_repeat_, softcapped, weight_of_targets
 from repdeg_fast._checks import wrong_target
 from repdeg_fast.contracts.linear_cross_entropy import (
     Columns,
@@ -136,7 +136,7 @@ def _logits(head: Head, softcap: float) -> Tensor:
     z = hidden_states.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         z = z + bias.to(dtype)
-    return softcap * torch.tanh(z / softcap) if softcap else z
+    return softcapped(z, softcap)
 
 
 def _rows_of_target(head: Head, ignore_index: int, whole: Columns) -> tuple[Tensor, Tensor, Tensor]:
