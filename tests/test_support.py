@@ -3,78 +3,19 @@
 import copy
 import pickle
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import pytest
 import support
 import torch
 from helpers import relative_error
+from subjects import NUMBER, SEED, M, Subject, as_tuple, assert_alike, compiled, in_the_same_graph, total
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 import repdeg_fast
 
-M, NUMBER, SEED = 6, 0.25, 5
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Subject:
-    """A row of a table as a function of tensors, of which those that want gradients are the leaves."""
-
-    def __init__(self, row):
-        self.row = row
-        if row in support.OPERATIONS:
-            case = support.OPERATIONS[row]
-            self.module, self.make = None, case.tensors
-            self.function = lambda *tensors, number=NUMBER, seed=SEED: case.function(*tensors, number, seed)
-            self.seeded = case.seeded
-        else:
-            case, self.seeded = support.MODULES[row], False
-            self.module, self.make = case.make(), case.inputs
-            self.function = self.module.__call__
-        self.coefficient = case.coefficient
-
-    def pure(self, parameters, *tensors):
-        """The function, of parameters too."""
-        return torch.func.functional_call(self.module, parameters, tensors) if self.module else self.function(*tensors)
-
-    def with_number(self, number):
-        """From the function, compiled or not, to the one with another coefficient."""
-        if not self.module:
-            return lambda function: partial(function, number=number)
-        owner, _, name = self.coefficient.rpartition(".")
-        setattr(self.module.get_submodule(owner), name, number)
-        return lambda function: function
-
-    def results(self, function, tensors):
-        """Values, then gradients of the tensors and parameters that want some."""
-        leaves = [*tensors, *(self.module.parameters() if self.module else ())]
-        for leaf in leaves:
-            leaf.grad = None
-        outputs = as_tuple(function(*tensors))
-        if any(output.requires_grad for output in outputs):
-            total(outputs).backward()  # torch.autograd.grad does not go with reentrant checkpoints
-        return [*(output.detach() for output in outputs), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-
-
-def as_tuple(outputs):
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def total(outputs):
-    """A number that depends on each value in another way, more than once."""
-    return sum(
-        (o.float() * torch.linspace(1, 2, o.numel(), device=o.device).view_as(o)).square().sum()
-        for o in as_tuple(outputs)
-        if o.requires_grad
-    )
-
-
-def assert_alike(found, expected, tolerance=1e-6):
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        assert relative_error(one, other) <= tolerance
 
 
 @contextmanager
@@ -84,19 +25,6 @@ def promised(cell):
         yield
         return
     with pytest.raises(RuntimeError, match=r"^\w+ has no (forward-mode|second) derivative"):
-        yield
-
-
-def compiled(subject, dynamic, backend="aot_eager", whole=True):
-    """``whole``: a module, too, is one graph; else those of its modules that are ours are."""
-    torch._dynamo.reset()  # all rows are one function to it, which it compiles a few times at most
-    function = (whole and subject.module) or subject.function
-    return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
-
-
-@contextmanager
-def in_the_same_graph():
-    with torch._dynamo.config.patch(error_on_recompile=True):
         yield
 
 
@@ -359,91 +287,6 @@ def test_a_dropout_between_training_and_evaluation():
             torch.manual_seed(SEED)
             with graphs():
                 assert_alike(subject.results(function, tensors), expected)
-
-
-@pytest.mark.parametrize("row", ["admin_norm", "linear_cross_entropy", "pairwise_cosine"])
-def test_a_compiled_functional_gradient(row):
-    """The compiler does not say inside which tensors want one."""
-    subject = Subject(row)
-    tensors = [t.detach() for t in subject.make(M)]
-    torch._dynamo.reset()
-    gradient = torch.func.grad(lambda *t: total(subject.function(*t)), argnums=tuple(range(len(tensors))))
-    assert_alike(torch.compile(gradient, backend="aot_eager", fullgraph=True)(*tensors), gradient(*tensors))
-
-
-@pytest.mark.parametrize("compiler", [lambda f: f, partial(torch.compile, backend="aot_eager", fullgraph=True)])
-def test_a_functional_gradient_does_not_take_a_weight_for_recoverable(compiler):
-    """What a transform wraps cannot be looked at: here the output does not tell the normalized value."""
-    x, branch, weight = torch.randn(M, 8), torch.randn(M, 8), torch.zeros(8)
-    torch._dynamo.reset()
-    norm = lambda w: total(repdeg_fast.admin_norm(x, branch, weight=w, bias=torch.ones(8)))  # noqa: E731
-    leaf = weight.clone().requires_grad_()
-    normalized = torch.nn.functional.layer_norm(x + branch, (8,), leaf, torch.ones(8))
-    assert_alike([compiler(torch.func.grad(norm))(weight)], torch.autograd.grad(total(normalized), leaf), 1e-5)
-
-
-def test_transforms_around_a_functional_gradient():
-    """Plain autograd sees what a transform inside it does not differentiate; modes other than the transform's hold."""
-    subject = Subject("linear_cross_entropy")
-    hidden, weight, bias = subject.make(M)
-    value_of = lambda h: total(subject.function(h, weight, bias))  # noqa: E731
-    _, value = torch.func.grad_and_value(value_of)(hidden.detach())
-    found, expected = (torch.autograd.grad(v, (weight, bias)) for v in (value, value_of(hidden)))
-    assert_alike(found, expected)
-    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
-        torch.func.grad(value_of)(hidden.detach()).sum().backward()
-    with pytest.raises(RuntimeError, match="linear_cross_entropy has no forward-mode derivative"):
-        torch.func.hessian(value_of)(hidden.detach())
-
-    def constant(h):
-        with torch.no_grad():
-            value = subject.function(h, weight, bias)
-        return value * h.sum()
-
-    value = subject.function(hidden, weight, bias)
-    assert_alike([torch.func.grad(constant)(hidden.detach())], [value.expand_as(hidden)])
-
-
-def all_equal(found, expected):
-    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("row", support.DETERMINISM)
-def test_the_same_bits(row, threads):
-    """Twice, and with two threads."""
-    subject, results = Subject(row), []
-    tensors = subject.make(160)
-    for number in (1, 1, 2, 2):
-        threads(number)
-        results.append(subject.results(subject.function, tensors))
-    assert all_equal(results[0], results[1])
-    assert all_equal(results[2], results[3])
-    if support.DETERMINISM[row][1] == support.BITS:
-        assert all_equal(results[0], results[2])
-    else:
-        assert_alike(results[0], results[2])
-
-
-@pytest.mark.parametrize("row", support.ROWS)
-def test_a_row_among_others(row):
-    """The first rows alone: their results, and the gradients of what is theirs."""
-    rows, promise = support.ROWS[row], support.DETERMINISM[row][2]
-    tensors = [tensor.requires_grad_() for tensor in rows.tensors()]
-    whole = rows.first(support._MANY, *tensors)
-    for m in (1, 2, 7, 64):
-        part = rows.first(m, *tensors)
-        assert torch.equal(part, whole[:m]) if promise == support.BITS else relative_error(part, whole[:m]) <= 1e-6
-        if promise == support.BITS:
-            alone, among = (
-                torch.autograd.grad(value[:m].sin().sum(), tensors, retain_graph=True) for value in (part, whole)
-            )
-            assert all_equal(alone, among)
-
-
-def test_every_operation_says_how_it_repeats():
-    assert set(support.DETERMINISM) == set(support.OPERATIONS)
-    of_rows = {row for row, (_, _, batch) in support.DETERMINISM.items() if batch != support.NONE}
-    assert set(support.ROWS) == of_rows
 
 
 def test_every_public_name_is_a_row():
